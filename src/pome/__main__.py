@@ -1,0 +1,5 @@
+"""`python -m pome`."""
+
+from pome.cli import main
+
+main()

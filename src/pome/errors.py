@@ -1,0 +1,51 @@
+"""The tree of errors.
+
+Every message is one line that says where (file, tensor), what is wrong and what to do next. The command line
+prints it without a traceback and leaves with `exit_status`.
+"""
+
+from __future__ import annotations
+
+
+class PomeError(Exception):
+    """Base of every error that pome raises on purpose."""
+
+    exit_status = 1
+
+
+class SpecError(PomeError):
+    """What the user asked for cannot be: an unknown key, a value out of range, options that exclude each other."""
+
+    exit_status = 2
+
+
+class CheckpointError(PomeError):
+    """A checkpoint cannot be opened or read: missing, truncated, malformed, pickled, quantized."""
+
+
+class HeaderError(CheckpointError):
+    """The header of a safetensors file breaks the format."""
+
+
+class HubError(CheckpointError):
+    """The Hub refused or did not answer."""
+
+
+class SelectionError(PomeError):
+    """The selection matches nothing that can be edited."""
+
+
+class PairingError(PomeError):
+    """BASE and FT do not fit together: another architecture, other shapes, another orientation."""
+
+
+class NumericalError(PomeError):
+    """A matrix cannot be edited: NaN or infinity on one side, or an edit that the output dtype cannot hold."""
+
+
+class OutputError(PomeError):
+    """OUT cannot be written: it exists, is in use, lies inside an input, or the disk refuses."""
+
+
+class VerificationError(PomeError):
+    """An output is not what its manifest says."""
