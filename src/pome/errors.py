@@ -14,7 +14,7 @@ class PomeError(Exception):
 
 
 class SpecError(PomeError):
-    """What the user asked for cannot be: an unknown key, a value out of range, options that exclude each other."""
+    """What the user asked for cannot be: an unknown key, a value out of range, options at odds."""
 
     exit_status = 2
 
@@ -40,7 +40,7 @@ class PairingError(PomeError):
 
 
 class NumericalError(PomeError):
-    """A matrix cannot be edited: NaN or infinity on one side, or an edit that the output dtype cannot hold."""
+    """A matrix cannot be edited: NaN or infinity on a side, or an edit that the output dtype cannot hold."""
 
 
 class OutputError(PomeError):
@@ -49,3 +49,16 @@ class OutputError(PomeError):
 
 class VerificationError(PomeError):
     """An output is not what its manifest says."""
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` fit for a one-line message: at most `limit` characters, none that a terminal acts on.
+
+    Names of tensors and files come from checkpoints that nobody vetted; a control character or a
+    bidirectional override in one would let it rewrite the line it is printed on.
+    """
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text[: limit + 1]
+    )
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."

@@ -1,0 +1,366 @@
+"""The header of a safetensors file, to and from a table of tensors. No torch, no tensor data.
+
+A file is eight bytes of length N (little-endian), N bytes of JSON, then the data:
+`{"__metadata__": {text: text}, name: {"dtype": ..., "shape": [...], "data_offsets": [start, end]}, ...}`.
+
+What is accepted here is a subset of what `safetensors.safe_open` accepts. Headers come from strangers, so the
+JSON is walked one entry at a time: memory and time stay proportional to the text, whatever it nests or repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pome.errors import HeaderError, printable
+
+# Bits, not bytes: the format packs the 4- and 6-bit floats.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_INTEGER = 2**63 - 1
+_MAX_ENTRY_CHARACTERS = 65_536  # one tensor's entry; a rank of thousands still fits
+_MAX_SIDE_CHARACTERS = 1_048_576  # one value of an index other than its weight_map
+_METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file; `start` and `end` are absolute byte offsets in the file."""
+
+    name: str
+    dtype: str  # safetensors name, such as "BF16"
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The table of a file: its tensors in the header's own order, which need not be the order of the data."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str] | None
+    data_start: int
+    file_size: int
+
+
+class _Malformed(ValueError):
+    """What is wrong, before it is known in which file."""
+
+
+def read_header(fd_or_path: int | str | os.PathLike[str], where: str | None = None) -> Header:
+    """Read a file's header and nothing else. `where` names the file in messages (default: the path itself).
+
+    Raises HeaderError for what is not a regular file, cannot be read, or breaks the format.
+    """
+    if isinstance(fd_or_path, int):
+        return _read_from(fd_or_path, where or f"file descriptor {fd_or_path}")
+    where = where or os.fspath(fd_or_path)
+    try:
+        # O_NONBLOCK: opening a FIFO that has no writer must not hang.
+        fd = os.open(fd_or_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        _refuse(where, f"cannot be opened ({reason}); check the path and its permissions", error)
+    try:
+        return _read_from(fd, where)
+    finally:
+        os.close(fd)
+
+
+def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
+    """The table in a header's JSON, `raw_json`, of a file of `file_size` bytes.
+
+    Raises HeaderError unless the offsets cover the data exactly, without overlap or hole, and agree with dtypes
+    and shapes.
+    """
+    if len(raw_json) > MAX_HEADER_BYTES:
+        _refuse(where, f"its header of {len(raw_json)} bytes is over the format's {MAX_HEADER_BYTES}")
+    data_start = 8 + len(raw_json)
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] | None = None
+
+    def read_value(name: str, at: int) -> int:
+        nonlocal metadata
+        if name == _METADATA:
+            if text.startswith("null", at):
+                return at + 4
+            metadata, at = _scan_strings(text, at)
+            return at
+        tensors[name], at = _read_entry(text, at, name, data_start)
+        return at
+
+    try:
+        text = _decode(raw_json)
+        at = _scan_object(text, 0, read_value)
+        if _SPACE.fullmatch(text, at) is None:
+            raise _Malformed(f"something follows the header's closing brace at character {at}")
+        _check_cover(tensors, data_start, file_size)
+    except ValueError as error:
+        _refuse(where, f"{_describe(error)}; download or save the file again", error)
+    return Header(tensors, metadata, data_start, file_size)
+
+
+def build_header(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Length and padded JSON of a file that holds `entries` (name, dtype, shape) back to back in this order.
+
+    Raises HeaderError for a table that the format cannot hold.
+    """
+    table: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    position = 0
+    for name, dtype, shape in entries:
+        if name in table or name == _METADATA:
+            _refuse("the header to write", f"has tensor '{printable(name)}' twice, or it is a reserved name")
+        try:
+            size = _count_bytes(dtype, shape)
+        except _Malformed as error:
+            _refuse("the header to write", f"cannot hold tensor '{printable(name)}': {error}", error)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    try:
+        encoded = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        _refuse("the header to write", "holds a name that is not valid Unicode; rename it", error)
+    encoded += b" " * (-len(encoded) % 8)  # data aligned to 8 bytes
+    if len(encoded) > MAX_HEADER_BYTES:
+        _refuse("the header to write", f"takes {len(encoded)} bytes, over the format's {MAX_HEADER_BYTES}")
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def parse_index(raw: bytes, where: str) -> dict[str, str]:
+    """Tensor name -> shard file name, from the text of a `model.safetensors.index.json`.
+
+    Raises HeaderError unless every shard is a plain file name that ends in `.safetensors`.
+    """
+    if len(raw) > MAX_HEADER_BYTES:
+        _refuse(where, f"an index of {len(raw)} bytes is over {MAX_HEADER_BYTES}")
+    weight_map: dict[str, str] | None = None
+
+    def read_value(key: str, at: int) -> int:
+        nonlocal weight_map
+        if key == "weight_map":
+            weight_map, at = _scan_strings(text, at)
+            return at
+        return at + _SIDE.raw_decode(text[at : at + _MAX_SIDE_CHARACTERS])[1]
+
+    try:
+        text = _decode(raw)
+        at = _scan_object(text, _skip_space(text, 0), read_value)
+        if _SPACE.fullmatch(text, at) is None:
+            raise _Malformed(f"something follows its closing brace at character {at}")
+        if weight_map is None:
+            raise _Malformed("it has no weight_map")
+        for shard in dict.fromkeys(weight_map.values()):
+            if not _is_plain_name(shard):
+                raise _Malformed(f"weight_map names '{printable(shard)}', not a plain .safetensors file name")
+    except (ValueError, RecursionError) as error:
+        _refuse(where, f"{_describe(error)}; download the index again", error)
+    return weight_map
+
+
+def _is_plain_name(shard: str) -> bool:
+    return shard.endswith(".safetensors") and shard.isprintable() and not set(shard) & {"/", "\\"}
+
+
+def _read_from(fd: int, where: str) -> Header:
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            _refuse(where, "is not a regular file; give a .safetensors file")
+        length = int.from_bytes(_read_bytes(fd, 8, 0), "little")
+        if status.st_size < 8:
+            _refuse(where, f"has {status.st_size} bytes, too few for a safetensors file; download it again")
+        if length == int.from_bytes(b"version ", "little"):
+            _refuse(where, "is a Git LFS pointer, not the weights; run `git lfs pull`")
+        if length > MAX_HEADER_BYTES:
+            _refuse(where, f"is not a safetensors file: it claims a header of {length} bytes; check the path")
+        if 8 + length > status.st_size:
+            _refuse(where, f"is truncated: a header of {length} bytes in {status.st_size}; download it again")
+        return parse_header(_read_bytes(fd, length, 8), status.st_size, where)
+    except OSError as error:
+        _refuse(where, f"cannot be read ({error.strerror}); check the disk", error)
+
+
+def _read_bytes(fd: int, count: int, offset: int) -> bytes:
+    pieces = []
+    while count and (piece := os.pread(fd, count, offset)):
+        pieces.append(piece)
+        count -= len(piece)
+        offset += len(piece)
+    return b"".join(pieces)
+
+
+def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorEntry, int]:
+    # An entry holds no braces of its own, so its text is known before anything is built from it.
+    end = text.find("}", at, at + _MAX_ENTRY_CHARACTERS) + 1
+    entry = text[at:end]
+    if not entry.startswith("{") or entry.count("[") != 2:
+        raise _Malformed(f"tensor '{printable(name)}' is not an object of dtype, shape and data_offsets")
+    fields = _ENTRY.decode(entry)
+    if fields.keys() != _FIELDS:
+        raise _Malformed(f"tensor '{printable(name)}' has other fields than dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not _are_integers(shape) or not _are_integers(offsets) or len(offsets) != 2:
+        raise _Malformed(f"tensor '{printable(name)}': shape and data_offsets are not lists of integers")
+    try:
+        size = _count_bytes(dtype, shape)
+    except _Malformed as error:
+        raise _Malformed(f"tensor '{printable(name)}': {error}") from error
+    start, stop = offsets
+    if stop - start != size:
+        stated = f"{dtype} {printable(str(shape), 80)} takes {size} bytes, its offsets {stop - start}"
+        raise _Malformed(f"tensor '{printable(name)}': {stated}")
+    return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop), end
+
+
+def _are_integers(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _count_bytes(dtype: object, shape: Iterable[int]) -> int:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _Malformed(f"dtype '{printable(str(dtype))}' is not one of the format")
+    bits = 1
+    for size in (*shape, DTYPE_BITS[dtype]):
+        bits *= size
+        # Every partial product, as other readers do: a zero at the end does not excuse an overflow before it.
+        if not 0 <= bits <= _MAX_INTEGER:
+            raise _Malformed("its shape is negative or overflows 64 bits")
+    if bits % 8:
+        raise _Malformed("its packed elements do not end at a byte")
+    return bits // 8
+
+
+def _check_cover(tensors: Mapping[str, TensorEntry], data_start: int, file_size: int) -> None:
+    position = data_start
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            fault = "overlaps the one before it" if entry.start < position else "leaves a hole before it"
+            raise _Malformed(f"tensor '{printable(entry.name)}' {fault}")
+        position = entry.end
+    if position != file_size:
+        fault = "is truncated" if file_size < position else "is too long"
+        raise _Malformed(f"the file {fault}: {file_size} bytes, its header describes {position}")
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # From None: the error would keep the whole input alive.
+        raise _Malformed(f"it is not UTF-8 at byte {error.start}") from None
+
+
+def _scan_object(text: str, at: int, read_value: Callable[[str, int], int]) -> int:
+    """Walk the object that opens at `at`; returns the position after its closing brace.
+
+    Each key, and where its value begins, goes to `read_value`, which returns where the value ends.
+    """
+    _expect("{", text, at)
+    seen = set()
+    at = _skip_space(text, at + 1)
+    if text.startswith("}", at):
+        return at + 1
+    while True:
+        key, at = _read_string(text, at)
+        if key in seen:
+            raise _Malformed(f"the key '{printable(key)}' is there twice")
+        seen.add(key)
+        at = _skip_space(text, at)
+        _expect(":", text, at)
+        at = _skip_space(text, read_value(key, _skip_space(text, at + 1)))
+        if text.startswith("}", at):
+            return at + 1
+        _expect(",", text, at)
+        at = _skip_space(text, at + 1)
+
+
+def _scan_strings(text: str, at: int) -> tuple[dict[str, str], int]:
+    found: dict[str, str] = {}
+    shared: dict[str, str] = {}  # an index repeats a few shard names for every tensor
+
+    def read_value(key: str, at: int) -> int:
+        value, at = _read_string(text, at)
+        found[key] = shared.setdefault(value, value)
+        return at
+
+    return found, _scan_object(text, at, read_value)
+
+
+def _read_string(text: str, at: int) -> tuple[str, int]:
+    _expect('"', text, at)
+    value, at = _ENTRY.raw_decode(text, at)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Malformed(f"the text '{printable(value)}' is not valid Unicode") from None
+    return value, at
+
+
+def _expect(character: str, text: str, at: int) -> None:
+    if not text.startswith(character, at):
+        raise _Malformed(f"'{character}' expected at character {at}")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
+def _unite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    united = dict(pairs)
+    if len(united) != len(pairs):
+        raise _Malformed("a key is there twice")
+    return united
+
+
+def _read_integer(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 19 or int(digits) > _MAX_INTEGER:
+        raise _Malformed(f"{printable(digits, 40)} is negative or over 63 bits")
+    return int(digits)
+
+
+def _refuse_number(digits: str) -> NoReturn:
+    raise _Malformed(f"{printable(digits, 40)} is not an integer")
+
+
+_ENTRY = json.JSONDecoder(
+    object_pairs_hook=_unite,
+    parse_int=_read_integer,
+    parse_float=_refuse_number,
+    parse_constant=_refuse_number,
+)
+# Numbers beside the weight_map (a total size, a version) are not used: any that JSON allows will do, unread.
+_SIDE = json.JSONDecoder(
+    object_pairs_hook=_unite, parse_int=len, parse_float=len, parse_constant=_refuse_number
+)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON at character {error.pos} ({error.msg})"
+    return str(error) if isinstance(error, _Malformed) else "it is nested too deep"
+
+
+def _refuse(where: str, what: str, cause: BaseException | None = None) -> NoReturn:
+    raise HeaderError(f"{printable(where, 500)}: {what}") from cause
