@@ -1,0 +1,281 @@
+"""What the user asked for: frozen dataclasses, made from options or from YAML. No torch, no checkpoint is opened here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pome.errors import SpecError, printable
+from pome.roles import GROUPS, ROLES
+
+RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective")
+SCALES = ("frobenius", "unit", "rms", "mean", "spectral")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+ENGINES = ("local",)
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+# The options that together choose k. One of them given on the command line sets aside what a file says of the others.
+RANK_OPTIONS = frozenset({"rank_ratio", "rank", "rank_rule", "energy"})
+MAX_YAML_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class EditSpec:
+    """One edit, every option resolved; the names are those of the command line and of YAML.
+
+    Raises SpecError for a value out of range or options that exclude each other. `rank` given turns the rule `ratio`
+    into `fixed`.
+    """
+
+    layers: tuple[str, ...] = ("up",)
+    exclude: tuple[str, ...] = ()
+    rank_ratio: float = 0.5
+    rank: int | None = None
+    rank_rule: str = "ratio"
+    energy: float = 0.9
+    scale: str = "frobenius"
+    beta: float = 1.0
+    device: str = "auto"
+    dtype: str = "keep"
+    engine: str = "local"
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
+        put(self, "layers", _names("layers", self.layers))
+        put(self, "exclude", _texts("exclude", self.exclude))
+        for name in self.layers:
+            if name.startswith("re:"):
+                _compile("layers", name[3:])
+            elif name not in ROLES and name not in GROUPS:
+                hint = nearest(name, [*ROLES, *GROUPS])
+                raise SpecError(
+                    f"layers: {printable(name)!r} is neither a role ({', '.join(ROLES)}) nor a group "
+                    f"({', '.join(GROUPS)}){hint}; for tensor names use re:PATTERN"
+                )
+        if not self.layers:
+            raise SpecError("layers: nothing is selected; name a role, a group or re:PATTERN")
+        for pattern in self.exclude:
+            _compile("exclude", pattern)
+        put(self, "rank_ratio", _number("rank_ratio", self.rank_ratio, above=0, at_most=1))
+        put(self, "energy", _number("energy", self.energy, above=0, at_most=1))
+        put(self, "beta", _number("beta", self.beta, above=0))
+        if self.rank is not None and (
+            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
+        ):
+            raise SpecError(f"rank: {self.rank!r} is not a whole number of at least 1")
+        _choice("rank_rule", self.rank_rule, RANK_RULES)
+        _choice("scale", self.scale, SCALES)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("engine", self.engine, ENGINES)
+        if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
+            raise SpecError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+        if self.rank is not None and self.rank_rule == "ratio":
+            put(self, "rank_rule", "fixed")
+        if self.rank_rule == "fixed" and self.rank is None:
+            raise SpecError("rank_rule: 'fixed' needs rank, the number of directions to keep")
+        if self.rank is not None and self.rank_rule != "fixed":
+            raise SpecError(f"rank: a fixed rank and rank_rule {self.rank_rule!r} exclude each other; give one")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
+        """A spec from option names and values; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
+        chosen = dict(options)
+        if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
+            chosen["rank_rule"] = "energy"
+        return cls(**chosen)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Every option as resolved, in JSON's types."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+EDIT_KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
+SWITCHES = ("overwrite", "fresh")
+JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES)
+COMMANDS = ("edit",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of work of a batch file."""
+
+    name: str
+    command: str
+    base: str
+    fine_tuned: str
+    out: str
+    spec: EditSpec
+    overwrite: bool = False
+    fresh: bool = False
+
+
+def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
+    dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()
+    return {**{k: v for k, v in file.items() if k not in dropped}, **options}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a YAML file for one edit. Raises SpecError naming the line of an unknown or repeated key."""
+    root = _compose(path)
+    return _mapping(root, path, EDIT_KEYS)
+
+
+def read_batch(path: Path, only: Iterable[str] = ()) -> list[Job]:
+    """The jobs of a batch file, all of them checked before the first is run; `only` keeps those named."""
+    root = _compose(path)
+    top = _children(root, path, ("defaults", "jobs"))
+    defaults: dict[str, Any] = {}
+    if "defaults" in top:
+        allowed = tuple(k for k in JOB_KEYS if k not in ("name", "out"))
+        defaults = _mapping(top["defaults"][1], path, allowed)
+    if "jobs" not in top or not isinstance(top["jobs"][1], yaml.SequenceNode) or not top["jobs"][1].value:
+        raise SpecError(f"{path}: 'jobs' must be a list of at least one job")
+    jobs: list[Job] = []
+    for node in top["jobs"][1].value:
+        line = node.start_mark.line + 1
+        given = _mapping(node, path, JOB_KEYS)
+        try:
+            jobs.append(_job(merge_options(defaults, given)))
+        except SpecError as error:
+            raise SpecError(f"{path}:{line}: {error}") from None
+    for attribute in ("name", "out"):
+        values = [getattr(job, attribute) for job in jobs]
+        twice = next((v for v in values if values.count(v) > 1), None)
+        if twice is not None:
+            raise SpecError(f"{path}: two jobs have the {attribute} {printable(twice)!r}; each needs its own")
+    wanted = list(only)
+    for name in wanted:
+        names = [job.name for job in jobs]
+        if name not in names:
+            raise SpecError(f"{path}: no job is named {printable(name)!r}{nearest(name, names)}")
+    return [job for job in jobs if not wanted or job.name in wanted]
+
+
+def _job(values: dict[str, Any]) -> Job:
+    command = values.pop("command", "edit")
+    if command not in COMMANDS:
+        raise SpecError(f"command: {command!r} is not one of {', '.join(COMMANDS)}{nearest(str(command), COMMANDS)}")
+    texts = {}
+    for key in ("name", "base", "fine_tuned", "out"):
+        value = values.pop(key, None)
+        if key == "name" and value is None:
+            value = values.get("out") or texts.get("out")
+        if not isinstance(value, str) or not value:
+            raise SpecError(f"{key}: missing; every job needs a text for base, fine_tuned and out")
+        texts[key] = value
+    switches = {}
+    for key in SWITCHES:
+        switches[key] = values.pop(key, False)
+        if not isinstance(switches[key], bool):
+            raise SpecError(f"{key}: {switches[key]!r} is not true or false")
+    return Job(**texts, command=command, spec=EditSpec.from_mapping(values), **switches)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word nearest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _compose(path: Path) -> yaml.Node:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise SpecError(f"{path}: over {MAX_YAML_BYTES >> 20} MiB; this is not a configuration")
+    try:
+        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SpecError(f"{path}{line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise SpecError(f"{path}: not YAML: {printable(reason)}") from None
+    if root is None:
+        raise SpecError(f"{path}: empty; write options as 'key: value' lines")
+    return root
+
+
+def _children(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, tuple[int, yaml.Node]]:
+    """Key -> (line, value node) of a mapping; unknown and repeated keys are refused by line."""
+    known = list(allowed)
+    if not isinstance(node, yaml.MappingNode):
+        raise SpecError(f"{path}:{node.start_mark.line + 1}: expected 'key: value' lines here")
+    found: dict[str, tuple[int, yaml.Node]] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if key not in known:
+            shown = "a key that is not a word" if key is None else f"unknown key {printable(key)!r}"
+            hint = nearest(key or "", known) or f"; known keys: {', '.join(known)}"
+            raise SpecError(f"{path}:{line}: {shown}{hint}")
+        if key in found:
+            raise SpecError(f"{path}:{line}: key {key!r} stands here and in line {found[key][0]}; keep one")
+        found[key] = (line, value_node)
+    return found
+
+
+def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, Any]:
+    """A flat mapping of options as plain values, checked key by key."""
+    values = {}
+    loader = yaml.SafeLoader("")
+    for key, (line, value_node) in _children(node, path, allowed).items():
+        try:
+            value = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SpecError(f"{path}:{line}: {key}: {printable(str(error).splitlines()[0])}") from None
+        try:
+            # Each value is checked alone here, so that the message can name its line; together they are checked later.
+            if key in EDIT_KEYS and key not in ("rank_rule", "rank"):
+                EditSpec(**{key: value})
+        except SpecError as error:
+            raise SpecError(f"{path}:{line}: {error}") from None
+        values[key] = value
+    return values
+
+
+def _names(key: str, value: object) -> tuple[str, ...]:
+    """Layer names; a comma separates roles and groups (but not inside a pattern, which may hold commas)."""
+    names: list[str] = []
+    for text in _texts(key, value):
+        names += [text] if text.startswith("re:") else [t.strip() for t in text.split(",") if t.strip()]
+    return tuple(dict.fromkeys(names))
+
+
+def _texts(key: str, value: object) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) for v in values):
+        raise SpecError(f"{key}: {value!r} is not a text or a list of texts")
+    return tuple(values)
+
+
+def _number(key: str, value: object, *, above: float, at_most: float = math.inf) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not above < float(value) <= at_most:  # type: ignore[arg-type]
+        limit = f" and at most {at_most:g}" if at_most < math.inf else ""
+        raise SpecError(f"{key}: {value!r} is not a number above {above:g}{limit}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _choice(key: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpecError(f"{key}: {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def _compile(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SpecError(f"{key}: {printable(pattern)!r} is not a regular expression: {error}") from None
