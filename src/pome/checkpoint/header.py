@@ -4,19 +4,28 @@ A file is eight bytes of length N (little-endian), N bytes of JSON, then the dat
 `{"__metadata__": {text: text}, name: {"dtype": ..., "shape": [...], "data_offsets": [start, end]}, ...}`.
 
 What is accepted here is a subset of what `safetensors.safe_open` accepts. Headers come from strangers, so the
-JSON is walked one entry at a time: memory and time stay proportional to the text, whatever it nests or repeats.
+JSON is walked one entry at a time: memory and time stay in proportion to the text, whatever it holds.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from pome.checkpoint.json_text import (
+    MAX_INTEGER,
+    Malformed,
+    decode_object,
+    decode_text,
+    measure_value,
+    scan_object,
+    scan_strings,
+    skip_space,
+)
 from pome.errors import HeaderError, printable
 
 # Bits, not bytes: the format packs the 4- and 6-bit floats.
@@ -28,12 +37,11 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_INTEGER = 2**63 - 1
 _MAX_ENTRY_CHARACTERS = 65_536  # one tensor's entry; a rank of thousands still fits
-_MAX_SIDE_CHARACTERS = 1_048_576  # one value of an index other than its weight_map
+_MAX_SIDE_CHARACTERS = 1_048_576  # one value of an index other than its weight_map, and
+_MAX_SIDE_VALUES = 100  # how many such values
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +69,6 @@ class Header:
     file_size: int
 
 
-class _Malformed(ValueError):
-    """What is wrong, before it is known in which file."""
-
-
 def read_header(fd_or_path: int | str | os.PathLike[str], where: str | None = None) -> Header:
     """Read a file's header and nothing else. `where` names the file in messages (default: the path itself).
 
@@ -88,8 +92,8 @@ def read_header(fd_or_path: int | str | os.PathLike[str], where: str | None = No
 def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
     """The table in a header's JSON, `raw_json`, of a file of `file_size` bytes.
 
-    Raises HeaderError unless the offsets cover the data exactly, without overlap or hole, and agree with dtypes
-    and shapes.
+    Raises HeaderError unless the offsets cover the data exactly, without overlap or hole, and agree
+    with dtypes and shapes.
     """
     if len(raw_json) > MAX_HEADER_BYTES:
         _refuse(where, f"its header of {len(raw_json)} bytes is over the format's {MAX_HEADER_BYTES}")
@@ -102,16 +106,16 @@ def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
         if name == _METADATA:
             if text.startswith("null", at):
                 return at + 4
-            metadata, at = _scan_strings(text, at)
+            metadata, at = scan_strings(text, at)
             return at
         tensors[name], at = _read_entry(text, at, name, data_start)
         return at
 
     try:
-        text = _decode(raw_json)
-        at = _scan_object(text, 0, read_value)
-        if _SPACE.fullmatch(text, at) is None:
-            raise _Malformed(f"something follows the header's closing brace at character {at}")
+        text = decode_text(raw_json)
+        at = scan_object(text, 0, read_value)
+        if skip_space(text, at) != len(text):
+            raise Malformed(f"something follows the header's closing brace at character {at}")
         _check_cover(tensors, data_start, file_size)
     except ValueError as error:
         _refuse(where, f"{_describe(error)}; download or save the file again", error)
@@ -132,7 +136,7 @@ def build_header(
             _refuse("the header to write", f"has tensor '{printable(name)}' twice, or it is a reserved name")
         try:
             size = _count_bytes(dtype, shape)
-        except _Malformed as error:
+        except Malformed as error:
             _refuse("the header to write", f"cannot hold tensor '{printable(name)}': {error}", error)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
@@ -154,24 +158,28 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
     if len(raw) > MAX_HEADER_BYTES:
         _refuse(where, f"an index of {len(raw)} bytes is over {MAX_HEADER_BYTES}")
     weight_map: dict[str, str] | None = None
+    side_values = 0
 
     def read_value(key: str, at: int) -> int:
-        nonlocal weight_map
+        nonlocal weight_map, side_values
         if key == "weight_map":
-            weight_map, at = _scan_strings(text, at)
+            weight_map, at = scan_strings(text, at)
             return at
-        return at + _SIDE.raw_decode(text[at : at + _MAX_SIDE_CHARACTERS])[1]
+        side_values += 1
+        if side_values > _MAX_SIDE_VALUES:
+            raise Malformed(f"it has over {_MAX_SIDE_VALUES} keys beside weight_map")
+        return at + measure_value(text[at : at + _MAX_SIDE_CHARACTERS])
 
     try:
-        text = _decode(raw)
-        at = _scan_object(text, _skip_space(text, 0), read_value)
-        if _SPACE.fullmatch(text, at) is None:
-            raise _Malformed(f"something follows its closing brace at character {at}")
+        text = decode_text(raw)
+        at = scan_object(text, skip_space(text, 0), read_value)
+        if skip_space(text, at) != len(text):
+            raise Malformed(f"something follows its closing brace at character {at}")
         if weight_map is None:
-            raise _Malformed("it has no weight_map")
+            raise Malformed("it has no weight_map")
         for shard in dict.fromkeys(weight_map.values()):
             if not _is_plain_name(shard):
-                raise _Malformed(f"weight_map names '{printable(shard)}', not a plain .safetensors file name")
+                raise Malformed(f"weight_map names '{printable(shard)}', not a plain .safetensors file name")
     except (ValueError, RecursionError) as error:
         _refuse(where, f"{_describe(error)}; download the index again", error)
     return weight_map
@@ -214,21 +222,21 @@ def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorE
     end = text.find("}", at, at + _MAX_ENTRY_CHARACTERS) + 1
     entry = text[at:end]
     if not entry.startswith("{") or entry.count("[") != 2:
-        raise _Malformed(f"tensor '{printable(name)}' is not an object of dtype, shape and data_offsets")
-    fields = _ENTRY.decode(entry)
+        raise Malformed(f"tensor '{printable(name)}' is not an object of dtype, shape and data_offsets")
+    fields = decode_object(entry)
     if fields.keys() != _FIELDS:
-        raise _Malformed(f"tensor '{printable(name)}' has other fields than dtype, shape and data_offsets")
+        raise Malformed(f"tensor '{printable(name)}' has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not _are_integers(shape) or not _are_integers(offsets) or len(offsets) != 2:
-        raise _Malformed(f"tensor '{printable(name)}': shape and data_offsets are not lists of integers")
+        raise Malformed(f"tensor '{printable(name)}': shape and data_offsets are not lists of integers")
     try:
         size = _count_bytes(dtype, shape)
-    except _Malformed as error:
-        raise _Malformed(f"tensor '{printable(name)}': {error}") from error
+    except Malformed as error:
+        raise Malformed(f"tensor '{printable(name)}': {error}") from error
     start, stop = offsets
     if stop - start != size:
         stated = f"{dtype} {printable(str(shape), 80)} takes {size} bytes, its offsets {stop - start}"
-        raise _Malformed(f"tensor '{printable(name)}': {stated}")
+        raise Malformed(f"tensor '{printable(name)}': {stated}")
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop), end
 
 
@@ -238,15 +246,15 @@ def _are_integers(value: object) -> bool:
 
 def _count_bytes(dtype: object, shape: Iterable[int]) -> int:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _Malformed(f"dtype '{printable(str(dtype))}' is not one of the format")
+        raise Malformed(f"dtype '{printable(str(dtype))}' is not one of the format")
     bits = 1
     for size in (*shape, DTYPE_BITS[dtype]):
         bits *= size
         # Every partial product, as other readers do: a zero at the end does not excuse an overflow before it.
-        if not 0 <= bits <= _MAX_INTEGER:
-            raise _Malformed("its shape is negative or overflows 64 bits")
+        if not 0 <= bits <= MAX_INTEGER:
+            raise Malformed("its shape is negative or overflows 64 bits")
     if bits % 8:
-        raise _Malformed("its packed elements do not end at a byte")
+        raise Malformed("its packed elements do not end at a byte")
     return bits // 8
 
 
@@ -255,111 +263,17 @@ def _check_cover(tensors: Mapping[str, TensorEntry], data_start: int, file_size:
     for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != position:
             fault = "overlaps the one before it" if entry.start < position else "leaves a hole before it"
-            raise _Malformed(f"tensor '{printable(entry.name)}' {fault}")
+            raise Malformed(f"tensor '{printable(entry.name)}' {fault}")
         position = entry.end
     if position != file_size:
         fault = "is truncated" if file_size < position else "is too long"
-        raise _Malformed(f"the file {fault}: {file_size} bytes, its header describes {position}")
-
-
-def _decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # From None: the error would keep the whole input alive.
-        raise _Malformed(f"it is not UTF-8 at byte {error.start}") from None
-
-
-def _scan_object(text: str, at: int, read_value: Callable[[str, int], int]) -> int:
-    """Walk the object that opens at `at`; returns the position after its closing brace.
-
-    Each key, and where its value begins, goes to `read_value`, which returns where the value ends.
-    """
-    _expect("{", text, at)
-    seen = set()
-    at = _skip_space(text, at + 1)
-    if text.startswith("}", at):
-        return at + 1
-    while True:
-        key, at = _read_string(text, at)
-        if key in seen:
-            raise _Malformed(f"the key '{printable(key)}' is there twice")
-        seen.add(key)
-        at = _skip_space(text, at)
-        _expect(":", text, at)
-        at = _skip_space(text, read_value(key, _skip_space(text, at + 1)))
-        if text.startswith("}", at):
-            return at + 1
-        _expect(",", text, at)
-        at = _skip_space(text, at + 1)
-
-
-def _scan_strings(text: str, at: int) -> tuple[dict[str, str], int]:
-    found: dict[str, str] = {}
-    shared: dict[str, str] = {}  # an index repeats a few shard names for every tensor
-
-    def read_value(key: str, at: int) -> int:
-        value, at = _read_string(text, at)
-        found[key] = shared.setdefault(value, value)
-        return at
-
-    return found, _scan_object(text, at, read_value)
-
-
-def _read_string(text: str, at: int) -> tuple[str, int]:
-    _expect('"', text, at)
-    value, at = _ENTRY.raw_decode(text, at)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _Malformed(f"the text '{printable(value)}' is not valid Unicode") from None
-    return value, at
-
-
-def _expect(character: str, text: str, at: int) -> None:
-    if not text.startswith(character, at):
-        raise _Malformed(f"'{character}' expected at character {at}")
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None  # the pattern matches the empty string
-    return match.end()
-
-
-def _unite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    united = dict(pairs)
-    if len(united) != len(pairs):
-        raise _Malformed("a key is there twice")
-    return united
-
-
-def _read_integer(digits: str) -> int:
-    if digits.startswith("-") or len(digits) > 19 or int(digits) > _MAX_INTEGER:
-        raise _Malformed(f"{printable(digits, 40)} is negative or over 63 bits")
-    return int(digits)
-
-
-def _refuse_number(digits: str) -> NoReturn:
-    raise _Malformed(f"{printable(digits, 40)} is not an integer")
-
-
-_ENTRY = json.JSONDecoder(
-    object_pairs_hook=_unite,
-    parse_int=_read_integer,
-    parse_float=_refuse_number,
-    parse_constant=_refuse_number,
-)
-# Numbers beside the weight_map (a total size, a version) are not used: any that JSON allows will do, unread.
-_SIDE = json.JSONDecoder(
-    object_pairs_hook=_unite, parse_int=len, parse_float=len, parse_constant=_refuse_number
-)
+        raise Malformed(f"the file {fault}: {file_size} bytes, its header describes {position}")
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON at character {error.pos} ({error.msg})"
-    return str(error) if isinstance(error, _Malformed) else "it is nested too deep"
+    return str(error) if isinstance(error, Malformed) else "it is nested too deep"
 
 
 def _refuse(where: str, what: str, cause: BaseException | None = None) -> NoReturn:

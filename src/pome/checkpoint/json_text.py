@@ -1,0 +1,132 @@
+"""JSON from strangers, walked value by value: nothing is built from a text before its extent is known.
+
+Stricter than JSON where the formats are: no key twice, no number but integers of 63 bits, no broken Unicode.
+Every fault is a ValueError; those found here are `Malformed`, with a text fit for a message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pome.errors import printable
+
+MAX_INTEGER = 2**63 - 1
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Malformed(ValueError):
+    """What is wrong, before it is known in which file."""
+
+
+def decode_text(raw: bytes) -> str:
+    """The text of UTF-8 bytes."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # From None: the error would keep the whole input alive.
+        raise Malformed(f"it is not UTF-8 at byte {error.start}") from None
+
+
+def scan_object(text: str, at: int, read_value: Callable[[str, int], int]) -> int:
+    """Walk the object that opens at `at`; returns the position after its closing brace.
+
+    Each key, and where its value begins, goes to `read_value`, which returns where the value ends.
+    """
+    _expect("{", text, at)
+    seen = set()
+    at = skip_space(text, at + 1)
+    if text.startswith("}", at):
+        return at + 1
+    while True:
+        key, at = _read_string(text, at)
+        if key in seen:
+            raise Malformed(f"the key '{printable(key)}' is there twice")
+        seen.add(key)
+        at = skip_space(text, at)
+        _expect(":", text, at)
+        at = skip_space(text, read_value(key, skip_space(text, at + 1)))
+        if text.startswith("}", at):
+            return at + 1
+        _expect(",", text, at)
+        at = skip_space(text, at + 1)
+
+
+def scan_strings(text: str, at: int) -> tuple[dict[str, str], int]:
+    """The object of texts that opens at `at`, and the position after its closing brace."""
+    found: dict[str, str] = {}
+    shared: dict[str, str] = {}  # an index repeats a few shard names for every tensor
+
+    def read_value(key: str, at: int) -> int:
+        value, at = _read_string(text, at)
+        found[key] = shared.setdefault(value, value)
+        return at
+
+    return found, scan_object(text, at, read_value)
+
+
+def _read_string(text: str, at: int) -> tuple[str, int]:
+    _expect('"', text, at)
+    value, at = _STRICT.raw_decode(text, at)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"the text '{printable(value)}' is not valid Unicode") from None
+    return value, at
+
+
+def _expect(character: str, text: str, at: int) -> None:
+    if not text.startswith(character, at):
+        raise Malformed(f"'{character}' expected at character {at}")
+
+
+def skip_space(text: str, at: int) -> int:
+    """The first position from `at` on that holds no white space."""
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
+def _unite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    united = dict(pairs)
+    if len(united) != len(pairs):
+        raise Malformed("a key is there twice")
+    return united
+
+
+def _read_integer(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 19 or int(digits) > MAX_INTEGER:
+        raise Malformed(f"{printable(digits, 40)} is negative or over 63 bits")
+    return int(digits)
+
+
+def _refuse_number(digits: str) -> NoReturn:
+    raise Malformed(f"{printable(digits, 40)} is not an integer")
+
+
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unite,
+    parse_int=_read_integer,
+    parse_float=_refuse_number,
+    parse_constant=_refuse_number,
+)
+# Numbers beside the weight_map (a total size, a version) are not used: any that JSON allows will do, unread.
+_ANY = json.JSONDecoder(object_pairs_hook=_unite, parse_int=len, parse_float=len, parse_constant=_refuse_number)
+
+
+def decode_object(text: str) -> dict[str, Any]:
+    """The object that is the whole of `text`, which must be short: its values are all built."""
+    found = _STRICT.decode(text)
+    if not isinstance(found, dict):
+        raise Malformed("an object was expected")
+    return found
+
+
+def measure_value(text: str) -> int:
+    """How many characters the value takes that `text` begins with.
+
+    Raises RecursionError for one nested too deep.
+    """
+    return _ANY.raw_decode(text)[1]
