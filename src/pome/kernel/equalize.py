@@ -1,0 +1,265 @@
+"""One matrix in, one edited delta and its certificate out. Pure tensors: no names, no paths.
+
+    Equalized.value = alpha * P,  P = U_k V_k^T of the delta D = U S V^T,  alpha = beta * alpha_0   (POME, eq. 9-12)
+
+A ladder of solvers finds P. The certificate of each answer decides, not the solver: an answer that fails it, a driver
+that fails, and a precision that cannot settle the rank or the cut all hand over to the next rung.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pome.kernel.certificate import Certificate, certify, inner_factors, inner_product, squared_norm
+from pome.kernel.lowrank import solve_factors
+from pome.kernel.noise import describe
+from pome.kernel.precision import full_precision
+from pome.kernel.rank import RankRule
+from pome.kernel.scale import SCALES, choose_scale
+from pome.kernel.spectrum import Kept, Solver, Undecided
+from pome.kernel.svd import solve_svd
+
+RUNGS: tuple[tuple[str, Solver], ...] = (("svd-float64", solve_svd),)
+# Entries between these bounds can be squared and summed in float32 without overflow, and without losing the small ones.
+LEAST, MOST = 2.0**-30, 2.0**30
+
+
+class ZeroDelta(ValueError):
+    """Nothing to equalize: every entry of the delta is zero."""
+
+
+class Unsolved(ArithmeticError):
+    """Every rung of the ladder failed; the message says how each did."""
+
+
+@dataclass(frozen=True)
+class Equalized:
+    """An edited delta with what was decided and what was proved. Fields are named as in the manifest.
+
+    value: alpha * P, m x n, float32 (float64 for a float64 delta), on the delta's device. sigma_next is 0.0 where
+    there is no direction left. delta_norm and edit_norm are Frobenius norms of the delta and of `value`, energy_kept
+    the share of delta_norm^2 in the k kept singular values. objective = <D, P> / (s_1 + ... + s_k);
+    orthogonality = norm_F(P P^T P - P) / norm_F(P), by seeded probes.
+    """
+
+    value: Tensor
+    rank: int
+    k: int
+    alpha: float
+    beta: float
+    sigma_max: float
+    sigma_k: float
+    sigma_next: float
+    delta_norm: float
+    edit_norm: float
+    energy_kept: float
+    objective: float
+    orthogonality: float
+    solver: str
+    warnings: tuple[str, ...]
+
+
+def equalize(
+    delta: Tensor,
+    *,
+    rank_ratio: float = 0.5,
+    rank: int | None = None,
+    rank_rule: str = "ratio",
+    energy: float = 0.9,
+    scale: str = "frobenius",
+    beta: float = 1.0,
+    noise_floor: float | None = None,
+) -> Equalized:
+    """The edited delta of `delta` (m x n, any float dtype, any device). Options are those of `pome edit`.
+
+    The same input on the same device with the same number of threads gives the same bits; no global state of torch
+    (random numbers, precision) is touched. Raises ZeroDelta when there is nothing to equalize, ValueError for a tensor
+    or an option that makes no sense, and Unsolved when no solver on any device could be certified.
+    """
+    rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
+    check_scale(scale, beta)
+    check_shape(delta, "delta")
+    with full_precision(delta.device):
+        D, exponent = normalise(delta, "delta")
+        found = climb(list_rungs(D), partial(inner_product, D), D.device, rule.shift(-exponent))
+        return finish(found, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
+
+
+def equalize_factors(
+    b: Tensor,
+    a: Tensor,
+    *,
+    rank_ratio: float = 0.5,
+    rank: int | None = None,
+    rank_rule: str = "ratio",
+    energy: float = 0.9,
+    scale: str = "frobenius",
+    beta: float = 1.0,
+    noise_floor: float | None = None,
+) -> Equalized:
+    """The edited delta of the low-rank delta b @ a (b m x r, a r x n), as an adapter's; else as `equalize`."""
+    rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
+    check_scale(scale, beta)
+    check_shape(b, "factor b")
+    check_shape(a, "factor a")
+    if b.shape[1] != a.shape[0] or b.device != a.device:
+        raise ValueError(f"factors do not multiply: {describe(b)} on {b.device} and {describe(a)} on {a.device}")
+    with full_precision(b.device):
+        B, up = normalise(b, "factor b")
+        A, down = normalise(a, "factor a")
+        wide = torch.promote_types(B.dtype, A.dtype)
+        B, A, exponent = B.to(wide), A.to(wide), up + down
+        inner = partial(inner_factors, B, A)
+        found = climb(list_product_rungs(B, A), inner, B.device, rule.shift(-exponent))
+        square = float(found.kept.sigma.square().sum())
+        return finish(found, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The first certified answer of the ladder."""
+
+    solver: str
+    kept: Kept
+    certificate: Certificate
+    warnings: tuple[str, ...]
+
+
+Attempt = tuple[str, Callable[[RankRule], Kept]]
+
+
+def climb(attempts: Iterable[Attempt], inner: Callable[[Tensor], float], device: torch.device, rule: RankRule) -> Found:
+    """Try one solver after the other until an answer is certified; `inner` measures <D, P>."""
+    notes: list[str] = []
+    for name, solve in attempts:
+        try:
+            kept = solve(rule)
+            kept = replace(kept, P=kept.P.to(device))
+            certificate = certify(kept.P, kept.k, inner(kept.P), float(kept.sigma[: kept.k].sum()))
+        except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
+            notes.append(f"{name} handed over: {summarise(failure)}")
+            continue
+        fault = certificate.find_fault()
+        if fault is None:
+            return Found(name, kept, certificate, (*notes, *warn_of_cluster(kept)))
+        notes.append(f"{name} handed over: {fault}")
+    raise Unsolved("no solver could be certified: " + "; ".join(notes))
+
+
+def list_rungs(D: Tensor) -> Iterator[Attempt]:
+    """The ladder where D is, and after it, where that is elsewhere, on the CPU."""
+    for name, solve in RUNGS:
+        yield name, partial(solve, D)
+    if D.device.type != "cpu":
+        for name, solve in RUNGS:
+            yield f"{name} on cpu", partial(solve, D.cpu())
+
+
+def list_product_rungs(B: Tensor, A: Tensor) -> Iterator[Attempt]:
+    """The thin route, and the dense ladder should it fail."""
+    yield "factors", partial(solve_factors, B, A)
+    yield from list_rungs(B @ A)
+
+
+def finish(
+    found: Found, shape: tuple[int, int], square: float, exponent: int, scale: str, beta: float
+) -> Equalized:
+    """Scale what was found for D back to the delta = 2^exponent * D, and by alpha. `square` is norm_F(D)^2."""
+    kept, certificate = found.kept, found.certificate
+    sigma, k = shift(kept.sigma, exponent), kept.k
+    delta_norm = math.ldexp(math.sqrt(square), exponent)
+    alpha = beta * choose_scale(scale, sigma, k, shape, delta_norm)
+    return Equalized(
+        value=multiply(kept.P, alpha),
+        rank=kept.rank,
+        k=k,
+        alpha=alpha,
+        beta=beta,
+        sigma_max=float(sigma[0]),
+        sigma_k=float(sigma[k - 1]),
+        sigma_next=float(sigma[k]) if k < sigma.numel() else 0.0,
+        delta_norm=delta_norm,
+        edit_norm=alpha * certificate.norm,
+        energy_kept=float(kept.sigma[:k].square().sum()) / square,
+        objective=certificate.objective,
+        orthogonality=certificate.orthogonality,
+        solver=found.solver,
+        warnings=found.warnings,
+    )
+
+
+def multiply(P: Tensor, alpha: float) -> Tensor:
+    """alpha * P, in place where alpha itself fits the dtype."""
+    kind = torch.finfo(P.dtype)
+    if kind.smallest_normal <= alpha <= kind.max:
+        return P.mul_(alpha)
+    value = (P.cpu().double() * alpha).to(P.dtype)
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"alpha {alpha:.1e} takes the edit out of the range of {describe(P)}")
+    return value.to(P.device)
+
+
+def normalise(tensor: Tensor, what: str) -> tuple[Tensor, int]:
+    """D and e with tensor = 2^e * D exactly, D in float32 (float64 for float64); D is the tensor itself where possible.
+
+    Raises ValueError for NaN or infinity and ZeroDelta for nothing but zeros, before any decomposition sees them.
+    """
+    D = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    low, high = torch.aminmax(D)
+    largest = max(-float(low), float(high))
+    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+        raise ValueError(f"{what} holds NaN or infinity ({describe(tensor)})")
+    if largest == 0.0:
+        raise ZeroDelta(f"{what} is zero in every entry ({describe(tensor)})")
+    if LEAST <= largest <= MOST:
+        return D, 0
+    exponent = math.frexp(largest)[1]
+    return shift(D, -exponent), exponent
+
+
+def shift(tensor: Tensor, exponent: int) -> Tensor:
+    """tensor * 2^exponent, in two steps because that power alone may overflow."""
+    half = exponent // 2
+    return tensor * 2.0**half * 2.0 ** (exponent - half)
+
+
+def check_shape(tensor: Tensor, what: str) -> None:
+    """Raise ValueError for anything but a non-empty matrix of floats."""
+    if tensor.ndim != 2 or tensor.numel() == 0 or not tensor.is_floating_point():
+        raise ValueError(f"{what} must be a non-empty m x n float tensor, not {describe(tensor)}")
+
+
+def make_rule(
+    rank_ratio: float, rank: int | None, rank_rule: str, energy: float, noise_floor: float | None
+) -> RankRule:
+    """The rule of the options: `rank` beside the default rule means `fixed`."""
+    name = "fixed" if rank is not None and rank_rule == "ratio" else rank_rule
+    return RankRule(name, rank_ratio, rank, energy, noise_floor)
+
+
+def check_scale(scale: str, beta: float) -> None:
+    """Raise ValueError for an unknown scale, or a beta that is no positive number."""
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r} is none of {', '.join(SCALES)}")
+    if not (math.isfinite(beta) and beta > 0.0):
+        raise ValueError(f"beta must be a positive number, not {beta}")
+
+
+def summarise(failure: Exception) -> str:
+    """The first line of an error, without the driver's essay after it."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:160]}" if lines else type(failure).__name__
+
+
+def warn_of_cluster(kept: Kept) -> tuple[str, ...]:
+    """A warning when the data do not say which directions lie above the cut."""
+    s_k, s_next = float(kept.sigma[kept.k - 1]), kept.sigma_next
+    if s_next <= 0.0 or (s_k - s_next) / s_k >= kept.resolution:
+        return ()
+    return (f"the cut at k={kept.k} falls into a cluster: s_k and s_k+1 differ by less than {kept.resolution:.0e}",)

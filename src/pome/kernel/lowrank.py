@@ -1,0 +1,28 @@
+"""A delta that is a product of thin factors: thin QR of both and a small core, no dense SVD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pome.kernel.rank import RankRule, count_rank
+from pome.kernel.spectrum import Kept
+
+
+def solve_factors(b: Tensor, a: Tensor, rule: RankRule) -> Kept:
+    """P of D = b @ a, b m x r and a r x n, both float32 or both float64.
+
+    Q_b R_b = b and Q_a R_a = a^T give D = Q_b (R_b R_a^T) Q_a^T, and the core R_b R_a^T is at most r x r. Everything
+    but the product that writes P is float64: r is small, and it costs milliseconds.
+    """
+    shape = (b.shape[0], a.shape[1])
+    Qb, Rb = torch.linalg.qr(b.double())
+    Qa, Ra = torch.linalg.qr(a.double().mT)
+    U, s, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+    sigma = torch.zeros(min(shape), dtype=torch.float64, device="cpu")
+    sigma[: s.numel()] = s.cpu()
+    rank = count_rank(sigma, shape)
+    k = rule.choose(sigma, rank, shape)
+    left, right = Qb @ U[:, :k], Vh[:k] @ Qa.mT
+    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
+    return Kept(left.to(b.dtype) @ right.to(b.dtype), sigma, rank, k, resolution)

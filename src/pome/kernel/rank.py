@@ -1,0 +1,131 @@
+"""How many directions to keep: rules that read the singular values of one matrix and answer k.
+
+Every rule takes `sigma`, all min(m, n) singular values, descending, float64 on the CPU. `slack` is the relative doubt
+about them: a rule moves its threshold by that much, so a caller whose singular values are approximate asks twice,
+with +slack and -slack, and knows that k is exact when both answers agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective")
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """Which rule decides k, with its parameter. Raises ValueError for one that makes no sense."""
+
+    name: str = "ratio"
+    ratio: float = 0.5
+    count: int | None = None
+    energy: float = 0.9
+    noise_floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in RANK_RULES:
+            raise ValueError(f"rank_rule {self.name!r} is none of {', '.join(RANK_RULES)}")
+        if self.name == "ratio" and not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"rank_ratio must lie in (0, 1], not {self.ratio}")
+        if self.name == "fixed" and (self.count is None or self.count < 1):
+            raise ValueError(f"rank_rule 'fixed' needs rank of at least 1, not {self.count}")
+        if self.name == "energy" and not 0.0 < self.energy <= 1.0:
+            raise ValueError(f"energy must lie in (0, 1], not {self.energy}")
+        if self.name == "noise-floor" and not (self.noise_floor is not None and self.noise_floor >= 0.0):
+            raise ValueError(f"rank_rule 'noise-floor' needs a noise_floor of at least 0, not {self.noise_floor}")
+
+    def choose(self, sigma: Tensor, rank: int, shape: tuple[int, int], slack: float = 0.0) -> int:
+        """k in 1..rank for the spectrum of an m x n matrix of that rank."""
+        if self.name == "ratio":
+            k = round(self.ratio * rank)
+        elif self.name == "fixed":
+            k = self.count or 1
+        elif self.name == "energy":
+            k = count_energy(sigma, self.energy, slack)
+        elif self.name == "noise-floor":
+            k = count_above(sigma, self.noise_floor or 0.0, slack)
+        elif self.name == "gavish-donoho":
+            k = count_gavish_donoho(sigma, shape, slack)
+        else:
+            k = count_effective(sigma, slack)
+        return max(1, min(k, rank))
+
+    def shift(self, exponent: int) -> RankRule:
+        """The same rule for a matrix multiplied by 2^exponent: a noise floor is a length and scales along."""
+        if self.noise_floor is None:
+            return self
+        return replace(self, noise_floor=math.ldexp(self.noise_floor, exponent))
+
+
+def count_rank(sigma: Tensor, shape: tuple[int, int]) -> int:
+    """Numerical rank: the number of s_i > s_1 * sqrt(max(m, n) * 2^-52), what a float64 Gram matrix resolves."""
+    return int((sigma > float(sigma[0]) * rank_tolerance(shape)).sum())
+
+
+def rank_tolerance(shape: tuple[int, int]) -> float:
+    """The least s_i / s_1 that counts as non-zero in an m x n matrix."""
+    return math.sqrt(max(shape) * 2.0**-52)
+
+
+def count_energy(sigma: Tensor, energy: float, slack: float = 0.0) -> int:
+    """Least k that holds `energy` of the squared Frobenius norm."""
+    squares = sigma.square().cumsum(0)
+    return int((squares < energy * (1.0 + 2.0 * slack) * squares[-1]).sum()) + 1
+
+
+def count_above(sigma: Tensor, floor: float, slack: float = 0.0) -> int:
+    """Singular values above a floor, such as that of storage rounding (noise.py)."""
+    return int((sigma > floor * (1.0 + slack)).sum())
+
+
+def count_gavish_donoho(sigma: Tensor, shape: tuple[int, int], slack: float = 0.0) -> int:
+    """Optimal hard threshold for unknown noise: s_i > lambda(b) / sqrt(mu_b) * median(s), b = short / long side.
+
+    Gavish and Donoho, "The optimal hard threshold for singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60(8),
+    2014: lambda(b) is the optimal threshold for known noise, mu_b the median of the Marchenko-Pastur law.
+    """
+    aspect = min(shape) / max(shape)
+    root = math.sqrt(aspect * aspect + 14.0 * aspect + 1.0)
+    known = math.sqrt(2.0 * (aspect + 1.0) + 8.0 * aspect / (aspect + 1.0 + root))
+    n = sigma.numel()
+    median = 0.5 * (float(sigma[(n - 1) // 2]) + float(sigma[n // 2]))
+    return count_above(sigma, known / math.sqrt(marchenko_pastur_median(aspect)) * median, 2.0 * slack)
+
+
+@lru_cache(maxsize=256)
+def marchenko_pastur_median(aspect: float) -> float:
+    """Median of the Marchenko-Pastur law of ratio `aspect` in (0, 1], unit variance.
+
+    x = low + (high - low) sin^2(t) takes the square-root ends out of the density, so that a plain trapezoid sum
+    over t converges fast (at aspect 1, where the density itself is unbounded, too).
+    """
+    low, high = (1.0 - math.sqrt(aspect)) ** 2, (1.0 + math.sqrt(aspect)) ** 2
+    t = torch.linspace(0.0, math.pi / 2.0, 20001, dtype=torch.float64, device="cpu")
+    sin2 = t.sin().square()
+    x = low + (high - low) * sin2
+    density = sin2 * (1.0 - sin2) * (high - low) ** 2 / (math.pi * aspect * x.clamp_min(1e-300))
+    if low == 0.0:
+        density[0] = high / (math.pi * aspect)  # the limit of sin^2(t) / x at t = 0
+    mass = torch.cumulative_trapezoid(density, t)
+    half = float(mass[-1]) / 2.0
+    i = int((mass < half).sum())
+    before = float(mass[i - 1])
+    part = (half - before) / (float(mass[i]) - before)
+    angle = float(t[i]) + part * float(t[1] - t[0])
+    return low + (high - low) * math.sin(angle) ** 2
+
+
+def count_effective(sigma: Tensor, slack: float = 0.0) -> int:
+    """Effective rank: exp of the entropy of s_i / sum(s), rounded.
+
+    Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    share = sigma / sigma.sum()
+    entropy = -float(torch.special.xlogy(share, share).sum())
+    # d(entropy) <= slack * (log n + 1) for a relative change of every s_i by slack.
+    return round(math.exp(entropy + slack * (math.log(sigma.numel()) + 1.0)))

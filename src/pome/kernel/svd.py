@@ -1,0 +1,23 @@
+"""The last rung: a float64 singular value decomposition. Slow, and right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pome.kernel.rank import RankRule, count_rank
+from pome.kernel.spectrum import Kept
+
+
+def solve_svd(D: Tensor, rule: RankRule) -> Kept:
+    """P of D (m x n, float32 or float64) by `torch.linalg.svd` in float64.
+
+    Raises torch.linalg.LinAlgError when the driver does not converge.
+    """
+    shape = (D.shape[0], D.shape[1])
+    U, s, Vh = torch.linalg.svd(D.double(), full_matrices=False)
+    sigma = s.cpu()
+    rank = count_rank(sigma, shape)
+    k = rule.choose(sigma, rank, shape)
+    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
+    return Kept((U[:, :k] @ Vh[:k]).to(D.dtype), sigma, rank, k, resolution)
