@@ -129,13 +129,13 @@ def list_heavy_headers(size: int) -> Iterator[tuple[str, bytes]]:
         b'{"a":{"dtype":"U8","shape":[' + b"1," * (size // 2) + b'1],"data_offsets":[0,1]}}',
     )
     yield "one long integer", b'{"a":{"dtype":"U8","shape":[' + b"9" * size + b'],"data_offsets":[0,1]}}'
-    yield "one duplicate key", b"{" + (f'"a":{entry},' * (size // len(entry))).encode() + b"}"
+    yield "one duplicate key", b"{" + (f'"a":{entry},' * (size // (len(entry) + 5))).encode() + b"}"
     yield "duplicate metadata", b'{"__metadata__":{' + b'"a":"",' * (size // 7) + b'"a":""}}'
     yield "duplicate fields", b'{"a":{' + b'"dtype":"U8",' * (size // 13) + b'"dtype":"U8"}}'
     yield "many tensors", ("{" + ",".join(keys) + "}").encode()
     yield (
         "many metadata",
-        ('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(size // 12)) + "}}").encode(),
+        ('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(size // 16)) + "}}").encode(),
     )
     yield "one long name", b'{"' + b"a" * size + b'":1}'
     yield "one long wide name", b'{"' + b"a" * size + "😀".encode() + b'":1}'
@@ -144,7 +144,7 @@ def list_heavy_headers(size: int) -> Iterator[tuple[str, bytes]]:
     yield "white space", b"{" + b" " * size + b"}"
     yield "white space before a fault", b"{" + b" " * size + b"!"
     yield "many keys without a value", b"{" + b'"a",' * (size // 4) + b"}"
-    yield "an index of side keys", ("{" + ",".join(f'"{i}":[]' for i in range(size // 12)) + "}").encode()
+    yield "an index of side keys", ("{" + ",".join(f'"{i}":[]' for i in range(size // 16)) + "}").encode()
     yield (
         "an index of shards",
         ('{"weight_map":{' + ",".join(f'"{i}":"{i}.safetensors"' for i in range(size // 32)) + "}}").encode(),

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pome.checkpoint.json_text import (
-    MAX_INTEGER,
     Malformed,
     decode_object,
     decode_text,
@@ -37,6 +36,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_INTEGER = 2**63 - 1
 _MAX_ENTRY_CHARACTERS = 65_536  # one tensor's entry; a rank of thousands still fits
 _MAX_SIDE_CHARACTERS = 1_048_576  # one value of an index other than its weight_map, and
 _MAX_SIDE_VALUES = 100  # how many such values
@@ -223,12 +223,14 @@ def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorE
     entry = text[at:end]
     if not entry.startswith("{") or entry.count("[") != 2:
         raise Malformed(f"tensor '{printable(name)}' is not an object of dtype, shape and data_offsets")
+    if "-" in entry:
+        raise Malformed(f"tensor '{printable(name)}' has a negative number")
     fields = decode_object(entry)
     if fields.keys() != _FIELDS:
         raise Malformed(f"tensor '{printable(name)}' has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not _are_integers(shape) or not _are_integers(offsets) or len(offsets) != 2:
-        raise Malformed(f"tensor '{printable(name)}': shape and data_offsets are not lists of integers")
+        raise Malformed(f"tensor '{printable(name)}': shape and data_offsets are not lists of 63-bit integers")
     try:
         size = _count_bytes(dtype, shape)
     except Malformed as error:
@@ -241,7 +243,7 @@ def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorE
 
 
 def _are_integers(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int} and max(value, default=0) <= _MAX_INTEGER
 
 
 def _count_bytes(dtype: object, shape: Iterable[int]) -> int:
@@ -251,8 +253,8 @@ def _count_bytes(dtype: object, shape: Iterable[int]) -> int:
     for size in (*shape, DTYPE_BITS[dtype]):
         bits *= size
         # Every partial product, as other readers do: a zero at the end does not excuse an overflow before it.
-        if not 0 <= bits <= MAX_INTEGER:
-            raise Malformed("its shape is negative or overflows 64 bits")
+        if not 0 <= bits <= _MAX_INTEGER:
+            raise Malformed("its shape is negative or overflows 63 bits")
     if bits % 8:
         raise Malformed("its packed elements do not end at a byte")
     return bits // 8
@@ -273,7 +275,7 @@ def _check_cover(tensors: Mapping[str, TensorEntry], data_start: int, file_size:
 def _describe(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON at character {error.pos} ({error.msg})"
-    return str(error) if isinstance(error, Malformed) else "it is nested too deep"
+    return "it is nested too deep" if isinstance(error, RecursionError) else printable(str(error), 500)
 
 
 def _refuse(where: str, what: str, cause: BaseException | None = None) -> NoReturn:
