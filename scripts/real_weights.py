@@ -92,7 +92,7 @@ def rxnfp_pair(variant: str = "bert_ft_10k_25s") -> Pair:
 
 
 def anarcii_trio() -> Trio:
-    """Three encoder-decoders (2 + 2 layers, d 128, ffn 512); two tensors of tcr have a row more.
+    """Three encoder-decoders (2 + 2 layers, d 128, ffn 512); three tensors of tcr have a row more.
 
     Raises RealWeightsError.
     """
