@@ -10,10 +10,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Words that tell the towers of one model apart. A change of prefix may add or drop wrappers such as `bert.` or
 # `model.`, but may not lead from one tower to another: their tensors agree in shape and would pair into nonsense.
 TOWERS = frozenset(
-    "encoder decoder vision visual vision_model vision_tower vision_encoder text_model text_encoder audio audio_tower "
-    "audio_model speech image_encoder question_encoder ctx_encoder generator discriminator student teacher "
-    "encoder_q encoder_k shared mtp".split()
-)
+    (
+        "encoder", "decoder", "vision", "visual", "vision_model", "vision_tower", "vision_encoder", "image_encoder",
+        "text_model", "text_encoder", "audio", "audio_tower", "audio_model", "speech", "question_encoder",
+        "ctx_encoder", "generator", "discriminator", "student", "teacher", "encoder_q", "encoder_k", "shared", "mtp",
+    )
+)  # fmt: skip
 
 
 def pair_names(base: Shapes, ft: Shapes) -> dict[str, str]:

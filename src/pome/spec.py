@@ -1,4 +1,4 @@
-"""What the user asked for: frozen dataclasses, made from options or from YAML. No torch, no checkpoint is opened here."""
+"""What the user asked for: frozen dataclasses, made from options or from YAML. No torch, no checkpoints."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class EditSpec:
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
-        """A spec from option names and values; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
+        """A spec from options by name; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
         chosen = dict(options)
         if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
             chosen["rank_rule"] = "energy"
@@ -165,7 +165,7 @@ def _job(values: dict[str, Any]) -> Job:
     command = values.pop("command", "edit")
     if command not in COMMANDS:
         raise SpecError(f"command: {command!r} is not one of {', '.join(COMMANDS)}{nearest(str(command), COMMANDS)}")
-    texts = {}
+    texts: dict[str, str] = {}
     for key in ("name", "base", "fine_tuned", "out"):
         value = values.pop(key, None)
         if key == "name" and value is None:
@@ -173,12 +173,15 @@ def _job(values: dict[str, Any]) -> Job:
         if not isinstance(value, str) or not value:
             raise SpecError(f"{key}: missing; every job needs a text for base, fine_tuned and out")
         texts[key] = value
-    switches = {}
-    for key in SWITCHES:
-        switches[key] = values.pop(key, False)
-        if not isinstance(switches[key], bool):
-            raise SpecError(f"{key}: {switches[key]!r} is not true or false")
-    return Job(**texts, command=command, spec=EditSpec.from_mapping(values), **switches)
+    overwrite, fresh = (_switch(key, values.pop(key, False)) for key in SWITCHES)
+    spec = EditSpec.from_mapping(values)
+    return Job(texts["name"], command, texts["base"], texts["fine_tuned"], texts["out"], spec, overwrite, fresh)
+
+
+def _switch(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(f"{key}: {value!r} is not true or false")
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -233,7 +236,7 @@ def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, A
     loader = yaml.SafeLoader("")
     for key, (line, value_node) in _children(node, path, allowed).items():
         try:
-            value = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            value = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SpecError(f"{path}:{line}: {key}: {printable(str(error).splitlines()[0])}") from None
         try:

@@ -1,0 +1,314 @@
+"""Stage an output beside its final place, patch it, keep a journal, publish it with one rename.
+
+The staging folder `OUT.pome-staging` holds
+    lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
+    command     what is being made; another command's progress is never reused
+    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
+    output/     what becomes OUT
+    replaced/   the former OUT, for the moment of an overwrite
+
+At every instant OUT is absent, whole as before, or whole and new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, write_at
+from pome.checkpoint.header import Header
+from pome.checkpoint.lock import take_lock
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.errors import OutputError, printable
+
+STAGING_SUFFIX = ".pome-staging"
+_SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
+
+
+def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
+    """The absolute path of OUT, if an output may be made there. Raises OutputError; writes nothing."""
+    target = Path(os.path.abspath(out.expanduser()))
+    real = Path(os.path.realpath(target))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if real == source or source in real.parents:
+            raise OutputError(f"{printable(str(out))}: OUT lies inside {given}; choose a folder outside the inputs")
+        if real in source.parents:
+            raise OutputError(f"{printable(str(out))}: OUT holds {given}; choose a folder of its own")
+    if out.suffix == ".safetensors":
+        raise OutputError(f"{printable(str(out))}: OUT is a folder; give it a name without .safetensors")
+    if target.is_symlink():
+        raise OutputError(f"{printable(str(out))}: is a symbolic link; give the folder that it should be")
+    if target.exists():
+        if not overwrite:
+            raise OutputError(f"{printable(str(out))}: exists; choose another OUT or give --overwrite to replace it")
+        if not target.is_dir() or os.path.ismount(target) or Path(os.path.realpath(".")) in (real, *real.parents):
+            inside = Path(os.path.realpath(".")) in (real, *real.parents)
+            what = "the working folder or above it" if inside else "no folder of its own"
+            raise OutputError(f"{printable(str(out))}: is {what} and is not replaced; choose another OUT")
+    return target
+
+
+class Staging:
+    """An output in the making; use as a context manager, which releases the lock and deletes nothing."""
+
+    def __init__(self, target: Path, command: dict[str, Any], fresh: bool) -> None:
+        self.target = target
+        self.folder = target.with_name(target.name + STAGING_SUFFIX)
+        self.output = self.folder / "output"
+        self._command = command
+        self._fresh = fresh
+        self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._lock = -1
+        self._journal = -1
+        self.copied: set[str] = set()
+        self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
+
+    def __enter__(self) -> Staging:
+        with explain(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(self.folder)
+            try:
+                self._restore_replaced()
+                self._open_progress()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (*self._files.values(), self._journal, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._files.clear()
+        self._journal = self._lock = -1
+
+    def _restore_replaced(self) -> None:
+        """A run died between the two renames of an overwrite: put the former OUT back before anything else."""
+        replaced = self.folder / "replaced"
+        if replaced.exists() and not self.target.exists():
+            os.rename(replaced, self.target)
+
+    def _open_progress(self) -> None:
+        stored = _read_command(self.folder / "command")
+        if stored is not None and not self._fresh and self.output.is_dir() and stored != self._command:
+            differing = [key for key in self._command if stored.get(key) != self._command[key]]
+            raise OutputError(
+                f"{self.folder}: holds the unfinished run of another command (it differs in {', '.join(differing)}); "
+                "finish that one, or give --fresh to drop its progress"
+            )
+        if stored != self._command or self._fresh or not self.output.is_dir():
+            for name in ("command", "journal", "output", "replaced"):
+                _remove(self.folder / name)
+            self.output.mkdir()
+            _write_synced(self.folder / "command", json.dumps(self._command).encode())
+        self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _sync_folder(self.folder)
+        self._replay()
+
+    def _replay(self) -> None:
+        """Read the journal up to its last whole line; what a crash left behind that is cut off."""
+        with open(os.dup(self._journal), "rb") as file:
+            good = 0
+            for line in file:
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if not isinstance(entry, dict):
+                    break
+                good += len(line)
+                if "copied" in entry:
+                    self.copied.add(entry["copied"])
+                else:
+                    self.finished[entry["unit"]] = entry
+        os.ftruncate(self._journal, good)
+        os.lseek(self._journal, 0, os.SEEK_END)
+
+    def check_space(self, needed: int, probe: Path | None) -> None:
+        """Refuse early what cannot fit: OutputError, unless FT's bytes can be shared on this file system."""
+        with explain(self.folder):
+            free = shutil.disk_usage(self.folder).free
+        if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
+            raise OutputError(
+                f"{self.folder}: {needed} bytes are needed and {free} are free there; make room or choose another OUT"
+            )
+
+    def copy_file(self, name: str, source: Path, advance: Advance) -> None:
+        """Copy one file of FT into the output, unless an earlier run did."""
+        with self._copying(name, source) as fds:
+            if fds is not None:
+                fd, copy = fds
+                copy_file(fd, copy, os.fstat(fd).st_size, advance)
+                # A script keeps its mode; a weight file that FT has read-only must stay writable for the patches.
+                os.fchmod(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
+
+    def lay_out(self, name: str, source: Path, old: Header, raw: bytes, new: Header, advance: Advance) -> None:
+        """Write a file with another layout: the new header, and every tensor whose dtype stays copied to its place."""
+        with self._copying(name, source) as fds:
+            if fds is not None:
+                fd, copy = fds
+                write_at(copy, raw, 0)
+                os.ftruncate(copy, new.file_size)
+                for entry in new.tensors.values():
+                    was = old.tensors[entry.name]
+                    if was.dtype == entry.dtype:
+                        copy_range(fd, was.start, copy, entry.start, entry.nbytes, advance)
+
+    @contextlib.contextmanager
+    def _copying(self, name: str, source: Path) -> Iterator[tuple[int, int] | None]:
+        """(source, empty copy) open for the caller to fill, then synced and journalled; None if done already."""
+        target = self.output / name
+        if name in self.copied and target.is_file():
+            yield None
+            return
+        fd = _open_regular(source)
+        try:
+            with explain(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+                copy = os.open(target, flags, 0o666)
+                try:
+                    yield fd, copy
+                    os.fsync(copy)
+                finally:
+                    os.close(copy)
+                _sync_folder(target.parent)
+                _append(self._journal, json.dumps({"copied": name}).encode() + b"\n")
+                self.copied.add(name)
+        finally:
+            os.close(fd)
+
+    def put_file(self, name: str, content: bytes) -> None:
+        """Write a small file of our own making into the output."""
+        with explain(self.output / name):
+            _write_synced(self.output / name, content)
+
+    def write(self, name: str, data: bytearray, offset: int) -> None:
+        """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
+        with explain(self.output / name):
+            write_at(self._open(name), data, offset)
+
+    def commit(self, entries: list[dict[str, Any]]) -> None:
+        """Sync all written bytes, then the journal lines (each with a `unit`) that say they are there."""
+        for name, fd in self._files.items():
+            with explain(self.output / name):
+                os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        with explain(self.folder / "journal"):
+            _append(self._journal, lines)
+        os.utime(self.folder / "lock")  # a sign of life for those who look from another machine
+
+    def publish(self, manifest: bytes, overwrite: bool) -> None:
+        """Sync everything, write the manifest last, and rename the whole to OUT."""
+        if self.target.exists() and not overwrite:
+            raise OutputError(f"{self.target}: appeared meanwhile; move it away or give --overwrite, then run again")
+        with explain(self.output):
+            for fd in self._files.values():
+                os.fsync(fd)
+            _write_synced(self.output / MANIFEST_NAME, manifest)
+            for root, _, _ in os.walk(self.output):
+                _sync_folder(Path(root))
+        with explain(self.target):
+            if self.target.exists():
+                os.rename(self.target, self.folder / "replaced")
+            os.rename(self.output, self.target)
+            _sync_folder(self.target.parent)
+        # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard_if_empty(self) -> None:
+        """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""
+        if not self.copied and not self.finished and not any(self.output.iterdir()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, name: str) -> int:
+        with self._opening:  # workers of several devices write to one file
+            if name not in self._files:
+                self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return self._files[name]
+
+
+@contextlib.contextmanager
+def explain(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing into an OutputError that names the file and the next step."""
+    try:
+        yield
+    except OSError as error:
+        steps = {
+            errno.ENOSPC: "make room there, then run the same command again to go on",
+            errno.EDQUOT: "raise the quota, then run the same command again to go on",
+            errno.EROFS: "the file system is read-only; choose another OUT",
+            errno.EACCES: "choose an OUT that you may write to",
+            errno.EPERM: "choose an OUT that you may write to",
+        }
+        step = steps.get(error.errno or 0, "mend it, then run the same command again to go on")
+        raise OutputError(f"{printable(str(path))}: {error.strerror or error}; {step}") from error
+
+
+def _open_regular(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}; nothing is lost, try again") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OutputError(f"{path}: is no longer a regular file")
+    return fd
+
+
+def _read_command(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _append(fd: int, data: bytes) -> None:
+    view: Any = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.fsync(fd)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        write_at(fd, content, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def update_index(raw: bytes, shift: int) -> bytes:
+    """The index with `metadata.total_size` moved by `shift` bytes, all else as it was."""
+    index = json.loads(raw)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += shift
+    return (json.dumps(index, indent=2) + "\n").encode()

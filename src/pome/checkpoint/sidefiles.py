@@ -1,0 +1,85 @@
+"""What goes along with the weights (tokenizer, configs, code), and what does not (training state, stale weights)."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from pome.checkpoint.source import PICKLED, Checkpoint
+from pome.errors import OutputError, printable
+
+MANIFEST_NAME = "pome_manifest.json"
+
+_TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d+")
+_TRAINING_FILE = re.compile(
+    r"(optimizer|scheduler|rng_state|scaler).*\.(pt|pth|bin)|training_args\.bin|trainer_state\.json"
+)
+_OTHER_WEIGHTS = (
+    *PICKLED, ".bin.index.json", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot", ".npz"
+)  # fmt: skip
+_NEVER = {".git": "version control", ".cache": "a download cache", MANIFEST_NAME: "the manifest of an earlier edit"}
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file of FT that is no weight file: its path below the folder, and where its bytes are."""
+
+    name: str
+    path: Path
+    size: int
+
+
+def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
+    """Files of FT to copy as they are; and those that are not copied, by name, each with its reason."""
+    copied: list[SideFile] = []
+    skipped = dict(ft.unused)
+    if ft.folder is None:
+        return copied, skipped
+    for root, folders, names in os.walk(ft.folder, onerror=_refuse_walk):
+        here = Path(root)
+        below = here.relative_to(ft.folder)
+        for folder in sorted(folders):
+            reason = _NEVER.get(folder)
+            if _TRAINING_FOLDER.fullmatch(folder):
+                reason = "training state"
+            if (here / folder).is_symlink():
+                reason = "a symbolic link to a folder"
+            if reason:
+                skipped[f"{below / folder}/"] = reason
+                folders.remove(folder)
+        folders.sort()
+        for name in sorted(names):
+            relative = str(below / name)
+            if relative in ft.files or relative in ft.unused:
+                continue
+            file = SideFile(relative, here / name, 0)
+            reason, size = _find_reason_to_skip(file)
+            if reason:
+                skipped[relative] = reason
+            else:
+                copied.append(SideFile(relative, file.path, size))
+    return copied, skipped
+
+
+def _refuse_walk(error: OSError) -> None:
+    raise OutputError(f"{error.filename}: cannot be listed: {error.strerror}")
+
+
+def _find_reason_to_skip(file: SideFile) -> tuple[str | None, int]:
+    name = file.path.name
+    if name in _NEVER:
+        return _NEVER[name], 0
+    if _TRAINING_FILE.fullmatch(name):
+        return "training state", 0
+    if name.endswith(_OTHER_WEIGHTS):
+        return "weights in another format, which this edit does not change", 0
+    try:
+        info = os.stat(file.path)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(str(file.path))}: cannot be read: {error.strerror}; remove it or mend the link"
+        ) from None
+    return (None if stat.S_ISREG(info.st_mode) else "not a regular file"), info.st_size

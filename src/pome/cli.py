@@ -1,0 +1,277 @@
+"""The command line: options to a spec, errors to exit statuses. It decides nothing about checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+import typer
+
+import pome
+from pome.errors import PomeError
+from pome.spec import EDIT_KEYS, EditSpec, Job, merge_options, read_batch, read_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pome.manifest import Manifest
+    from pome.run import Progress
+
+app = typer.Typer(
+    name="pome",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Improve a fine-tuned checkpoint without data or training: equalize the leading directions of its updates.",
+)
+
+LOG_WIDTH = 140
+
+RankRule = Literal["ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective"]
+Scale = Literal["frobenius", "unit", "rms", "mean", "spectral"]
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+Engine = Literal["local"]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pome {pome.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command("edit")
+def edit_command(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained checkpoint: folder or .safetensors file.")],
+    ft: Annotated[str, typer.Argument(metavar="FT", help="Fine-tuned checkpoint: folder or .safetensors file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Role, group or re:PATTERN over tensor names; repeatable. \\[default: up]"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors to leave alone (regex); repeatable.")
+    ] = None,
+    rank_ratio: Annotated[
+        float | None, typer.Option(metavar="K", help="k = max(1, round(K * rank)). \\[default: 0.5]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="k = min(N, rank).")] = None,
+    rank_rule: Annotated[RankRule | None, typer.Option(help="How k is chosen. \\[default: ratio]")] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="E", help="Least k that holds E of the squared norm. \\[default: 0.9]")
+    ] = None,
+    scale: Annotated[Scale | None, typer.Option(help="Rule for alpha_0. \\[default: frobenius]")] = None,
+    beta: Annotated[
+        float | None, typer.Option(metavar="B", help="The factor; 1 keeps the update's norm. \\[default: 1.0]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the edited tensors. \\[default: keep]")] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Where units are worked on. \\[default: local]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with these names as keys; options win.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop an interrupted run's progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Write to OUT the checkpoint FT with the updates of chosen matrices equalized.
+
+    Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
+    """
+    given = {key: context.params[key] for key in EDIT_KEYS if context.params[key] not in (None, [], ())}
+    spec = EditSpec.from_mapping(merge_options(read_config(config) if config else {}, given))
+    console = _console(quiet)
+    if dry_run:
+        _show_plan(base, ft, out, spec, console, as_json, overwrite)
+        return
+    manifest = _edit(base, ft, out, spec, console, overwrite, fresh)
+    _report(manifest, out, console)
+    if as_json:
+        sys.stdout.write(manifest.to_json())
+
+
+@app.command("batch")
+def batch_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Defaults and a list of jobs.")],
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this job alone; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run many jobs from one YAML file; a failed job does not stop the others.
+
+    Exit status: 0 all done; 1 at least one failed; 2 the file is wrong, and nothing was run; 130 interrupted.
+    """
+    jobs = read_batch(file, only or ())
+    console = _console(quiet)
+    results = [_run_job(job, console) for job in jobs]
+    from pome.progress import make_batch_table
+
+    console.print(make_batch_table(results))
+    if as_json:
+        print(json.dumps({"jobs": results}, indent=1))
+    if any(result["status"] != "done" for result in results):
+        raise typer.Exit(1)
+
+
+def _run_job(job: Job, console: Console) -> dict[str, Any]:
+    begun = time.monotonic()
+    result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
+    console.print(f"[bold]{job.name}[/bold]", highlight=False)
+    try:
+        manifest = _edit(job.base, job.fine_tuned, Path(job.out), job.spec, console, job.overwrite, job.fresh)
+        _report(manifest, Path(job.out), console)
+        result |= {"status": "done", "matrices": len(manifest.tensors)}
+    except (PomeError, OSError, MemoryError) as error:
+        _complain(f"{job.name}: {describe_error(error)}")
+        result |= {"status": "failed", "error": describe_error(error)}
+    result["seconds"] = round(time.monotonic() - begun, 3)
+    return result
+
+
+def _edit(
+    base: str, ft: str, out: Path, spec: EditSpec, console: Console, overwrite: bool, fresh: bool
+) -> Manifest:
+    from pome.checkpoint.output import check_target
+    from pome.progress import describe_plan
+    from pome.run import edit, open_pair
+
+    # Everything that can be refused without torch is refused before torch takes its seconds to load.
+    with open_pair(base, ft, spec) as opened:
+        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
+    with _progress(console) as progress:
+        return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh)
+
+
+def _show_plan(
+    base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool
+) -> None:
+    from pome.checkpoint.output import check_target
+    from pome.progress import describe_plan, make_plan_table, show_bytes
+    from pome.run import open_pair
+
+    with open_pair(base, ft, spec) as opened:
+        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
+        console.print(make_plan_table(opened))
+        console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)
+        if as_json:
+            print(json.dumps(opened.plan.to_json(), indent=1))
+
+
+def _report(manifest: Manifest, out: Path, console: Console) -> None:
+    from pome.checkpoint.sidefiles import MANIFEST_NAME
+    from pome.errors import printable
+    from pome.progress import describe_kept, describe_warnings, make_closing_table, show_bytes
+
+    if manifest.tensors:
+        console.print(make_closing_table(manifest))
+    for line in [*describe_kept(manifest), *describe_warnings(manifest)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not manifest.tensors:
+        console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
+    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
+    line = (
+        f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, every other byte as in FT   "
+        f"manifest: {printable(str(out / MANIFEST_NAME))}"
+    )
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _console(quiet: bool) -> Console:
+    """Everything for people goes to stderr; stdout is for `--json`."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH  # a log has no width of its own; tables must not fold to that of an 80-column terminal
+    return console
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    from pome.progress import BarProgress, LineProgress
+    from pome.run import Progress
+
+    if console.quiet:
+        yield Progress()
+    elif console.is_terminal:
+        with BarProgress(console) as bars:
+            yield bars
+    else:
+        yield LineProgress(console)
+
+
+def describe_error(error: BaseException) -> str:
+    """One error as a message for people, whatever raised it."""
+    if isinstance(error, MemoryError):
+        return "out of memory; use a machine with more, or --exclude the largest matrices (see --dry-run)"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit status."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command; returns its exit status. Errors go to stderr as one message, never as a traceback."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # A scheduler's or CI's stop is handled as Ctrl-C is: progress is made safe and the same command goes on.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        status = app(arguments, standalone_mode=False, prog_name="pome")
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted; nothing was written")
+        return 130
+    except click.exceptions.Abort:
+        _complain("interrupted; nothing was written")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our stdout went away (`pome ... | head`); it must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except PomeError as error:
+        _complain(str(error))
+        return error.exit_status
+    except (OSError, MemoryError) as error:
+        _complain(describe_error(error))
+        return 1

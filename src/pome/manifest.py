@@ -1,0 +1,133 @@
+"""What was done, as data: `pome_manifest.json`. Dataclasses to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pome.errors import VerificationError, printable
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 (hex) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SideRecord:
+    """One input: as the user named it, the Hub commit it resolved to (or None), and its files."""
+
+    source: str
+    revision: str | None
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One edited matrix. Norms are Frobenius norms; the README tells what each number means."""
+
+    name: str
+    part: str | None
+    file: str
+    role: str
+    shape: tuple[int, int]  # (fan_out, fan_in)
+    dtype: str
+    rank: int
+    k: int
+    alpha: float
+    beta: float
+    sigma_max: float
+    sigma_k: float
+    sigma_next: float
+    noise_floor: float
+    delta_norm: float
+    edit_norm: float
+    energy_kept: float
+    rounding: float
+    objective: float
+    orthogonality: float
+    solver: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """A tensor, or one matrix in it, that the selection matched but that was not edited."""
+
+    name: str
+    part: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one run. Only `created` and `timing` may differ between two runs of the same command."""
+
+    format_version: int
+    pome_version: str
+    created: str
+    base: SideRecord
+    fine_tuned: SideRecord
+    spec: dict[str, Any]
+    tensors: tuple[TensorRecord, ...]
+    kept: tuple[KeptRecord, ...]
+    not_copied: dict[str, str]  # files of FT that the output leaves out, and why
+    files: dict[str, FileRecord]  # every file of the output but the manifest itself
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_mapping(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Read a manifest back. Raises VerificationError naming what is missing or of the wrong kind."""
+        try:
+            raw = json.loads(text)
+            if not isinstance(raw, dict):
+                raise TypeError("it is not an object")
+            if raw.get("format_version") != FORMAT_VERSION:
+                raise TypeError(f"format_version is {raw.get('format_version')!r}, this pome reads {FORMAT_VERSION}")
+            return cls(
+                **{
+                    **raw,
+                    "base": _read_side(raw["base"]),
+                    "fine_tuned": _read_side(raw["fine_tuned"]),
+                    "tensors": tuple(_read_tensor(item) for item in raw["tensors"]),
+                    "kept": tuple(KeptRecord(**item) for item in raw["kept"]),
+                    "files": _read_files(raw["files"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise VerificationError(f"{where}: not a manifest of pome: {printable(str(error))}") from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file. Raises VerificationError."""
+    try:
+        return Manifest.from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read: {error.strerror}; is this an output of pome?") from None
+
+
+def _read_tensor(raw: dict[str, Any]) -> TensorRecord:
+    rows, columns = raw["shape"]
+    return TensorRecord(**{**raw, "shape": (rows, columns), "warnings": tuple(raw["warnings"])})
+
+
+def _read_side(raw: dict[str, Any]) -> SideRecord:
+    return SideRecord(**{**raw, "files": _read_files(raw["files"])})
+
+
+def _read_files(raw: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**item) for name, item in raw.items()}

@@ -1,0 +1,159 @@
+"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pome.errors import NumericalError, printable
+from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize
+from pome.kernel.noise import storage_noise_floor
+from pome.manifest import KeptRecord, TensorRecord
+from pome.plan import Unit, fan_out_in
+from pome.roles import Part
+from pome.spec import EditSpec
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MEASURED = tuple(
+    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
+)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a unit came to. `data` is None where FT's bytes stay."""
+
+    unit: Unit
+    data: bytearray | None
+    tensors: tuple[TensorRecord, ...]
+    kept: tuple[KeptRecord, ...]
+    kernel_seconds: float
+
+
+def patch_unit(unit: Unit, ft_bytes: bytearray, base_bytes: bytearray, spec: EditSpec, device: str) -> Patch:
+    """Edit the selected matrices of a unit on `device`; `ft_bytes` is edited in place where the dtype stays.
+
+    Raises NumericalError for NaN or infinity on either side, an edit that the output dtype cannot hold, and a matrix
+    that no solver could certify.
+    """
+    ft = torch.frombuffer(ft_bytes, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
+    base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    if unit.out_dtype == unit.dtype:
+        data, out = ft_bytes, ft
+    else:
+        data = bytearray(unit.out_nbytes)
+        out = torch.frombuffer(data, dtype=TORCH_DTYPES[unit.out_dtype]).reshape(unit.shape)
+        out.copy_(ft)
+    edited: list[TensorRecord] = []
+    kept: list[KeptRecord] = []
+    seconds = 0.0
+    for part in unit.parts:
+        begun = time.perf_counter()
+        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device)
+        if isinstance(record, TensorRecord):
+            edited.append(record)
+        else:
+            kept.append(record)
+        seconds += time.perf_counter() - begun
+    unchanged = not edited and data is ft_bytes
+    return Patch(unit, None if unchanged else data, tuple(edited), tuple(kept), seconds)
+
+
+def put_view(stored: Tensor, part: Part) -> Tensor:
+    """A view of a part's entries in a stored tensor, its blocked axis still split into (count, size)."""
+    block = part.block
+    if block is None:
+        return stored
+    # Splitting an axis keeps a view a view, whatever the strides are.
+    sizes = list(stored.shape)
+    sizes[block.axis : block.axis + 1] = [block.count, block.period]
+    return stored.view(sizes).narrow(block.axis + 1, block.start, block.size)
+
+
+def take(stored: Tensor, part: Part) -> Tensor:
+    """A part's entries in a stored tensor as one 2-D tensor (a copy where they do not lie together)."""
+    view = put_view(stored, part)
+    return view if part.block is None else view.flatten(part.block.axis, part.block.axis + 1)
+
+
+def _edit_part(
+    unit: Unit, part: Part, ft: Tensor, base: Tensor, out: Tensor, spec: EditSpec, device: str
+) -> TensorRecord | KeptRecord:
+    """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
+    label = unit.label(part)
+    where = f"tensor {printable(unit.name)}{f' ({label})' if label else ''}"
+    for side, stored in (("FT", ft), ("BASE", base)):
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericalError(
+                f"{where}: {side} holds NaN or infinity; mend the checkpoint or leave the tensor out with --exclude"
+            )
+    # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
+    working = torch.float64 if torch.float64 in (ft.dtype, base.dtype) else torch.float32
+    W_base = base.to(working)
+    D = ft.to(working) - W_base
+    floor = storage_noise_floor(ft)
+    try:
+        result = equalize(
+            _send(D.T if unit.transposed else D, device),
+            rank_ratio=spec.rank_ratio,
+            rank=spec.rank,
+            rank_rule=spec.rank_rule,
+            energy=spec.energy,
+            scale=spec.scale,
+            beta=spec.beta,
+            noise_floor=floor,
+        )
+    except ZeroDelta:
+        return KeptRecord(unit.name, label, "its delta is zero: FT equals BASE")
+    except Unsolved as error:
+        raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
+    del D
+    value = result.value.to("cpu")
+    edit = value.T if unit.transposed else value
+    W = (W_base + edit).to(out.dtype)
+    if not bool(torch.isfinite(W).all()):
+        raise NumericalError(
+            f"{where}: the edited weight overflows {str(out.dtype).removeprefix('torch.')}; choose a smaller --beta or "
+            "--dtype float32"
+        )
+    # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
+    lost = W.to(working).sub_(W_base).sub_(edit)
+    rounding = float(torch.linalg.vector_norm(lost)) / result.edit_norm
+    out.copy_(W.reshape(out.shape))
+    return TensorRecord(
+        name=unit.name,
+        part=label,
+        file=unit.file,
+        role=part.role,
+        shape=fan_out_in(unit, part),
+        dtype=unit.out_dtype,
+        noise_floor=floor,
+        rounding=rounding,
+        solver=result.solver,
+        warnings=result.warnings,
+        **{name: getattr(result, name) for name in MEASURED},
+    )
+
+
+def _send(D: Tensor, device: str) -> Tensor:
+    """D on `device`, or left on the CPU where the device cannot hold it (memory, or float64 on MPS)."""
+    try:
+        return D.to(device)
+    except (torch.cuda.OutOfMemoryError, TypeError):
+        return D
+
+
+def list_devices(device: str) -> list[str]:
+    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU. Raises NumericalError if absent."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return [f"cuda:{i}" for i in range(count)] or (["mps"] if mps else ["cpu"])
+    wanted = "cuda:0" if device == "cuda" else device
+    if wanted == "cpu" or (wanted == "mps" and mps) or wanted in [f"cuda:{i}" for i in range(count)]:
+        return [wanted]
+    raise NumericalError(f"device {device} is not there ({count} CUDA devices); use --device auto or cpu")

@@ -1,0 +1,309 @@
+"""Which matrices to edit, which to keep and why, how many bytes move; reads no tensor data and loads no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pome.checkpoint.header import DTYPE_BITS, Header, TensorEntry, build_header, parse_header
+from pome.checkpoint.source import Checkpoint
+from pome.errors import PairingError, SelectionError, printable
+from pome.pairing import pair_names
+from pome.roles import GROUPS, Layout, Part, describe, matrix_shape
+from pome.spec import EditSpec
+
+EDITABLE = ("F64", "F32", "F16", "BF16")
+STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A contiguous byte range of one stored tensor that holds whole matrices: a 2-D tensor, or one expert of a 3-D one.
+
+    Units are independent and idempotent: the same bytes go to the same range, in any order, any number of times.
+    """
+
+    name: str
+    expert: int | None
+    parts: tuple[Part, ...]  # the selected matrices, others in the range stay FT's
+    transposed: bool
+    shape: tuple[int, int]  # as stored
+    file: str
+    base_name: str
+    dtype: str  # of FT, as are start and nbytes
+    start: int
+    nbytes: int
+    base_dtype: str
+    base_start: int
+    base_nbytes: int
+    out_dtype: str
+    out_start: int
+    out_nbytes: int
+
+    @property
+    def key(self) -> str:
+        return self.name if self.expert is None else f"{self.name}#{self.expert}"
+
+    def label(self, part: Part) -> str | None:
+        """The manifest's `part`: None for a whole 2-D tensor, else such as `expert=3,half=up`."""
+        labels = [f"expert={self.expert}" if self.expert is not None else None, part.label]
+        return ",".join(label for label in labels if label) or None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor (or one matrix in it) that the selection matched but that is not edited."""
+
+    name: str
+    reason: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit will do. `layouts` holds the new header of every file whose layout changes (`--dtype`)."""
+
+    units: tuple[Unit, ...]
+    kept: tuple[Kept, ...]
+    pairs: dict[str, str]
+    matched: int
+    tensor_count: int
+    layouts: dict[str, tuple[bytes, Header]]
+
+    def matrices(self) -> Iterator[tuple[Unit, Part]]:
+        return ((unit, part) for unit in self.units for part in unit.parts)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(unit.nbytes + unit.base_nbytes for unit in self.units)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(unit.out_nbytes for unit in self.units)
+
+    @property
+    def memory(self) -> int:
+        """Expected peak of resident memory in bytes: torch, two units in flight, and the workspace of the largest."""
+        work = 0
+        for unit, part in self.matrices():
+            m, n = fan_out_in(unit, part)
+            short = min(m, n)
+            wide = 8 if "F64" in (unit.dtype, unit.base_dtype) else 4
+            # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
+            work = max(work, 4 * wide * m * n + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
+        return TORCH_BYTES + work
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--dry-run --json`."""
+        edit = [
+            {
+                "name": unit.name,
+                "part": unit.label(part),
+                "file": unit.file,
+                "role": part.role,
+                "shape": list(fan_out_in(unit, part)),
+                "dtype": unit.out_dtype,
+            }
+            for unit, part in self.matrices()
+        ]
+        keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
+        totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
+        return {"edit": edit, "keep": keep, **totals}
+
+
+def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
+    """(fan_out, fan_in) of a part's matrix, after transposition."""
+    return matrix_shape(Layout(unit.parts, unit.transposed), part, unit.shape)
+
+
+def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
+    """Match the selection against FT, pair with BASE, and decide edit or keep for each tensor.
+
+    Raises SelectionError when nothing can be edited, PairingError when a pair disagrees in shape or orientation.
+    """
+    ft_shapes = {name: entry.shape for name, (_, entry) in ft.tensors.items()}
+    base_shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
+    pairs = pair_names(base_shapes, ft_shapes)
+    chosen = list(_select(ft, spec))
+    if not chosen:
+        raise SelectionError(_explain_empty(ft, spec))
+    kept: list[Kept] = []
+    edits: list[tuple[str, Layout]] = []
+    for name, layout in chosen:
+        reason = _find_obstacle(name, layout, base, ft, pairs)
+        if reason is None:
+            edits.append((name, layout))
+        else:
+            kept.append(Kept(name, reason))
+    if not edits:
+        reasons = Counter(item.reason for item in kept)
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise SelectionError(
+            f"{printable(ft.source)}: {len(kept)} tensors match, but none can be edited ({listed}); "
+            f"is {printable(base.source)} the model that this one was trained from?"
+        )
+    out_dtypes = {} if spec.dtype == "keep" else {name: STORED_NAMES[spec.dtype] for name, _ in edits}
+    layouts = _lay_out(ft, out_dtypes)
+    units = [unit for name, layout in edits for unit in _split(name, layout, pairs[name], base, ft, layouts)]
+    units.sort(key=lambda unit: (unit.file, unit.start))
+    return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(ft.tensors), layouts)
+
+
+def _select(ft: Checkpoint, spec: EditSpec) -> Iterator[tuple[str, Layout]]:
+    """Tensors that hold a selected matrix, each with the layout that has only its selected parts."""
+    roles = {role for name in spec.layers for role in GROUPS.get(name, (name,))}
+    patterns = [re.compile(name[3:]) for name in spec.layers if name.startswith("re:")]
+    excluded = [re.compile(pattern) for pattern in spec.exclude]
+    for name, (_, entry) in ft.tensors.items():
+        if any(pattern.search(name) for pattern in excluded):
+            continue
+        layout = describe(name, entry.shape, ft.config)
+        if any(pattern.search(name) for pattern in patterns):
+            yield name, layout
+        elif len(entry.shape) >= 2:
+            parts = tuple(part for part in layout.parts if part.role in roles)
+            if parts:
+                yield name, Layout(parts, layout.transposed, layout.stacked)
+
+
+def _find_obstacle(
+    name: str, layout: Layout, base: Checkpoint, ft: Checkpoint, pairs: dict[str, str]
+) -> str | None:
+    """Why a selected tensor cannot be edited, or None. A pair that must fit and does not is an error."""
+    file, entry = ft.tensors[name]
+    where = f"{ft.files[file].path}: tensor {printable(name)}"
+    if len(entry.shape) < 2 or (len(entry.shape) > 2 and not layout.stacked):
+        return f"not a matrix: its shape is {list(entry.shape)}"
+    if not all(entry.shape):
+        return "it is empty"
+    if name not in pairs:
+        return "BASE has no such tensor"
+    base_file, base_entry = base.tensors[pairs[name]]
+    base_where = f"{base.files[base_file].path}: tensor {printable(pairs[name])}"
+    for side, source, dtype in ((where, ft, entry.dtype), (base_where, base, base_entry.dtype)):
+        quantized = _find_quantization(source)
+        if dtype not in EDITABLE:
+            raise PairingError(
+                f"{side}: stored as {dtype}{f' ({quantized})' if quantized else ''}, which cannot be edited; "
+                "dequantize the checkpoint to bfloat16 first, or leave the tensor out with --exclude"
+            )
+    if entry.shape != base_entry.shape:
+        if {part.role for part in layout.parts} <= {"embed", "head"}:
+            return f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)} (another vocabulary)"
+        raise PairingError(
+            f"{where}: its shape {list(entry.shape)} is not BASE's {list(base_entry.shape)}; is "
+            f"{printable(base.source)} the model it was trained from? leave it out with --exclude to edit the others"
+        )
+    if base.config is not None and ft.config is not None:
+        cuts = [describe(name, entry.shape, ft.config), describe(pairs[name], base_entry.shape, base.config)]
+        if cuts[0] != cuts[1]:
+            models = [printable(str((side.config or {}).get("model_type"))) for side in (ft, base)]
+            raise PairingError(
+                f"{where}: FT ({models[0]}) and BASE ({models[1]}) store it differently (orientation, heads or halves), "
+                "though the shapes agree; convert one checkpoint to the other's architecture"
+            )
+    return None
+
+
+def _find_quantization(source: Checkpoint) -> str | None:
+    """The name of the quantization that a checkpoint's config declares."""
+    declared = (source.config or {}).get("quantization_config")
+    if not isinstance(declared, dict):
+        return None
+    return printable(str(declared.get("quant_method", "quantized")))
+
+
+def _split(
+    name: str,
+    layout: Layout,
+    base_name: str,
+    base: Checkpoint,
+    ft: Checkpoint,
+    layouts: dict[str, tuple[bytes, Header]],
+) -> Iterator[Unit]:
+    """The units of one tensor: itself, or each expert of a stack."""
+    file, entry = ft.tensors[name]
+    _, base_entry = base.tensors[base_name]
+    out_entry = layouts[file][1].tensors[name] if file in layouts else entry
+    count = entry.shape[0] if layout.stacked else 1
+    rows, columns = entry.shape[-2:]
+    sizes = [e.nbytes // count for e in (entry, base_entry, out_entry)]
+    for i in range(count):
+        yield Unit(
+            name=name,
+            expert=i if layout.stacked else None,
+            parts=layout.parts,
+            transposed=layout.transposed,
+            shape=(rows, columns),
+            file=file,
+            base_name=base_name,
+            dtype=entry.dtype,
+            start=entry.start + i * sizes[0],
+            nbytes=sizes[0],
+            base_dtype=base_entry.dtype,
+            base_start=base_entry.start + i * sizes[1],
+            base_nbytes=sizes[1],
+            out_dtype=out_entry.dtype,
+            out_start=out_entry.start + i * sizes[2],
+            out_nbytes=sizes[2],
+        )
+
+
+def _lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[bytes, Header]]:
+    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype; order as in FT."""
+    changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
+    layouts = {}
+    for file in {ft.tensors[name][0] for name in changed}:
+        header = ft.files[file].header
+        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
+        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
+        raw = build_header(entries, header.metadata)
+        data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
+        layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)
+    return layouts
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates whose names differ in numbers alone."""
+
+    pattern: str  # a regular expression over tensor names
+    example: TensorEntry
+    count: int
+    role: str
+
+
+def group_candidates(ft: Checkpoint) -> list[Group]:
+    """The floating-point matrices of FT, grouped by name pattern, most bytes first."""
+    members: dict[str, list[TensorEntry]] = {}
+    for name, (_, entry) in ft.tensors.items():
+        if len(entry.shape) in (2, 3) and entry.dtype in EDITABLE:
+            pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+            members.setdefault(pattern, []).append(entry)
+    groups = []
+    for pattern, entries in members.items():
+        roles = dict.fromkeys(part.role for part in describe(entries[0].name, entries[0].shape, ft.config).parts)
+        groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))
+    return sorted(groups, key=lambda g: -g.count * g.example.nbytes)
+
+
+def _explain_empty(ft: Checkpoint, spec: EditSpec) -> str:
+    said = ", ".join(printable(name) for name in spec.layers)
+    if spec.exclude:
+        said += f" without {', '.join(printable(pattern) for pattern in spec.exclude)}"
+    groups = group_candidates(ft)
+    head = f"{printable(ft.source)}: no tensor matches --layers {said}"
+    if not groups:
+        return f"{head}; the checkpoint holds no floating-point matrix at all"
+    lines = [f"{head}; its matrices are, and each line can be pasted:"]
+    for group in groups[:20]:
+        shape = " x ".join(map(str, group.example.shape))
+        lines.append(f"  --layers 're:^{printable(group.pattern)}$'   {group.count} of {shape}, role {group.role}")
+    if len(groups) > 20:
+        lines.append(f"  ... and {len(groups) - 20} more patterns")
+    return "\n".join(lines)

@@ -1,0 +1,253 @@
+"""What a person sees: bars while the run works, plain lines where no terminal is, tables before and after."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from pome.checkpoint.source import Checkpoint
+from pome.errors import printable
+from pome.manifest import Manifest, TensorRecord
+from pome.plan import Plan, fan_out_in
+from pome.run import Opened, Progress
+
+VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing"}
+PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
+
+
+def show_bytes(count: float) -> str:
+    """`2.9 GB`, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def describe_plan(opened: Opened) -> str:
+    """One line: what becomes what, how many tensors, how many bytes."""
+    plan = opened.plan
+    roles = dict.fromkeys(part.role for _, part in plan.matrices())
+    edited = len({unit.name for unit in plan.units})
+    return (
+        f"{_name(opened.base)} -> {_name(opened.ft)}   {edited} of {plan.tensor_count} tensors to edit "
+        f"({', '.join(roles)}), {plan.tensor_count - edited} kept   "
+        f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
+    )
+
+
+def _name(side: Checkpoint) -> str:
+    return printable(side.source.rstrip("/").rpartition("/")[2] or side.source)
+
+
+class LineProgress(Progress):
+    """Plain lines for logs and CI."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.totals: dict[str, int] = {}
+        self.done: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self.begun: dict[str, float] = {}
+        self.said = 0.0
+
+    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
+        if resumed:
+            self.say(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
+        self.say(f"device {', '.join(devices)}")
+
+    def start(self, task: str, total: int) -> None:
+        self.totals[task] = total
+        self.begun[task] = self.said = time.monotonic()
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        self.done[task] += amount
+        self.moved[task] += nbytes
+        now = time.monotonic()
+        if now - self.said >= PLAIN_SECONDS:
+            self.said = now
+            self.say(self._describe(task, now))
+
+    def finish(self, task: str) -> None:
+        total = self.totals[task]
+        amount = f"{total} units" if task == "edit" else show_bytes(total)
+        self.say(f"{VERBS[task]} {amount}: done in {time.monotonic() - self.begun[task]:.1f} s")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _describe(self, task: str, now: float) -> str:
+        count, total = self.done[task], self.totals[task]
+        spent = now - self.begun[task]
+        amount = f"{count}/{total}" if task == "edit" else f"{show_bytes(count)} of {show_bytes(total)}"
+        rate = f"  {show_bytes(self.moved[task] / spent)}/s" if spent > 0.5 else ""
+        left = f"  {spent / count * (total - count):.0f} s left" if 0 < count < total and spent > 0.5 else ""
+        return f"{VERBS[task]} {amount}{rate}{left}"
+
+
+class _Amount(ProgressColumn):
+    """`12/32` for units, `1.2 GB` for bytes."""
+
+    def render(self, task: Task) -> Text:
+        if task.fields["units"]:
+            return MofNCompleteColumn().render(task)
+        return Text(f"{show_bytes(task.completed)} of {show_bytes(task.total or 0)}")
+
+
+class _Rate(ProgressColumn):
+    """Bytes a second since the task began."""
+
+    def render(self, task: Task) -> Text:
+        moved = task.fields["moved"]
+        return Text(f"{show_bytes(moved / task.elapsed)}/s" if task.elapsed and moved else "", style="dim")
+
+
+class BarProgress(Progress):
+    """Live bars on a terminal; use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tasks: dict[str, TaskID] = {}
+        self.bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Amount(),
+            _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=console,
+        )
+
+    def __enter__(self) -> BarProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
+        if resumed:
+            self.console.print(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
+
+    def start(self, task: str, total: int) -> None:
+        self.tasks[task] = self.bars.add_task(VERBS[task], total=total, note="", moved=0, units=task == "edit")
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        row = self.tasks[task]
+        moved = self.bars.tasks[row].fields["moved"] + nbytes
+        self.bars.update(row, advance=amount, moved=moved, note=printable(note, 60))
+
+    def finish(self, task: str) -> None:
+        self.bars.update(self.tasks[task], note="")
+
+
+def make_plan_table(opened: Opened) -> Table:
+    """The plan of `--dry-run`: a row for each role and shape, then what is kept and why."""
+    table = _table("role", "matrices", "shape", "dtype", "read", "write")
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for unit, part in opened.plan.matrices():
+        shape = " x ".join(map(str, fan_out_in(unit, part)))
+        dtype = unit.dtype if unit.dtype == unit.out_dtype else f"{unit.dtype} -> {unit.out_dtype}"
+        row = rows.setdefault((part.role, shape, dtype), [0, 0, 0])
+        share = len(unit.parts)
+        for i, amount in enumerate((1, (unit.nbytes + unit.base_nbytes) // share, unit.out_nbytes // share)):
+            row[i] += amount
+    for (role, shape, dtype), (count, read, written) in rows.items():
+        table.add_row(role, str(count), shape, dtype, show_bytes(read), show_bytes(written))
+    for reason, count in Counter(kept.reason for kept in opened.plan.kept).items():
+        table.add_row("kept", str(count), escape(printable(reason)), "", "", "", style="dim")
+    return table
+
+
+def make_closing_table(manifest: Manifest) -> Table:
+    """A row for each role: how many matrices, and the medians (the worst, for errors) of what was measured."""
+    measured = ("energy kept", "||edit||/||delta||", "lost to rounding", "1-objective", "warnings")
+    table = _table("role", "matrices", "rank", "k", *measured)
+    by_role: dict[str, list[TensorRecord]] = {}
+    for record in manifest.tensors:
+        by_role.setdefault(record.role, []).append(record)
+    for role, records in by_role.items():
+        median: dict[str, float] = {
+            name: statistics.median(getattr(record, name) for record in records)
+            for name in ("rank", "k", "energy_kept", "rounding")
+        }
+        ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
+        worst = max(1 - record.objective for record in records)
+        warned = sum(bool(record.warnings) for record in records)
+        table.add_row(
+            role,
+            str(len(records)),
+            f"{median['rank']:.0f}",
+            f"{median['k']:.0f}",
+            f"{median['energy_kept']:.3f}",
+            f"{ratio:.3f}",
+            f"{median['rounding']:.2g}",
+            f"{max(worst, 0):.0e}",
+            str(warned) if warned else "-",
+        )
+    return table
+
+
+def describe_warnings(manifest: Manifest) -> list[str]:
+    """Each kind of warning once, with how many matrices have it and the first of them."""
+    found: dict[str, list[str]] = {}
+    for record in manifest.tensors:
+        for warning in record.warnings:
+            found.setdefault(warning, []).append(record.name)
+    lines = []
+    for warning, names in list(found.items())[:10]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"warning: {printable(names[0])}{more}: {warning}")
+    if len(found) > 10:
+        lines.append(f"warning: {len(found) - 10} more kinds; the manifest lists all")
+    return lines
+
+
+def describe_kept(manifest: Manifest) -> list[str]:
+    """How many selected tensors stayed as they were, by reason."""
+    counts = Counter(kept.reason for kept in manifest.kept)
+    return [f"kept {count}: {printable(reason)}" for reason, count in counts.items()]
+
+
+def make_batch_table(results: list[dict[str, Any]]) -> Table:
+    """A row for each job of a batch."""
+    table = _table("job", "status", "matrices", "seconds", "out or error", numbers=(2, 3))
+    for result in results:
+        good = result["status"] == "done"
+        last = result["out"] if good else result["error"]
+        table.add_row(
+            escape(printable(result["name"])),
+            "done" if good else "failed",
+            str(result.get("matrices", "-")),
+            f"{result['seconds']:.1f}",
+            escape(printable(last, 300)),
+            style=None if good else "red",
+        )
+    return table
+
+
+def _table(*columns: str, numbers: tuple[int, ...] | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        right = i in numbers if numbers is not None else i > 0
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
