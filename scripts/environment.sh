@@ -18,7 +18,7 @@ find_python() {
 }
 
 install() {
-    "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --constraint "$ROOT/constraints.txt" "$@"
+    "$PYTHON" -m pip install -qq --no-input --disable-pip-version-check --constraint "$ROOT/constraints.txt" "$@"
 }
 
 make_environment() {

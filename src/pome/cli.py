@@ -206,7 +206,7 @@ def _console(quiet: bool) -> Console:
 
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = LOG_WIDTH  # a log has no width of its own; tables must not fold to that of an 80-column terminal
+        console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
     return console
 
 

@@ -204,7 +204,7 @@ def _find_obstacle(
         if cuts[0] != cuts[1]:
             models = [printable(str((side.config or {}).get("model_type"))) for side in (ft, base)]
             raise PairingError(
-                f"{where}: FT ({models[0]}) and BASE ({models[1]}) store it differently (orientation, heads or halves), "
+                f"{where}: FT ({models[0]}) and BASE ({models[1]}) store it differently (orientation, heads, halves), "
                 "though the shapes agree; convert one checkpoint to the other's architecture"
             )
     return None

@@ -69,8 +69,8 @@ class Checkpoint:
                 ) from None
             if got == 0:
                 raise CheckpointError(
-                    f"{file.path}: tensor {printable(name)}: the file ends at byte {start + done}, {nbytes - done} bytes too "
-                    "early; it changed while being read"
+                    f"{file.path}: tensor {printable(name)}: the file ends {nbytes - done} bytes before the tensor does; "
+                    "it changed while being read"
                 )
             done += got
         return buffer
