@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 
 import pome
@@ -35,6 +34,9 @@ app = typer.Typer(
 )
 
 LOG_WIDTH = 140
+# Every error of typer's parser. Typer brings its own copy of click in some releases and needs click in others, so the
+# class is taken from what typer itself exports: BadParameter, UsageError, ClickException.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 RankRule = Literal["ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective"]
 Scale = Literal["frobenius", "unit", "rms", "mean", "spectral"]
@@ -259,10 +261,10 @@ def run_command(arguments: list[str]) -> int:
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted; nothing was written")
         return 130
-    except click.exceptions.Abort:
+    except typer.Abort:
         _complain("interrupted; nothing was written")
         return 130
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         error.show()
         return error.exit_code
     except BrokenPipeError:

@@ -175,17 +175,16 @@ def _find_obstacle(
     name: str, layout: Layout, base: Checkpoint, ft: Checkpoint, pairs: dict[str, str]
 ) -> str | None:
     """Why a selected tensor cannot be edited, or None. A pair that must fit and does not is an error."""
-    file, entry = ft.tensors[name]
-    where = f"{ft.files[file].path}: tensor {printable(name)}"
+    _, entry = ft.tensors[name]
+    where = ft.where(name)
     if len(entry.shape) < 2 or (len(entry.shape) > 2 and not layout.stacked):
         return f"not a matrix: its shape is {list(entry.shape)}"
     if not all(entry.shape):
         return "it is empty"
     if name not in pairs:
         return "BASE has no such tensor"
-    base_file, base_entry = base.tensors[pairs[name]]
-    base_where = f"{base.files[base_file].path}: tensor {printable(pairs[name])}"
-    for side, source, dtype in ((where, ft, entry.dtype), (base_where, base, base_entry.dtype)):
+    _, base_entry = base.tensors[pairs[name]]
+    for side, source, dtype in ((where, ft, entry.dtype), (base.where(pairs[name]), base, base_entry.dtype)):
         quantized = _find_quantization(source)
         if dtype not in EDITABLE:
             raise PairingError(

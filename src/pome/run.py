@@ -61,12 +61,15 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_pair(base: Source, ft: Source, spec: EditSpec) -> Iterator[Opened]:
-    """Open BASE and FT and plan the edit: headers, configs and file names only. Raises PomeError."""
+def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) -> Iterator[Opened]:
+    """Open BASE and FT and plan the edit: headers, configs and file names only. Raises PomeError.
+
+    `whole` fetches all files of an FT on the Hub, which writing an output needs and planning does not.
+    """
     with contextlib.ExitStack() as stack:
         sides = []
-        for source in (base, ft):
-            side = open_checkpoint(source)
+        for source, all_of_it in ((base, False), (ft, whole)):
+            side = open_checkpoint(source, whole=all_of_it)
             stack.callback(side.close)
             sides.append(side)
         plan = make_plan(sides[0], sides[1], spec)
@@ -91,7 +94,7 @@ def edit(
     """
     spec = spec or EditSpec()
     begun = time.perf_counter()
-    with open_pair(base, ft, spec) as opened:
+    with open_pair(base, ft, spec, whole=True) as opened:
         inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
         target = check_target(Path(os.fspath(out)), inputs, overwrite)
         return _Run(opened, spec, progress or Progress(), begun).make(target, overwrite, fresh)
@@ -143,7 +146,7 @@ class _Run:
         sizes = {name: file.header.file_size for name, file in self.opened.ft.files.items()}
         sizes |= {name: header.file_size for name, (_, header) in layouts.items()}
         sizes |= {file.name: file.size for file in self.opened.side_files}
-        shared = None if layouts else next(iter(self.opened.ft.files.values())).path
+        shared = None if layouts else next(iter(self.opened.ft.files.values())).file.path
         return sum(size for name, size in sizes.items() if name not in staging.copied), shared
 
     def _copy(self, staging: Staging) -> None:
@@ -152,12 +155,13 @@ class _Run:
         total = sum(file.header.file_size for file in opened.ft.files.values())
         self.progress.start("copy", total + sum(file.size for file in opened.side_files))
         for name, weights in opened.ft.files.items():
-            advance = self._advance("copy")
+            path, advance = weights.file.path, self._advance("copy")
+            assert path is not None  # FT was opened whole
             if name in layouts:
                 raw, header = layouts[name]
-                staging.lay_out(name, weights.path, weights.header, raw, header, advance)
+                staging.lay_out(name, path, weights.header, raw, header, advance)
             else:
-                staging.copy_file(name, weights.path, advance)
+                staging.copy_file(name, path, advance)
         for file in opened.side_files:
             staging.copy_file(file.name, file.path, self._advance("copy"))
         if opened.ft.index is not None and opened.ft.folder is not None:
@@ -229,7 +233,7 @@ class _Run:
         with ThreadPoolExecutor(1, thread_name_prefix="pome-hash") as pool:
 
             def submit(side: Checkpoint, extra: list[SideFile]) -> dict[str, Future[tuple[int, str]]]:
-                paths = {name: file.path for name, file in side.files.items()}
+                paths = {name: weights.file.path for name, weights in side.files.items() if weights.file.path}
                 if side.index is not None and side.folder is not None:
                     paths[side.index] = side.folder / side.index
                 paths |= {file.name: file.path for file in extra}
@@ -247,7 +251,9 @@ class _Run:
     def _join_hashes(self, hashes: list[dict[str, Future[tuple[int, str]]]]) -> tuple[SideRecord, SideRecord]:
         records = []
         for side, futures in zip((self.opened.base, self.opened.ft), hashes, strict=True):
-            files = {name: FileRecord(*future.result()) for name, future in futures.items()}
+            weights = side.files.items()
+            files = {name: FileRecord(w.file.size, w.file.sha256) for name, w in weights if w.file.sha256 is not None}
+            files |= {name: FileRecord(*future.result()) for name, future in futures.items()}
             records.append(SideRecord(side.source, side.revision, files))
         return records[0], records[1]
 
@@ -303,6 +309,6 @@ def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
     command: dict[str, Any] = {"pome": pome.__version__, "torch": importlib.metadata.version("torch")}
     command |= spec.to_mapping()
     for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):
-        command[name] = [[str(file.path.resolve()), *file.identity] for file in side.files.values()]
+        command[name] = [weights.file.identity for weights in side.files.values()]
     command["side_files"] = [[file.name, file.size] for file in opened.side_files]
     return command

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -87,6 +87,20 @@ def read_header(fd_or_path: int | str | os.PathLike[str], where: str | None = No
         return _read_from(fd, where)
     finally:
         os.close(fd)
+
+
+def read_header_with(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> Header:
+    """The table of a file of `size` bytes, of which `read(offset, count)` fetches a part. Raises HeaderError."""
+    if size < 8:
+        _refuse(where, f"has {size} bytes, too few for a safetensors file; download it again")
+    length = int.from_bytes(read(0, 8), "little")
+    if length == int.from_bytes(b"version ", "little"):
+        _refuse(where, "is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if length > MAX_HEADER_BYTES:
+        _refuse(where, f"is not a safetensors file: it claims a header of {length} bytes; check the path")
+    if 8 + length > size:
+        _refuse(where, f"is truncated: a header of {length} bytes in {size}; download it again")
+    return parse_header(bytes(read(8, length)), size, where)
 
 
 def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
@@ -194,16 +208,7 @@ def _read_from(fd: int, where: str) -> Header:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             _refuse(where, "is not a regular file; give a .safetensors file")
-        length = int.from_bytes(_read_bytes(fd, 8, 0), "little")
-        if status.st_size < 8:
-            _refuse(where, f"has {status.st_size} bytes, too few for a safetensors file; download it again")
-        if length == int.from_bytes(b"version ", "little"):
-            _refuse(where, "is a Git LFS pointer, not the weights; run `git lfs pull`")
-        if length > MAX_HEADER_BYTES:
-            _refuse(where, f"is not a safetensors file: it claims a header of {length} bytes; check the path")
-        if 8 + length > status.st_size:
-            _refuse(where, f"is truncated: a header of {length} bytes in {status.st_size}; download it again")
-        return parse_header(_read_bytes(fd, length, 8), status.st_size, where)
+        return read_header_with(lambda at, count: _read_bytes(fd, count, at), status.st_size, where)
     except OSError as error:
         _refuse(where, f"cannot be read ({error.strerror}); check the disk", error)
 
