@@ -1,0 +1,145 @@
+"""The house keeps its order: imports run down one table, names of modules and of functions do not collide."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import pome
+
+PACKAGE = Path(pome.__file__).parent
+
+# Room -> the rooms that it may import. A new module must be entered here, with the least that it needs.
+CHECKPOINT = {"checkpoint.header", "checkpoint.source", "checkpoint.sidefiles", "checkpoint.output", "checkpoint.clone"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "layout": set(),
+    "architectures": {"layout"},
+    "roles": {"errors", "layout", "architectures"},
+    "spec": {"errors", "roles"},
+    "pairing": {"errors"},
+    "checkpoint": set(),
+    "checkpoint.json_text": {"errors"},
+    "checkpoint.header": {"errors", "checkpoint.json_text"},
+    "checkpoint.files": {"errors", "checkpoint.header"},
+    "checkpoint.hub": {"errors", "checkpoint.header", "checkpoint.files"},
+    "checkpoint.source": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub"},
+    "checkpoint.clone": {"errors"},
+    "checkpoint.lock": {"errors", "checkpoint.clone"},
+    "checkpoint.sidefiles": {"errors", "checkpoint.source"},
+    "checkpoint.output": {
+        "errors", "checkpoint.header", "checkpoint.clone", "checkpoint.lock", "checkpoint.sidefiles"
+    },
+    "kernel": set(),
+    "manifest": {"errors"},
+    "plan": {"errors", "spec", "roles", "layout", "pairing", *CHECKPOINT},
+    "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
+    "engines": set(),
+    "engines.local": {"errors"},
+    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "engines.local", *CHECKPOINT},
+    "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
+    "cli": {"", "errors", "spec", "plan", "manifest", "run", "progress", *CHECKPOINT},
+    "__main__": {"cli"},
+    "": {"errors", "spec", "manifest", "run", "kernel"},  # the package itself: the public names, imported when used
+}  # fmt: skip
+# Inside the kernel no room but the kernel itself is known: pure tensors, no names, no paths.
+KERNEL_ALONE = {"kernel"}
+
+# Who else may be imported, and by which rooms alone.
+GUESTS: dict[str, set[str]] = {
+    "torch": {"kernel", "patch"},
+    "rich": {"progress", "cli"},
+    "typer": {"cli"},
+    "click": {"cli"},
+    "yaml": {"spec"},
+    "huggingface_hub": {"checkpoint.hub"},
+}
+LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch"}, "huggingface_hub": set()}
+
+
+def room_of(module: str) -> str:
+    """The row of the table for a dotted module name below the package; the kernel's modules share one."""
+    return "kernel" if module.startswith("kernel.") else module
+
+
+def list_modules() -> dict[str, Path]:
+    modules = {"": PACKAGE / "__init__.py"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        words = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        if words[-1] == "__init__":
+            words.pop()
+        modules[".".join(words)] = path
+    return modules
+
+
+MODULES = list_modules()
+
+
+def list_imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is loaded with the file) of each import; `from pome import x` counts as the module x."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("pome.") in MODULES
+                found.append((inner if is_module else str(node.module), id(node) not in lazy))
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module or "pome")
+def test_imports_run_down_the_table(module: str) -> None:
+    room = room_of(module)
+    assert room in MAY_IMPORT, f"{module} is a new room: enter it in the table"
+    for name, at_once in list_imports(MODULES[module]):
+        first, _, rest = name.partition(".")
+        if first == "pome":
+            allowed = KERNEL_ALONE if room == "kernel" else MAY_IMPORT[room]
+            assert room_of(rest) in allowed, f"{module} must not import {name}"
+        if first in GUESTS:
+            assert room in GUESTS[first], f"{module} must not import {first}"
+        if first in LOADED_AT_ONCE and at_once:
+            assert room in LOADED_AT_ONCE[first], f"{module} loads {first} when it is imported"
+
+
+def test_the_table_has_no_circle_and_no_room_that_is_gone() -> None:
+    assert {room for room in MAY_IMPORT if room not in map(room_of, MODULES)} == set()
+    done: set[str] = set()
+    # `pome` itself answers names lazily, so the version may be asked of it from below.
+    rooms = {room: allowed - {""} for room, allowed in MAY_IMPORT.items() if room}
+    while rooms:
+        ready = {room for room, allowed in rooms.items() if allowed <= done}
+        assert ready, f"these import each other: {sorted(rooms)}"
+        done |= ready
+        rooms = {room: allowed for room, allowed in rooms.items() if room not in ready}
+
+
+def test_no_module_hides_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules([str(PACKAGE)])}
+    assert modules & set(pome.__all__) == set()
+
+
+def test_every_public_name_is_there_and_said_to_type_checkers() -> None:
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    checked = next(node for node in source.body if isinstance(node, ast.If))
+    typed = {alias.asname for node in checked.body for alias in node.names}  # type: ignore[attr-defined]
+    assert typed == set(pome.__all__) - {"__version__"}
+    for name in pome.__all__:
+        assert getattr(pome, name) is not None
+    assert (PACKAGE / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pome.nothing  # noqa: B018

@@ -1,0 +1,209 @@
+"""What is asked: values out of range, options at odds, YAML with its lines, merging of a file and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pome import EditSpec, SpecError
+from pome.spec import DTYPES, RANK_RULES, SCALES, merge_options, nearest, read_batch, read_config
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "file.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    spec = EditSpec()
+    assert (spec.layers, spec.rank_ratio, spec.rank_rule, spec.scale, spec.beta) == (
+        ("up",), 0.5, "ratio", "frobenius", 1.0
+    )  # fmt: skip
+    assert (spec.exclude, spec.rank, spec.energy, spec.dtype, spec.device) == ((), None, 0.9, "keep", "auto")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.beta = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": ("upp",)}, "layers: 'upp' is neither a role .* did you mean 'up'"),
+        ({"layers": ()}, "layers: nothing is selected"),
+        ({"layers": ("re:(",)}, r"layers: '\(' is not a regular expression"),
+        ({"layers": 3}, "layers: 3 is not a text"),
+        ({"layers": [1]}, "is not a text or a list of texts"),
+        ({"exclude": ("[",)}, r"exclude: '\[' is not a regular expression"),
+        ({"rank_ratio": 0}, "rank_ratio: 0 is not a number above 0 and at most 1"),
+        ({"rank_ratio": 1.01}, "rank_ratio: 1.01"),
+        ({"rank_ratio": math.nan}, "rank_ratio: nan"),
+        ({"rank_ratio": "half"}, "rank_ratio: 'half'"),
+        ({"rank_ratio": True}, "rank_ratio: True"),
+        ({"energy": 1.5}, "energy: 1.5"),
+        ({"beta": 0.0}, "beta: 0.0 is not a number above 0"),
+        ({"beta": -1}, "beta: -1"),
+        ({"beta": math.inf}, "beta: inf"),
+        ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
+        ({"rank": 2.5}, "rank: 2.5"),
+        ({"rank": True}, "rank: True"),
+        ({"rank_rule": "ratios"}, "rank_rule: 'ratios' .*did you mean 'ratio'"),
+        ({"rank_rule": "fixed"}, "'fixed' needs rank"),
+        ({"rank": 3, "rank_rule": "energy"}, "exclude each other"),
+        ({"scale": "loud"}, "scale: 'loud' is not one of frobenius, unit"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' is not one of .*did you mean 'bfloat16'"),
+        ({"device": "cuda:x"}, "device: 'cuda:x' is none of auto, cpu"),
+        ({"device": 0}, "device: 0"),
+        ({"engine": "cloud"}, "engine: 'cloud'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(options: dict[str, object], said: str) -> None:
+    with pytest.raises(SpecError, match=said) as caught:
+        EditSpec(**options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_names_are_split_at_commas_and_patterns_are_not() -> None:
+    assert EditSpec(layers=("up, gate,up", r"re:x{1,2}")).layers == ("up", "gate", r"re:x{1,2}")  # type: ignore[arg-type]
+    assert EditSpec(layers="ffn").layers == ("ffn",)  # type: ignore[arg-type]
+
+
+def test_a_rank_alone_means_fixed_and_an_energy_alone_means_energy() -> None:
+    assert EditSpec(rank=7).rank_rule == "fixed"
+    assert EditSpec.from_mapping({"energy": 0.8}).rank_rule == "energy"
+    assert EditSpec.from_mapping({"energy": 0.8, "rank_rule": "ratio"}).rank_rule == "ratio"
+
+
+specs = st.builds(
+    dict,
+    layers=st.lists(st.sampled_from(["up", "gate", "ffn", "re:a{1,2}"]), min_size=1, unique=True).map(tuple),
+    exclude=st.lists(st.sampled_from(["x", r"\.0\."])).map(tuple),
+    rank_ratio=st.floats(0, 1, exclude_min=True),
+    rank_rule=st.sampled_from([rule for rule in RANK_RULES if rule != "fixed"]),
+    energy=st.floats(0, 1, exclude_min=True),
+    scale=st.sampled_from(SCALES),
+    beta=st.floats(1e-6, 1e6),
+    dtype=st.sampled_from(DTYPES),
+)
+
+
+@given(specs)
+def test_a_spec_survives_yaml(options: dict[str, object]) -> None:
+    spec = EditSpec(**options)  # type: ignore[arg-type]
+    assert EditSpec.from_mapping(yaml.safe_load(yaml.safe_dump(spec.to_mapping()))) == spec
+
+
+def test_options_win_over_a_file_and_choosing_k_sets_all_of_its_choice_aside() -> None:
+    file = {"rank_rule": "energy", "energy": 0.8, "beta": 2.0}
+    assert merge_options(file, {"beta": 1.0}) == {"rank_rule": "energy", "energy": 0.8, "beta": 1.0}
+    assert merge_options(file, {"rank": 4}) == {"rank": 4, "beta": 2.0}
+    assert EditSpec.from_mapping(merge_options({"rank": 4}, {"rank_ratio": 0.25})).rank_rule == "ratio"
+
+
+def test_a_config_is_read_with_the_names_of_the_options(tmp_path: Path) -> None:
+    text = "# a comment\nlayers: [up, 're:a,b']\nrank_ratio: 0.25\nscale: rms\n"
+    assert read_config(write(tmp_path, text)) == {"layers": ["up", "re:a,b"], "rank_ratio": 0.25, "scale": "rms"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers: up\nrank_ration: 0.5\n", "file.yaml:2: unknown key 'rank_ration'; did you mean 'rank_ratio'?"),
+        ("qqqq: 1\n", "file.yaml:1: unknown key 'qqqq'; known keys: layers, exclude"),
+        ("beta: 1\n\nbeta: 2\n", "file.yaml:3: key 'beta' stands here and in line 1; keep one"),
+        ("scale: unit\nbeta: no\n", "file.yaml:2: beta: False is not a number above 0"),
+        ("beta: 1.0\nbase: x\n", "file.yaml:2: unknown key 'base'"),
+        ("- up\n", "file.yaml:1: expected 'key: value' lines here"),
+        ("? [a]\n: 1\n", "file.yaml:1: a key that is not a word"),
+        ("beta: [1\n", "file.yaml:2: not YAML"),
+        ("beta: !!python/object/apply:os.system [true]\n", "file.yaml:1: beta: could not determine a constructor"),
+        ("", "file.yaml: empty"),
+        ("[" * 5000, "file.yaml: not YAML: nested too deeply"),
+        ("beta: \0\n", "file.yaml: not YAML"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_config(write(tmp_path, text))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nowhere.yaml: cannot be read: No such file"):
+        read_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_config(tmp_path)
+    (tmp_path / "large.yaml").write_bytes(b"#" * (5 << 20))
+    with pytest.raises(SpecError, match="over 4 MiB"):
+        read_config(tmp_path / "large.yaml")
+
+
+JOBS = """\
+defaults: {base: b, rank_rule: energy, energy: 0.8, layers: [up]}
+jobs:
+  - {name: one, fine_tuned: f, out: o1}
+  - name: two
+    fine_tuned: f
+    out: o2
+    rank: 8
+    beta: 1.5
+    overwrite: true
+  - {fine_tuned: f, out: o3, base: c}
+"""
+
+
+def test_a_batch_gives_each_job_the_defaults_and_lets_it_win(tmp_path: Path) -> None:
+    one, two, three = read_batch(write(tmp_path, JOBS))
+    assert (one.name, one.base, one.fine_tuned, one.out, one.command) == ("one", "b", "f", "o1", "edit")
+    assert one.spec == EditSpec(rank_rule="energy", energy=0.8)
+    assert two.spec == EditSpec(rank=8, beta=1.5)
+    assert (two.overwrite, two.fresh, one.overwrite) == (True, False, False)
+    assert (three.name, three.base) == ("o3", "c")
+
+
+def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
+    path = write(tmp_path, JOBS)
+    assert [job.name for job in read_batch(path, ["two", "one"])] == ["one", "two"]
+    with pytest.raises(SpecError, match="no job is named 'tow'; did you mean 'two'"):
+        read_batch(path, ["tow"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("job: []\n", "file.yaml:1: unknown key 'job'; did you mean 'jobs'?"),
+        ("jobs: []\n", "'jobs' must be a list of at least one job"),
+        ("defaults: {}\n", "'jobs' must be a list"),
+        ("jobs: {a: b}\n", "'jobs' must be a list"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o}\n  - {base: b, fine_tuned: f, oot: p}\n",
+         "file.yaml:3: unknown key 'oot'; did you mean 'out'?"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o}\n  - {fine_tuned: f, out: p}\n", "file.yaml:3: base: missing"),
+        ("jobs:\n  - {base: b, fine_tuned: 3, out: o}\n", "file.yaml:2: fine_tuned: missing"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o, command: edits}\n", "command: 'edits' is not one of edit"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o, fresh: 1}\n", "fresh: 1 is not true or false"),
+        ("jobs:\n  - base: b\n    fine_tuned: f\n    out: o\n    beta: -1\n", "file.yaml:5: beta: -1"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o, rank: 3, rank_rule: energy}\n", "file.yaml:2: rank: a fixed"),
+        ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: a, base: b, fine_tuned: f, out: p}\n",
+         "two jobs have the name 'a'"),
+        ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: c, base: b, fine_tuned: f, out: o}\n",
+         "two jobs have the out 'o'"),
+        ("defaults: {name: x}\njobs: [{base: b, fine_tuned: f, out: o}]\n", "file.yaml:1: unknown key 'name'"),
+        ("jobs:\n  - edit\n", "file.yaml:2: expected 'key: value' lines"),
+    ],
+)  # fmt: skip
+def test_a_wrong_batch_is_refused_before_any_job(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_batch(write(tmp_path, text))
+    assert said in str(caught.value)
+
+
+def test_nearest_says_nothing_of_what_is_far() -> None:
+    assert nearest("rank_ration", ["rank_ratio", "rank"]) == "; did you mean 'rank_ratio'?"
+    assert nearest("zzz", ["rank"]) == ""
