@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from pome.run import Progress as Progress
     from pome.run import edit as edit
     from pome.spec import EditSpec as EditSpec
+    from pome.verification import Verdict as Verdict
+    from pome.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,8 @@ _HOMES = {
     "Progress": "pome.run",
     "EditSpec": "pome.spec",
     "Manifest": "pome.manifest",
+    "verify": "pome.verification",
+    "Verdict": "pome.verification",
     "equalize": "pome.kernel.equalize",
     "Equalized": "pome.kernel.equalize",
     **dict.fromkeys(

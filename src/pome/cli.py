@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -112,6 +113,39 @@ def edit_command(
     _report(manifest, out, console)
     if as_json:
         sys.stdout.write(manifest.to_json())
+
+
+@app.command("verify")
+def verify_command(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An output of pome: a folder or a Hub id.")],
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Recompute edits from this and --ft.")] = None,
+    ft: Annotated[str | None, typer.Option(metavar="FT", help="Compare all unedited bytes with this.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Recompute every edit, not a sample.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Prove an output: re-hash its files, compare untouched bytes with FT, recompute edits from BASE and FT.
+
+    Exit status: 0 all is as the manifest says; 1 something differs or cannot be read; 2 usage.
+    """
+    from pome.errors import printable
+    from pome.progress import show_bytes
+    from pome.verification import verify
+
+    verdict = verify(out, base, ft, full=full)
+    console = _console(quiet)
+    for item in verdict.differences:
+        where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
+        _complain(f"{where}: {item.what}")
+    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
+    checked += f"{verdict.edits} edits recomputed"
+    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
+    console.print(f"{printable(out)}: {ending} ({checked})", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        differences = [dataclasses.asdict(item) for item in verdict.differences]
+        print(json.dumps({"ok": verdict.ok, "differences": differences}, indent=1))
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 @app.command("batch")
@@ -266,7 +300,7 @@ def run_command(arguments: list[str]) -> int:
         return 130
     except USAGE_ERROR as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except BrokenPipeError:
         # The reader of our stdout went away (`pome ... | head`); it must not be flushed again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

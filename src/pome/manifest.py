@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
+CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,17 @@ class Manifest:
     kept: tuple[KeptRecord, ...]
     not_copied: dict[str, str]  # files of FT that the output leaves out, and why
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
-    timing: dict[str, float] = field(default_factory=dict)
+    timing: dict[str, float | str] = field(default_factory=dict)
+
+    def checksum(self) -> str:
+        """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
+        timing = {key: value for key, value in self.timing.items() if key != CHECKSUM}
+        text = json.dumps({**self.to_mapping(), "timing": timing}, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """The same with its checksum."""
+        return dataclasses.replace(self, timing={**self.timing, CHECKSUM: self.checksum()})
 
     def to_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -288,7 +288,7 @@ class _Run:
                 "total_seconds": round(time.perf_counter() - self.begun, 3),
                 "kernel_seconds": round(self.kernel_seconds, 3),
             },
-        )
+        ).sealed()
 
     def _hash(self, path: Path, advance: Callable[[int], None]) -> tuple[int, str]:
         try:

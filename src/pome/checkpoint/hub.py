@@ -143,8 +143,9 @@ def _explain(what: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     # Whichever HTTP library the Hub's is built on (it has changed twice): its errors are a base of the Hub's own.
-    bases = [base for base in errors.HfHubHTTPError.__mro__[1:] if issubclass(base, Exception)]
-    unreachable = (errors.OfflineModeIsEnabled, errors.HFValidationError, *bases[:-1])  # the last is Exception itself
+    bases: list[type[Exception]] = [base for base in errors.HfHubHTTPError.__mro__[1:] if issubclass(base, Exception)]
+    bases.remove(Exception)
+    unreachable: tuple[type[Exception], ...] = (errors.OfflineModeIsEnabled, errors.HFValidationError, *bases)
     name = printable(what)
     try:
         yield

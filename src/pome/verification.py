@@ -1,0 +1,301 @@
+"""Prove an output: its files are those of its manifest, its other bytes are FT's, its edits are the method's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pome.checkpoint.clone import hash_file
+from pome.checkpoint.files import File, read_range
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.checkpoint.source import Checkpoint, open_checkpoint
+from pome.errors import VerificationError, printable
+from pome.manifest import CHECKSUM, FileRecord, Manifest, SideRecord, TensorRecord, read_manifest
+from pome.plan import Plan, Unit, make_plan
+from pome.spec import EditSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = 4  # units recomputed without `full`
+CHUNK = 8 << 20
+# What a Hub or git leaves beside an output that was uploaded and fetched again.
+STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
+# Another device or number of threads may round differently. Numbers of the spectrum then agree to this, and an edit
+# agrees entry by entry or, where its cut lies in a cluster, reaches the certificate's bound all the same.
+NUMBERS_AGREE = 1e-3
+EDITS_AGREE = 1e-3
+OBJECTIVE_BOUND = 1e-4
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as the manifest says."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and every difference found."""
+
+    differences: tuple[Difference, ...]
+    files: int  # hashed against the manifest
+    bytes_compared: int  # of OUT with FT, outside the edited matrices
+    edits: int  # matrices recomputed from BASE and FT
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+def verify(
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    ft: str | os.PathLike[str] | None = None,
+    *,
+    full: bool = False,
+    advance: Advance = lambda _: None,
+) -> Verdict:
+    """Check an output against its manifest; with FT also its untouched bytes, with BASE and FT also its edits.
+
+    Of the edits a sample is recomputed, or all of them when `full`. Raises PomeError when something cannot be read at
+    all; whatever can be read and differs is a Difference.
+    """
+    if base is not None and ft is None:
+        raise VerificationError("--base needs --ft: an edit is recomputed from both")
+    folder = _find_folder(out)
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    found = list(_check_manifest(folder, manifest))
+    found += _check_files(folder, manifest.files, advance)
+    compared = edits = 0
+    if ft is not None and not found:
+        # With a file missing or changed the rest cannot be told apart from it; what differs is already said.
+        compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, found, advance)
+    return Verdict(tuple(found), len(manifest.files), compared, edits)
+
+
+def _find_folder(out: str | os.PathLike[str]) -> Path:
+    path = Path(os.fspath(out)).expanduser()
+    if path.is_dir():
+        return path
+    checkpoint = open_checkpoint(out, whole=True)
+    checkpoint.close()
+    if checkpoint.folder is None:
+        raise VerificationError(f"{printable(str(path))}: not a folder; give the output that pome made")
+    return checkpoint.folder
+
+
+def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Difference]:
+    """The manifest is as it was written, to the byte: its own checksum and its own form."""
+    if (folder / MANIFEST_NAME).read_bytes() != manifest.to_json().encode():
+        yield Difference(MANIFEST_NAME, None, "it is not in the form in which pome writes it; it was edited")
+    if manifest.timing.get(CHECKSUM) != manifest.checksum():
+        yield Difference(MANIFEST_NAME, None, "its checksum does not fit what it says; it was edited")
+
+
+def _check_files(folder: Path, files: dict[str, FileRecord], advance: Advance) -> Iterator[Difference]:
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+    for name in sorted(present - files.keys() - {MANIFEST_NAME}):
+        if not name.startswith(STRANGERS):
+            yield Difference(name, None, "the manifest does not name it")
+    for name, record in files.items():
+        if name not in present:
+            yield Difference(name, None, "missing")
+            continue
+        try:
+            size, sha256 = hash_file(folder / name, advance)
+        except OSError as error:
+            yield Difference(name, None, f"cannot be read: {error.strerror}")
+            continue
+        if size != record.bytes:
+            yield Difference(name, None, f"{size} bytes, the manifest says {record.bytes}")
+        elif sha256 != record.sha256:
+            yield Difference(name, None, f"SHA-256 {sha256}, the manifest says {record.sha256}")
+
+
+def _check_against_inputs(
+    out: str,
+    base: str | os.PathLike[str] | None,
+    ft: str | os.PathLike[str],
+    manifest: Manifest,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> tuple[int, int]:
+    sides: list[Checkpoint] = []
+    try:
+        for source, record in ((out, None), (ft, manifest.fine_tuned), (base, manifest.base)):
+            if source is not None:
+                sides.append(open_checkpoint(source))
+                if record is not None:
+                    found += _check_input(sides[-1], record, advance)
+        if found:
+            return 0, 0
+        made, tuned = sides[:2]
+        if base is None:
+            return _compare_untouched(made, tuned, {record.name for record in manifest.tensors}, found, advance), 0
+        plan = make_plan(sides[2], tuned, EditSpec(**manifest.spec))
+        edited = {unit.name for unit in plan.units}
+        compared = _compare_untouched(made, tuned, edited, found, advance)
+        return compared, _recompute(made, tuned, sides[2], plan, manifest, full, found, advance)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _check_input(side: Checkpoint, record: SideRecord, advance: Advance) -> Iterator[Difference]:
+    """An input given for comparison is the one that the manifest was made from."""
+    for name, weights in side.files.items():
+        sha256 = weights.file.sha256 or (hash_file(weights.file.path, advance)[1] if weights.file.path else None)
+        known = record.files.get(name)
+        if known is None or sha256 != known.sha256:
+            yield Difference(
+                weights.file.where, None, f"not the file of {printable(record.source)} that the output was made from"
+            )
+
+
+def _compare_untouched(
+    made: Checkpoint, tuned: Checkpoint, edited: set[str], found: list[Difference], advance: Advance
+) -> int:
+    """Every tensor outside `edited` has FT's place, dtype, shape and bytes; the number of bytes compared."""
+    compared = 0
+    for name, (file, entry) in tuned.tensors.items():
+        if name not in made.tensors or made.tensors[name][0] != file:
+            found.append(Difference(file, name, "missing, or in another file than in FT"))
+            continue
+        mine = made.tensors[name][1]
+        if mine.shape != entry.shape or (name not in edited and mine.dtype != entry.dtype):
+            stored = f"{mine.dtype} {list(mine.shape)}, in FT {entry.dtype} {list(entry.shape)}"
+            found.append(Difference(file, name, stored))
+        elif name not in edited:
+            compared += entry.nbytes
+            if not _same_bytes(made.files[file].file, mine.start, tuned.files[file].file, entry.start, entry.nbytes):
+                found.append(Difference(file, name, "its bytes are not FT's, and it was not edited"))
+            advance(entry.nbytes)
+    for name in made.tensors.keys() - tuned.tensors.keys():
+        found.append(Difference(made.tensors[name][0], name, "FT has no such tensor"))
+    return compared
+
+
+def _same_bytes(a: File, a_start: int, b: File, b_start: int, nbytes: int) -> bool:
+    for at in range(0, nbytes, CHUNK):
+        count = min(CHUNK, nbytes - at)
+        if read_range(a, a_start + at, count, "tensor") != read_range(b, b_start + at, count, "tensor"):
+            return False
+    return True
+
+
+def _recompute(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> int:
+    """Edit a sample of the units again and compare bytes and records; the number of matrices recomputed."""
+    from pome.patch import patch_unit
+
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    kept = {(item.name, item.part) for item in manifest.kept}
+    planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
+    for name, part in sorted(records.keys() - planned, key=str):
+        found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select"))
+    for name, part in sorted(planned - records.keys() - kept, key=str):
+        found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record"))
+    if found:
+        return 0
+    spec = dataclasses.replace(EditSpec(**manifest.spec), device="cpu")
+    count = 0
+    for unit in _choose(plan.units, full):
+        ft_bytes = tuned.read(unit.name, unit.start, unit.nbytes)
+        original = bytes(ft_bytes)
+        base_bytes = base.read(unit.base_name, unit.base_start, unit.base_nbytes)
+        out_bytes = made.read(unit.name, unit.out_start, unit.out_nbytes)
+        patch = patch_unit(unit, ft_bytes, base_bytes, spec, "cpu")
+        expected = patch.data if patch.data is not None else ft_bytes
+        for fresh in patch.tensors:
+            count += 1
+            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+            if what:
+                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        if out_bytes != expected:
+            what = _judge(unit, out_bytes, expected, original, base_bytes, {r.part: r for r in patch.tensors})
+            if what:
+                found.append(Difference(unit.file, unit.name, what))
+        advance(unit.nbytes)
+    return count
+
+
+def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
+    """All units, or a few spread over the model: the same ones each time."""
+    step = 1 if full else max(1, math.ceil(len(units) / SAMPLE))
+    return list(units[::step])
+
+
+def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
+    """What a record says otherwise than a recomputation, or None."""
+    if recorded is None:
+        return "has no record, though its delta is not zero"
+    for field in ("file", "role", "shape", "dtype", "rank", "k"):
+        if getattr(recorded, field) != getattr(fresh, field):
+            return f"{field} {getattr(recorded, field)}, recomputed {getattr(fresh, field)}"
+    for field in ("alpha", "beta", "sigma_max", "sigma_k", "noise_floor", "delta_norm", "edit_norm", "energy_kept"):
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not math.isclose(a, b, rel_tol=NUMBERS_AGREE):
+            return f"{field} {a}, recomputed {b}"
+    return None
+
+
+def _judge(
+    unit: Unit,
+    out_bytes: bytearray,
+    expected: bytearray,
+    ft_bytes: bytes,
+    base_bytes: bytearray,
+    records: dict[str | None, TensorRecord],
+) -> str | None:
+    """Whether bytes other than those recomputed here are still the edit: what is wrong, or None."""
+    import torch
+
+    from pome.patch import TORCH_DTYPES, put_view, take
+
+    def load(data: bytes | bytearray, dtype: str) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(unit.shape)
+
+    out, fresh = load(out_bytes, unit.out_dtype), load(expected, unit.out_dtype)
+    ft, base = load(ft_bytes, unit.dtype), load(base_bytes, unit.base_dtype)
+    rest = fresh.clone()
+    for part in unit.parts:
+        put_view(rest, part).copy_(put_view(out, part))
+    if not torch.equal(rest.view(torch.uint8), out.view(torch.uint8)):
+        return "entries outside the edited matrices are not FT's"
+    for part in unit.parts:
+        record = records.get(unit.label(part))
+        E, again = take(out, part).double(), take(fresh, part).double()
+        if record is None:
+            return "differs from FT, though its delta is zero"
+        # Two roundings to the stored dtype stand between the two: what each may lose is in the record.
+        if float((E - again).norm()) <= (EDITS_AGREE + 2 * record.rounding) * record.edit_norm:
+            continue
+        W_base = take(base, part).double()
+        D = take(ft, part).double() - W_base
+        objective = float((D * (E - W_base)).sum()) / float((D * (again - W_base)).sum())
+        norm = float((E - W_base).norm()) / float((again - W_base).norm())
+        if abs(objective - 1) > OBJECTIVE_BOUND + record.rounding**2 or abs(norm - 1) > OBJECTIVE_BOUND:
+            which = record.part or "the matrix"
+            return f"{which} is not the edit of these inputs (objective {objective:.6f}, norm {norm:.6f} of the edit's)"
+    return None
+
