@@ -121,7 +121,7 @@ def _edit_part(
             "--dtype float32"
         )
     # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
-    lost = W.to(working).sub_(W_base).sub_(edit)
+    lost = torch.sub(W.to(working), W_base).sub_(edit)
     rounding = float(torch.linalg.vector_norm(lost)) / result.edit_norm
     out.copy_(W.reshape(out.shape))
     return TensorRecord(
