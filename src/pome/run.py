@@ -21,7 +21,7 @@ from pome.checkpoint.output import Staging, check_target, update_index
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.engines.local import map_units
-from pome.errors import CheckpointError
+from pome.errors import CheckpointError, NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord
 from pome.plan import Plan, Unit, make_plan
 from pome.spec import EditSpec
@@ -133,6 +133,10 @@ class _Run:
                     side.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
                 staging.publish(manifest.to_json().encode(), overwrite)
+            except NumericalError:
+                # The same command would fail again, and what the message advises is another command.
+                staging.discard()
+                raise
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
                     f"interrupted; {len(staging.finished)} of {len(self.opened.plan.units)} units are safe in "

@@ -229,7 +229,11 @@ class Staging:
     def discard_if_empty(self) -> None:
         """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""
         if not self.copied and not self.finished and not any(self.output.iterdir()):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Take away the staging folder with all progress, where no run can go on from it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open(self, name: str) -> int:
         with self._opening:  # workers of several devices write to one file
