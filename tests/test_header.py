@@ -197,6 +197,7 @@ ENTRY = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
         ('{"a":{"dtype":"U8","shape":[1.0],"data_offsets":[0,1]}}', 1, "1.0 is not an integer"),
         ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[-1,0]}}', 0, "tensor 'a' has a negative number"),
         ('{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', 0, "tensor 'a' has a negative number"),
+        ('{"a":{"dtype":"U8","shape":[0,18446744073709551616],"data_offsets":[0,0]}}', 0, "63-bit integers"),
         ('{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,1]}}', 1, "do not end at a byte"),
         ('{"__metadata__":{"a":1}}', 0, "'\"' expected at character 21"),
         ('{"\\u001b[2J\\u202e":1}', 0, "tensor '\\x1b[2J\\u202e' is not an object"),
