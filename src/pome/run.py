@@ -21,7 +21,7 @@ from pome.checkpoint.output import Staging, check_target, update_index
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.engines.local import map_units
-from pome.errors import CheckpointError, NumericalError
+from pome.errors import CheckpointError, NumericalError, PairingError, printable
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord
 from pome.plan import Plan, Unit, make_plan
 from pome.spec import EditSpec
@@ -72,6 +72,12 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
             side = open_checkpoint(source, whole=all_of_it)
             stack.callback(side.close)
             sides.append(side)
+        identities = [[weights.file.identity for weights in side.files.values()] for side in sides]
+        if identities[0] == identities[1]:
+            raise PairingError(
+                f"{printable(sides[1].source)}: BASE and FT are the same files; give the pretrained checkpoint first, "
+                "then the one that was trained from it"
+            )
         plan = make_plan(sides[0], sides[1], spec)
         yield Opened(sides[0], sides[1], plan, *list_side_files(sides[1]))
 
