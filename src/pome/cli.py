@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import pome
-from pome.errors import PomeError
+from pome.errors import PomeError, printable
 from pome.spec import EDIT_KEYS, EditSpec, Job, merge_options, read_batch, read_config
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pome.manifest import Manifest
     from pome.run import Progress
+    from pome.verification import Verdict
 
 app = typer.Typer(
     name="pome",
@@ -128,22 +129,12 @@ def verify_command(
 
     Exit status: 0 all is as the manifest says; 1 something differs or cannot be read; 2 usage.
     """
-    from pome.errors import printable
-    from pome.progress import show_bytes
     from pome.verification import verify
 
     verdict = verify(out, base, ft, full=full)
-    console = _console(quiet)
-    for item in verdict.differences:
-        where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
-        _complain(f"{where}: {item.what}")
-    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
-    checked += f"{verdict.edits} edits recomputed"
-    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
-    console.print(f"{printable(out)}: {ending} ({checked})", highlight=False, markup=False, soft_wrap=True)
+    _report_verdict(verdict, out, _console(quiet))
     if as_json:
-        differences = [dataclasses.asdict(item) for item in verdict.differences]
-        print(json.dumps({"ok": verdict.ok, "differences": differences}, indent=1))
+        print(json.dumps({"ok": verdict.ok, "differences": _list(verdict)}, indent=1))
     if not verdict.ok:
         raise typer.Exit(1)
 
@@ -174,16 +165,54 @@ def batch_command(
 def _run_job(job: Job, console: Console) -> dict[str, Any]:
     begun = time.monotonic()
     result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
-    console.print(f"[bold]{job.name}[/bold]", highlight=False)
+    console.print(printable(job.name), style="bold", highlight=False, markup=False)
     try:
-        manifest = _edit(job.base, job.fine_tuned, Path(job.out), job.spec, console, job.overwrite, job.fresh)
-        _report(manifest, Path(job.out), console)
-        result |= {"status": "done", "matrices": len(manifest.tensors)}
+        result |= _run_verify(job, console) if job.command == "verify" else _run_edit(job, console)
     except (PomeError, OSError, MemoryError) as error:
         _complain(f"{job.name}: {describe_error(error)}")
         result |= {"status": "failed", "error": describe_error(error)}
     result["seconds"] = round(time.monotonic() - begun, 3)
     return result
+
+
+def _run_edit(job: Job, console: Console) -> dict[str, Any]:
+    from pome.verification import find_finished
+
+    assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
+    if not job.overwrite:
+        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec)
+        if finished is not None:
+            console.print("done by an earlier run", highlight=False)
+            return {"status": "done", "matrices": len(finished.tensors)}
+    manifest = _edit(job.base, job.fine_tuned, Path(job.out), job.spec, console, job.overwrite, job.fresh)
+    _report(manifest, Path(job.out), console)
+    return {"status": "done", "matrices": len(manifest.tensors)}
+
+
+def _run_verify(job: Job, console: Console) -> dict[str, Any]:
+    from pome.verification import verify
+
+    verdict = verify(job.out, job.base, job.fine_tuned, full=job.full)
+    _report_verdict(verdict, job.out, console)
+    if verdict.ok:
+        return {"status": "done", "matrices": verdict.edits}
+    return {"status": "failed", "error": f"{len(verdict.differences)} differences", "differences": _list(verdict)}
+
+
+def _report_verdict(verdict: Verdict, out: str, console: Console) -> None:
+    from pome.progress import show_bytes
+
+    for item in verdict.differences:
+        where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
+        _complain(f"{where}: {item.what}")
+    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
+    checked += f"{verdict.edits} edits recomputed"
+    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
+    console.print(f"{printable(out)}: {ending} ({checked})", highlight=False, markup=False, soft_wrap=True)
+
+
+def _list(verdict: Verdict) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(item) for item in verdict.differences]
 
 
 def _edit(
@@ -219,7 +248,6 @@ def _show_plan(
 
 def _report(manifest: Manifest, out: Path, console: Console) -> None:
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.errors import printable
     from pome.progress import describe_kept, describe_warnings, make_closing_table, show_bytes
 
     if manifest.tensors:

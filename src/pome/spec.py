@@ -99,23 +99,24 @@ class EditSpec:
 
 
 EDIT_KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
-SWITCHES = ("overwrite", "fresh")
+SWITCHES = ("overwrite", "fresh", "full")
 JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES)
-COMMANDS = ("edit",)
+COMMANDS = ("edit", "verify")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of work of a batch file."""
+    """One line of work of a batch file. `base` and `fine_tuned` may be None for `verify` alone."""
 
     name: str
     command: str
-    base: str
-    fine_tuned: str
+    base: str | None
+    fine_tuned: str | None
     out: str
     spec: EditSpec
     overwrite: bool = False
     fresh: bool = False
+    full: bool = False
 
 
 def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +149,8 @@ def read_batch(path: Path, only: Iterable[str] = ()) -> list[Job]:
             jobs.append(_job(merge_options(defaults, given)))
         except SpecError as error:
             raise SpecError(f"{path}:{line}: {error}") from None
-    for attribute in ("name", "out"):
-        values = [getattr(job, attribute) for job in jobs]
-        twice = next((v for v in values if values.count(v) > 1), None)
-        if twice is not None:
-            raise SpecError(f"{path}: two jobs have the {attribute} {printable(twice)!r}; each needs its own")
+    _refuse_twins(path, "name", [job.name for job in jobs])
+    _refuse_twins(path, "out", [job.out for job in jobs if job.command == "edit"])
     wanted = list(only)
     for name in wanted:
         names = [job.name for job in jobs]
@@ -165,17 +163,27 @@ def _job(values: dict[str, Any]) -> Job:
     command = values.pop("command", "edit")
     if command not in COMMANDS:
         raise SpecError(f"command: {command!r} is not one of {', '.join(COMMANDS)}{nearest(str(command), COMMANDS)}")
-    texts: dict[str, str] = {}
-    for key in ("name", "base", "fine_tuned", "out"):
-        value = values.pop(key, None)
-        if key == "name" and value is None:
-            value = values.get("out") or texts.get("out")
-        if not isinstance(value, str) or not value:
-            raise SpecError(f"{key}: missing; every job needs a text for base, fine_tuned and out")
-        texts[key] = value
-    overwrite, fresh = (_switch(key, values.pop(key, False)) for key in SWITCHES)
-    spec = EditSpec.from_mapping(values)
-    return Job(texts["name"], command, texts["base"], texts["fine_tuned"], texts["out"], spec, overwrite, fresh)
+    out = _text("out", values.pop("out", None))
+    base, fine_tuned = (
+        None if command == "verify" and values.get(key) is None else _text(key, values.get(key))
+        for key in ("base", "fine_tuned")
+    )
+    name = _text("name", values.pop("name", out if command == "edit" else f"{command} {out}"))
+    overwrite, fresh, full = (_switch(key, values.pop(key, False)) for key in SWITCHES)
+    spec = EditSpec.from_mapping({key: value for key, value in values.items() if key in EDIT_KEYS})
+    return Job(name, command, base, fine_tuned, out, spec, overwrite, fresh, full)
+
+
+def _refuse_twins(path: Path, key: str, values: list[str]) -> None:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{path}: two jobs have the {key} {printable(twice)!r}; each needs its own")
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise SpecError(f"{key}: {'missing' if value is None else 'not a text'}; a job needs base, fine_tuned and out")
+    return value
 
 
 def _switch(key: str, value: object) -> bool:

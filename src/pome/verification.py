@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import Checkpoint, open_checkpoint
-from pome.errors import VerificationError, printable
+from pome.errors import PomeError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.plan import Plan, Unit, make_plan
 from pome.spec import EditSpec
@@ -82,6 +83,30 @@ def verify(
         # With a file missing or changed the rest cannot be told apart from it; what differs is already said.
         compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, found, advance)
     return Verdict(tuple(found), len(manifest.files), compared, edits)
+
+
+def find_finished(
+    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], spec: EditSpec
+) -> Manifest | None:
+    """The manifest of `out` if this edit made it and no input is newer, so that a batch need not repeat it."""
+    try:
+        manifest = read_manifest(out / MANIFEST_NAME)
+        same = (manifest.base.source, manifest.fine_tuned.source) == (os.fspath(base), os.fspath(ft))
+        if not same or manifest.spec != spec.to_mapping() or manifest.timing.get(CHECKSUM) != manifest.checksum():
+            return None
+        created = datetime.datetime.fromisoformat(manifest.created).timestamp()
+        for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):
+            side = open_checkpoint(source)
+            paths = {name: weights.file.path for name, weights in side.files.items()}
+            sizes = {name: weights.file.size for name, weights in side.files.items()}
+            side.close()
+            if side.revision != record.revision or any(sizes[n] != record.files[n].bytes for n in sizes):
+                return None
+            if side.revision is None and any(path and path.stat().st_mtime > created for path in paths.values()):
+                return None
+    except (PomeError, OSError, KeyError, ValueError):
+        return None  # whatever is wrong with it, it is not finished; making it again says what
+    return manifest
 
 
 def _find_folder(out: str | os.PathLike[str]) -> Path:
