@@ -93,7 +93,7 @@ class Staging:
         self._journal = self._lock = -1
 
     def _restore_replaced(self) -> None:
-        """A run died between the two renames of an overwrite: put the former OUT back before anything else."""
+        """Put the former OUT back, where the second of the two renames of an overwrite did not come to pass."""
         replaced = self.folder / "replaced"
         if replaced.exists() and not self.target.exists():
             os.rename(replaced, self.target)
@@ -221,7 +221,11 @@ class Staging:
         with explain(self.target):
             if self.target.exists():
                 os.rename(self.target, self.folder / "replaced")
-            os.rename(self.output, self.target)
+            try:
+                os.rename(self.output, self.target)
+            except BaseException:
+                self._restore_replaced()
+                raise
             _sync_folder(self.target.parent)
         # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
         shutil.rmtree(self.folder, ignore_errors=True)
