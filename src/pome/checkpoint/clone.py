@@ -89,10 +89,13 @@ def hash_file(path: Path, advance: Advance) -> tuple[int, str]:
     """(bytes, SHA-256 in hex) of a file, read in pieces."""
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK))
-        while got := file.readinto(buffer):
+    buffer = memoryview(bytearray(_CHUNK))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        while got := os.preadv(fd, [buffer], size):
             digest.update(buffer[:got])
             size += got
             advance(got)
+    finally:
+        os.close(fd)
     return size, digest.hexdigest()

@@ -1,4 +1,9 @@
-"""One run at a time: a lock file held with flock, and who holds it for file systems whose locks lie."""
+"""One run at a time on one staging folder.
+
+The kernel's lock (flock) settles it wherever locks work, and dies with its holder. Some network file systems grant
+everybody everything; there the lock file itself tells: it names its holder, whose process is looked up on this
+machine, and on another machine is known to live by the heartbeat that moves the file's time.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +12,70 @@ import fcntl
 import json
 import os
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from pome.checkpoint.clone import write_at
 from pome.errors import OutputError, printable
 
+HEARTBEAT_SECONDS = 5.0
+WATCH_SECONDS = 4 * HEARTBEAT_SECONDS  # a live holder moves the file's time in this, however slow its disk
 
-def take_lock(folder: Path) -> int:
-    """Hold `folder/lock` or raise OutputError naming the run that holds it."""
+
+class Lock:
+    """The lock of a staging folder, held from `take_lock` until `release`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="pome-lock", daemon=True)
+        self._heart.start()
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self._fd)
+            except OSError:
+                return  # the disk is gone; the run itself will say so
+
+    def release(self) -> None:
+        self._released.set()
+        self._heart.join()
+        os.close(self._fd)
+
+
+def take_lock(folder: Path) -> Lock:
+    """Hold `folder/lock`. Raises OutputError naming the run that holds it, OSError if the file cannot be made."""
     path = folder / "lock"
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             holder = _read_holder(fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise _in_use(folder, holder) from None
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-            # Where locks lie (some network file systems) the holder's own process tells.
-            if holder and holder != _describe_self() and _is_alive(holder):
+            if not _flock(fd) or (holder and _is_alive(holder, path)):
                 raise _in_use(folder, holder)
             if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
                 os.ftruncate(fd, 0)
                 write_at(fd, json.dumps(_describe_self()).encode(), 0)
-                return fd
+                return Lock(fd)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)  # the holder finished and removed the folder between our open and our lock
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _flock(fd: int) -> bool:
+    """Whether the kernel grants the lock; True too where it has none to give."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
 
 
 def _in_use(folder: Path, holder: dict[str, Any] | None) -> OutputError:
@@ -59,11 +95,29 @@ def _read_holder(fd: int) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the recorded process still runs here; its start time tells it from a later one of that number."""
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+def _is_alive(holder: dict[str, Any], path: Path) -> bool:
+    """Whether the recorded holder still runs although the kernel gave us its lock."""
+    if holder == _describe_self():
+        return False  # an earlier run of this very process
+    if holder.get("host") == socket.gethostname():
+        # The start time tells the process from a later one of its number.
+        pid = holder.get("pid")
+        return isinstance(pid, int) and holder.get("started") is not None and _read_start(pid) == holder["started"]
+    last = _read_time(path)
+    if time.time() - last > WATCH_SECONDS:
         return False
-    return holder.get("started") is not None and _read_start(holder["pid"]) == holder["started"]
+    until = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(HEARTBEAT_SECONDS / 10)
+        if _read_time(path) != last:
+            return True
+    return False
+
+
+def _read_time(path: Path) -> float:
+    """When the lock file was last touched; opened anew, because network file systems ask the server only then."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _read_start(pid: int) -> str | None:

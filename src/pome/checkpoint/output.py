@@ -25,7 +25,7 @@ from typing import Any
 
 from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.checkpoint.header import Header
-from pome.checkpoint.lock import take_lock
+from pome.checkpoint.lock import Lock, take_lock
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.errors import OutputError, printable
 
@@ -68,7 +68,7 @@ class Staging:
         self._fresh = fresh
         self._files: dict[str, int] = {}
         self._opening = threading.Lock()
-        self._lock = -1
+        self._lock: Lock | None = None
         self._journal = -1
         self.copied: set[str] = set()
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
@@ -86,11 +86,14 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (*self._files.values(), self._journal, self._lock):
+        for fd in (*self._files.values(), self._journal):
             if fd >= 0:
                 os.close(fd)
         self._files.clear()
-        self._journal = self._lock = -1
+        self._journal = -1
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _restore_replaced(self) -> None:
         """Put the former OUT back, where the second of the two renames of an overwrite did not come to pass."""
@@ -124,7 +127,7 @@ class Staging:
                     entry = json.loads(line) if line.endswith(b"\n") else None
                 except ValueError:
                     entry = None
-                if not isinstance(entry, dict):
+                if not isinstance(entry, dict) or not ("copied" in entry or "unit" in entry):
                     break
                 good += len(line)
                 if "copied" in entry:
@@ -206,7 +209,6 @@ class Staging:
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with explain(self.folder / "journal"):
             _append(self._journal, lines)
-        os.utime(self.folder / "lock")  # a sign of life for those who look from another machine
 
     def publish(self, manifest: bytes, overwrite: bool) -> None:
         """Sync everything, write the manifest last, and rename the whole to OUT."""
