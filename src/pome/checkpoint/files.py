@@ -62,6 +62,10 @@ class Listing(Protocol):
     def names(self) -> list[str]:
         """The names at the top, sorted."""
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Files of the checkpoint that were not fetched, and why."""
+
     def read(self, name: str) -> bytes:
         """A small file, whole."""
 
@@ -120,6 +124,7 @@ class LocalListing:
         self.label = printable(str(folder), 500)
         self.revision = revision
         self.names = sorted(entry.name for entry in os.scandir(folder))
+        self.left_out: Mapping[str, str] = {}
 
     def read(self, name: str) -> bytes:
         file = self.open(name)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pome.checkpoint.files import File, LocalFile, LocalListing
 from pome.errors import HubError, printable
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# One request asks for at most this much, so that a connection cut in the middle costs no more than this again.
+# One request asks for at most this much: a server's or a proxy's limit on the time of one answer is then never met.
 _PIECE = 32 << 20
-# Of FT all files are fetched, but not weights in formats that the output would leave out.
-_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "*.tflite", "*.ot"]
+# Of FT all files are fetched, but neither weights in other formats nor training state, which no output would hold.
+_NOT_FETCHED = [
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
+    *("*.gguf", "*.ggml", "*.tflite", "*.ot", "*.npz"),
+    *("checkpoint-[0-9]*/*", "*/checkpoint-[0-9]*/*", "global_step[0-9]*/*", "*/global_step[0-9]*/*"),
+]
+NOT_FETCHED = "weights in another format or training state; not downloaded"
+# Seconds before each further try of what failed in a way that passes by itself: 4 retries, half a minute in all.
+WAITS = (1.0, 3.0, 9.0, 20.0)
+_LONGEST_WAIT = 300.0  # that a server may ask for; the window of the Hub's rate limits
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+Value = TypeVar("Value")
 
 
 def is_repository(text: str) -> bool:
@@ -24,36 +38,50 @@ def is_repository(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def _split(text: str) -> tuple[str, str | None]:
+def split_id(text: str) -> tuple[str, str | None]:
+    """`org/name`, and the revision if one is given, of a text for which `is_repository` holds."""
     match = _ID.fullmatch(text)
-    assert match is not None  # callers asked is_repository
+    assert match is not None
     return match["repo"], match["revision"]
 
 
-def fetch_snapshot(text: str) -> tuple[Path, str]:
-    """Download all files of a repository that an output may hold (or find them cached): their folder and the commit."""
-    from huggingface_hub import snapshot_download
+def fetch_snapshot(text: str) -> Snapshot:
+    """All files of a repository that an output may hold, downloaded or found in the cache. Raises HubError."""
+    from huggingface_hub import constants, snapshot_download
 
-    repo, revision = _split(text)
-    with _explain(text):
-        folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_NOT_FETCHED))
-    return folder, folder.name  # the cache names a snapshot's folder after its commit
+    repo, revision = split_id(text)
+    folder = Path(_ask(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=_NOT_FETCHED)))
+    commit = folder.name  # the cache names a snapshot's folder after its commit
+    left_out: dict[str, str] = {}
+    if not constants.HF_HUB_OFFLINE:
+        # The names only make the manifest say what was left out. Without the Hub the cached snapshot still serves.
+        with contextlib.suppress(HubError):
+            names = _list_files(text, repo, commit)[1]
+            left_out = {name: NOT_FETCHED for name in names if any(fnmatch.fnmatch(name, p) for p in _NOT_FETCHED)}
+    return Snapshot(folder, repo, commit, left_out)
 
 
-def list_repository(text: str) -> HubListing | LocalListing:
-    """The files of a repository at one commit; offline, those that the cache has."""
+def list_repository(text: str) -> HubListing | Snapshot:
+    """The files of a repository at one commit; offline, those that the cache has. Raises HubError."""
+    from huggingface_hub import constants
+
+    repo, revision = split_id(text)
+    if constants.HF_HUB_OFFLINE:
+        return fetch_snapshot(text)
+    return HubListing(repo, *_list_files(text, repo, revision))
+
+
+def _list_files(text: str, repo: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
+    """The commit of a revision, and the files there."""
     from huggingface_hub import HfApi, constants
 
-    repo, revision = _split(text)
-    if constants.HF_HUB_OFFLINE:
-        return LocalListing(*fetch_snapshot(text))
-    with _explain(text):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    info = _ask(text, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout))
     files = {}
     for sibling in info.siblings or []:
         lfs = sibling.lfs
         files[sibling.rfilename] = _Listed(sibling.size or 0, lfs.sha256 if lfs else None)
-    return HubListing(repo, str(info.sha), files)
+    return str(info.sha), files
 
 
 @dataclass(frozen=True)
@@ -62,10 +90,37 @@ class _Listed:
     sha256: str | None  # of large files; small ones lie in git and have none
 
 
+class Snapshot(LocalListing):
+    """A repository at one commit, in the Hub's cache."""
+
+    def __init__(self, folder: Path, repo: str, commit: str, left_out: dict[str, str]) -> None:
+        super().__init__(folder, commit)
+        self.repo = repo
+        self.left_out = left_out
+        # A repository of pickled weights alone must be told from an empty one.
+        self.names = sorted({*self.names, *(name for name in left_out if "/" not in name)})
+
+    def open(self, name: str) -> CachedFile:
+        return CachedFile(self.folder / name, [self.repo, self.revision, name])
+
+
+class CachedFile(LocalFile):
+    """A file in the Hub's cache. Its commit and name identify it: the cache may be filled anew between two runs."""
+
+    def __init__(self, path: Path, identity: list[Any]) -> None:
+        super().__init__(path)
+        self._commit = identity
+
+    @property
+    def identity(self) -> list[Any]:
+        return self._commit
+
+
 class HubListing:
     """A repository at one commit. Opening a file downloads nothing but what is read of it, unless the cache has it."""
 
     folder = None
+    left_out: Mapping[str, str] = {}
 
     def __init__(self, repo: str, revision: str, files: dict[str, _Listed]) -> None:
         self.repo = repo
@@ -81,54 +136,77 @@ class HubListing:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.repo, name, revision=self.revision)
-        if isinstance(cached, str):
-            return LocalFile(Path(cached))
         listed = self.files[name]
+        identity = [self.repo, self.revision, name]
+        if isinstance(cached, str):
+            return CachedFile(Path(cached), identity)
         if listed.sha256 is None:
-            return LocalFile(self._download(name))
+            return CachedFile(self._download(name), identity)
         url = hf_hub_url(self.repo, name, revision=self.revision)
-        return RemoteFile(url, f"{self.label}/{name}", listed.size, listed.sha256)
+        return RemoteFile(url, f"{self.label}/{name}", listed.size, listed.sha256, identity)
 
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with _explain(f"{self.label}/{name}"):
-            return Path(hf_hub_download(self.repo, name, revision=self.revision))
+        return Path(_ask(f"{self.label}/{name}", lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 
 
 class RemoteFile:
-    """A file on the Hub, read by HTTP ranges; a failed range is asked for again by the Hub's own backoff."""
+    """A file on the Hub, read by HTTP ranges; what fails in passing is asked for again."""
 
     path = None
 
-    def __init__(self, url: str, where: str, size: int, sha256: str) -> None:
+    def __init__(self, url: str, where: str, size: int, sha256: str, identity: list[Any]) -> None:
         self.url = url
         self.where = where
         self.size = size
         self.sha256 = sha256
-
-    @property
-    def identity(self) -> list[Any]:
-        return [self.where, self.size, self.sha256]
+        self.identity = identity
+        self._storage: str | None = None  # where the Hub sent the last request on to, signed for some time
 
     def read_into(self, view: memoryview, at: int) -> int:
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
         count = min(len(view), _PIECE, max(self.size - at, 0))
-        if count == 0:
-            return 0
-        headers = {**build_hf_headers(), "Range": f"bytes={at}-{at + count - 1}", "Accept-Encoding": "identity"}
-        with _explain(self.where):
-            response = http_backoff("GET", self.url, headers=headers)
+        return _ask(self.where, lambda: self._fetch(view[:count], at)) if count else 0
+
+    def _fetch(self, view: memoryview, at: int) -> int:
+        """One request; what arrived before the connection was cut is kept."""
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        headers = {"Range": f"bytes={at}-{at + len(view) - 1}", "Accept-Encoding": "identity"}
+        storage = self._storage
+        if storage is not None:
+            # A signed address needs no token, and the token is the Hub's alone. An address that has expired is dropped.
+            with _stream(storage, headers) as (response, pieces):
+                if response.status_code == 206:
+                    return self._receive(view, at, response, pieces)
+                self._storage = None
+        with _stream(self.url, {**build_hf_headers(), **headers}) as (response, pieces):
             hf_raise_for_status(response)
-        piece = response.content
-        if response.status_code != 206 or len(piece) != count:
+            if urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc:
+                self._storage = str(response.url)
+            return self._receive(view, at, response, pieces)
+
+    def _receive(self, view: memoryview, at: int, response: Any, pieces: Iterator[bytes]) -> int:
+        extent = response.headers.get("content-range", "")
+        if response.status_code != 206 or not extent.startswith(f"bytes {at}-"):
+            # Before its body is read: a server that does not know ranges sends the whole file.
             raise HubError(
-                f"{self.where}: the server answered {response.status_code} with {len(piece)} bytes to a request for "
-                f"{count}; download the model and give its folder"
+                f"{self.where}: the server answered {response.status_code} {printable(extent)} to a request for bytes "
+                f"from {at}; download the model with `hf download` and give its folder"
             )
-        view[:count] = piece
-        return count
+        done = 0
+        try:
+            for piece in pieces:
+                if done + len(piece) > len(view):
+                    raise HubError(f"{self.where}: the server sent more bytes than were asked for; try again later")
+                view[done : done + len(piece)] = piece
+                done += len(piece)
+        except _library_errors():
+            if done == 0:
+                raise
+        if done == 0:
+            raise ConnectionError("the connection was closed before the first byte")
+        return done
 
     def check_unchanged(self) -> None:
         """A commit never changes."""
@@ -138,34 +216,105 @@ class RemoteFile:
 
 
 @contextlib.contextmanager
-def _explain(what: str) -> Iterator[None]:
-    """Turn what the Hub's library raises into a HubError that names the repository and the next step."""
+def _stream(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """A GET request's response, its body not yet read, and the pieces of the body."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if hasattr(session, "stream") and callable(session.stream):  # httpx and its successors
+        with session.stream("GET", url, headers=headers, timeout=timeout) as response:
+            yield response, response.iter_bytes()
+    else:  # requests, up to huggingface_hub 0.36; its `stream` is a flag
+        with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
+            yield response, response.iter_content(1 << 16)
+
+
+def _ask(what: str, call: Callable[[], Value]) -> Value:
+    """What a call to the Hub returns, tried again while it fails in passing. Raises HubError."""
+    for wait in WAITS:
+        try:
+            return call()
+        except _library_errors() as error:
+            if not _may_pass(error):
+                raise explain_failure(what, error) from None
+            time.sleep(min(max(wait, _read_wait(error)), _LONGEST_WAIT))
+    try:
+        return call()
+    except _library_errors() as error:
+        raise explain_failure(what, error) from None
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's library raises, whichever HTTP library it is built on: that has changed twice."""
     from huggingface_hub import errors
 
-    # Whichever HTTP library the Hub's is built on (it has changed twice): its errors are a base of the Hub's own.
-    bases: list[type[Exception]] = [base for base in errors.HfHubHTTPError.__mro__[1:] if issubclass(base, Exception)]
-    bases.remove(Exception)
-    unreachable: tuple[type[Exception], ...] = (errors.OfflineModeIsEnabled, errors.HFValidationError, *bases)
-    name = printable(what)
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise HubError(f"{name}: gated; accept its terms on its page, then log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise HubError(f"{name}: the repository has no such revision; check what stands after the @") from None
-    except errors.RepositoryNotFoundError:
-        raise HubError(
-            f"{name}: neither a local file or folder nor a repository that the Hub shows you; check the name, or log "
-            "in with `hf auth login` if it is private"
-        ) from None
-    except errors.LocalEntryNotFoundError:
-        raise HubError(
-            f"{name}: not (wholly) in the local cache, and the Hub cannot be reached; check the network and "
-            "HF_HUB_OFFLINE, or give a local folder"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "an error")
-        raise HubError(f"{name}: the Hub answered {status}; try again later, or give a local folder") from None
-    except unreachable as error:
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise HubError(f"{name}: cannot reach the Hub ({reason}); check the network or give a local folder") from None
+    mro = errors.HfHubHTTPError.__mro__
+    bases = [base for base in mro if issubclass(base, Exception) and base is not Exception]
+    return (*bases, errors.EntryNotFoundError, ValueError)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    from huggingface_hub import errors
+
+    if isinstance(error, (errors.OfflineModeIsEnabled, ValueError)):
+        return False
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "neither there nor here": why not there is its cause
+        return error.__cause__ is not None and _may_pass(error.__cause__)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _status(error) in _PASSING
+    return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _read_wait(error: BaseException) -> float:
+    """Seconds that the server asked to wait, or 0."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    text = headers.get("retry-after", "")
+    return float(text) if text.isdigit() else 0.0
+
+
+def explain_failure(what: str, error: BaseException) -> HubError:
+    """A HubError of one line that names the repository, the reason and the next step."""
+    reason, step = _explain(error)
+    return HubError(f"{printable(what)}: {reason}; {step}")
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "gated", "accept its terms on its page, then log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision", "check what stands after the @"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "no token", "log in with `hf auth login` or set HF_TOKEN"
+    status = _status(error)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "neither a local file or folder nor a repository that the Hub shows you",
+            "check the name, or log in with `hf auth login` if it is private",
+        )
+    if status in (401, 403):
+        return f"the Hub answered {status}", "check that the token is valid and allows this (`hf auth whoami`)"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
+            return _explain(cause)
+        return "not (wholly) in the local cache, and the Hub is switched off", "unset HF_HUB_OFFLINE, or give a folder"
+    if status is not None:
+        return f"the Hub answered {status}", "try again later, or give a local folder"
+    detail = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if isinstance(error, ValueError):
+        return f"the request or its answer is not what the Hub knows ({detail})", "check the name and HF_ENDPOINT"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return (
+            f"cannot be stored in the cache {constants.HF_HUB_CACHE} ({error.strerror})",
+            "make room there, or set HF_HOME to another place",
+        )
+    return f"cannot reach the Hub ({detail})", "check the network, or give a local folder"

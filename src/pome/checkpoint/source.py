@@ -49,7 +49,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     index: str | None
     revision: str | None = None  # the Hub commit
-    unused: dict[str, str] = field(default_factory=dict)  # weight files beside the checkpoint, and why they are not it
+    unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
 
     def read(self, name: str, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of a tensor's file from absolute offset `start`; CheckpointError if they cannot all be had."""
@@ -82,7 +82,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False) -> C
         if path.exists() or path.is_symlink():
             return _open_file(text, path)
         if isinstance(source, str) and is_repository(text):
-            listing = LocalListing(*fetch_snapshot(text)) if whole else list_repository(text)
+            listing = fetch_snapshot(text) if whole else list_repository(text)
             return _open_listing(text, listing)
     except OSError as error:
         raise CheckpointError(f"{printable(text)}: cannot be opened: {error.strerror or error}") from None
@@ -137,7 +137,7 @@ def _open_listing(source: str, listing: Listing) -> Checkpoint:
         name: "weights outside the checkpoint that its index or model.safetensors names"
         for name in [*found, *indexes]
         if name not in chosen and name != index
-    }
+    } | dict(listing.left_out)
     config = read_json(listing, "config.json") if "config.json" in names else None
     files, tensors = _gather((name, listing.open(name)) for name in chosen)
     if weight_map is not None:
