@@ -34,6 +34,23 @@ EXPERTS_OUT_IN = frozenset(
 # Gate and up alternate column by column instead of lying side by side.
 EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
 
+# One fused matrix under a name that elsewhere is the up projection: `fc1` (only where it has twice the rows of
+# the FFN's width, but for moshi, whose config counts both halves) and the order of its halves.
+FUSED_FC1 = {
+    "moshi": ("gate", "up"),
+    "chatglm": ("gate", "up"),
+    "moonshine": ("up", "gate"),
+    "moonshine_streaming": ("up", "gate"),
+}
+FUSED_FC1_COUNTS_BOTH = frozenset({"moshi"})
+# Names inside an FFN that mean something else everywhere else.
+OWN_FFN_NAMES = {"rwkv": {"key": "up", "value": "down"}, "ctrl": {"0": "up", "2": "down"}}
+DBRX_EXPERTS = {"w1": "gate", "v1": "up", "w2": "down"}
+# `Wi` holds gate and up.
+FUSED_WI = frozenset({"modernbert", "modernbert-decoder"})
+# Stacked experts with `fc1` for gate and up, and `fc2` for down.
+EXPERTS_FC = frozenset({"aria_text"})
+
 # q, k, v of one head after each other, head by head.
 QKV_PER_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "fuyu", "minimax"})
 # All of q, then all of k, then all of v; fewer key and value heads than query heads are allowed.
@@ -42,7 +59,10 @@ QKV_IN_A_ROW = frozenset({"phi3", "phi4_multimodal", "mpt", "dbrx", "modernbert"
 _TOWERS = (
     (re.compile(r"talker"), ("talker_config",)),
     (re.compile(r"vision|visual|image|(^|_)vit(_|$)|pixel"), ("vision_config", "vit_config")),
-    (re.compile(r"audio|speech|sound|wav2vec|whisper"), ("audio_config", "speech_config", "sound_config")),
+    (
+        re.compile(r"audio|speech|sound|wav2vec|whisper"),
+        ("audio_config", "speech_config", "sound_config", "audio_encoder_config"),
+    ),
     (re.compile(r"qformer"), ("qformer_config",)),
 )
 _TEXT = ("thinker_config", "text_config", "llm_config", "language_config", "llm", "decoder_config")

@@ -44,7 +44,8 @@ _FFN = re.compile(
 # attention, adapters, projections between towers, norms with a gate.
 _FOREIGN = re.compile(
     r"linear_attn|mamba\w*|indexer|\w*compressor|\w*adapter\w*|lora_\w+|\w*projector|\w*resampler|\w*merger|"
-    r"\w*connector|perceiver\w*|conv\w*|\w*_conv|\w*sconv|rbr\w*|\w*embedder|\w*norm\w*|temporal_block",
+    r"\w*connector|perceiver\w*|conv\w*|\w*_conv|\w*sconv|rbr\w*|\w*embedder|(?!roberta)\w*norm\d*|\w+_norm_\w+|"
+    r"temporal_block",
     re.IGNORECASE,
 )
 _INDEX = re.compile(r"(?:expert_|layer_|block_)?\d+")
@@ -53,9 +54,9 @@ _FFN_ROLE = _invert(
     {
         "gate": "gate_proj wi_0 w_in.w_0 proj_up_gate linear_gate",
         "up": "up_proj fc1 fc_1 c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up intermediate_dense "
-        "intermediate.dense intermediate_query.dense ff.layer_1",
+        "intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate dense.dense",
         "down": "down_proj fc2 fc_2 c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out proj_down output_dense "
-        "output.dense output_query.dense ff.layer_2",
+        "output.dense output_query.dense ff.layer_2 feed_forward.output",
     }
 )
 # What may stand in a layer without an FFN module around it, or with nothing around it at all.
@@ -120,7 +121,7 @@ def _describe_matrix(path: Path, shape: Shape, facts: arch.Config | None) -> Lay
         return OTHER
     if any("router" in token for token in path):
         return Layout((Part("router"),))
-    if any(_FOREIGN.fullmatch(token) for token in path):
+    if any(_FOREIGN.fullmatch(token) for token in path) or any(token in _FUSED_QKV for token in path[:-1]):
         return OTHER
     attention = max((i for i, token in enumerate(path) if _ATTENTION.fullmatch(token)), default=-1)
     ffn = max((i for i, token in enumerate(path[:-1]) if _FFN.fullmatch(token)), default=-1)
@@ -194,22 +195,42 @@ def _describe_ffn(
     in_layer = len(around) < len(path) - depth
     in_ffn = ffn >= 0 and bool(around) and (ffn == len(around) - 1 or leaf.startswith("w_"))
     bare = leaf in _BARE_ANYWHERE and (in_layer or not around) or leaf in _BARE_IN_LAYER and in_layer
-    if not (in_ffn or bare or leaf.startswith("ff.")):
+    if not (in_ffn or bare or leaf.startswith(("ff.", "feed_forward."))):
         return None
-    if leaf in ("gate_up_proj", "w12", "weights_in") or (leaf == "input_linear" and around[-1] == "shared_mlp"):
+    model_type = arch.model_type_of(facts) or ""
+    own = arch.OWN_FFN_NAMES.get(model_type, {}).get(leaf)
+    if own is not None:
+        return Layout((Part(own),))
+    if leaf in ("gate_up_proj", "w12", "weights_in") or leaf == "input_linear" and around[-1] == "shared_mlp":
         order = ("up", "gate") if leaf == "gate_up_proj" and "audio_embed" in path else ("gate", "up")
         return _split_halves(order, shape)
     if leaf == "output_linear" and around[-1] == "shared_mlp" or leaf == "weights_out":
         return Layout((Part("down"),))
+    if leaf in ("Wi", "Wo") and model_type in arch.FUSED_WI:
+        return _split_halves(("gate", "up"), shape) if leaf == "Wi" else Layout((Part("down"),))
+    if model_type == "dbrx" and leaf in arch.DBRX_EXPERTS:
+        return _split_dbrx_experts(leaf, shape, arch.expert_count_of(facts))
     if leaf in _W123:
         return _describe_w123(leaf, shape, facts)
     role = _FFN_ROLE.get(leaf)
     if role is None:
         return None
     inside = arch.intermediate_size_of(facts)
-    if leaf in _MAYBE_FUSED and inside is not None and shape[0] == 2 * inside and shape[0] != 4 * shape[1]:
-        return OTHER  # two halves under one name, in an order that only the architecture knows
+    twice = inside is not None and shape[0] == 2 * inside
+    if leaf in _MAYBE_FUSED and (twice or model_type in arch.FUSED_FC1_COUNTS_BOTH):
+        # Two halves under one name, in an order that only the architecture knows.
+        return _split_halves(arch.FUSED_FC1[model_type], shape) if model_type in arch.FUSED_FC1 else OTHER
     return Layout((Part(role),), leaf in ("c_fc", "c_proj") and _is_stored_in_out(role, shape, facts))
+
+
+def _split_dbrx_experts(leaf: str, shape: Shape, experts: int | None) -> Layout:
+    """DBRX keeps all experts of a layer below each other in one matrix."""
+    if experts is None or shape[0] % experts:
+        return OTHER
+    role, rows = arch.DBRX_EXPERTS[leaf], shape[0] // experts
+    blocks = [Block(0, 1, shape[0], expert * rows, rows) for expert in range(experts)]
+    parts = tuple(Part(role, f"expert={expert}", block) for expert, block in enumerate(blocks))
+    return Layout(parts, transposed=role == "down")
 
 
 def _describe_w123(leaf: str, shape: Shape, facts: arch.Config | None) -> Layout:
@@ -249,6 +270,8 @@ def _describe_experts(path: Path, shape: Shape, facts: arch.Config | None) -> La
     else:
         fused, known = leaf in ("gate_up_proj", "w13_weight"), "expert" in around[-1]
         role = "down" if leaf == "w2_weight" else leaf.removesuffix("_proj")
+        if arch.model_type_of(facts) in arch.EXPERTS_FC and leaf in ("fc1", "fc2"):
+            fused, role = leaf == "fc1", "down"
     if not known or not (fused or role in GROUPS["ffn"]):
         return OTHER
     transposed = _are_experts_in_out("down" if not fused and role == "down" else "up", shape, facts)
