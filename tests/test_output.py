@@ -147,8 +147,10 @@ def test_an_out_that_cannot_be_is_refused_and_nothing_is_written(
     assert "is a symbolic link" in refuse(tmp_path, tmp_path / "link", overwrite=True)
     assert "OUT is a folder" in refuse(tmp_path, tmp_path / "out.safetensors")
     assert "Not a directory" in refuse(tmp_path, tmp_path / "file/out")
-    monkeypatch.chdir(tmp_path / "there")
-    assert "the working folder or above it" in refuse(tmp_path, tmp_path / "there", overwrite=True)
+    (tmp_path / "there/below").mkdir()
+    for folder in ("there", "there/below"):
+        monkeypatch.chdir(tmp_path / folder)
+        assert "the working folder or above it" in refuse(tmp_path, tmp_path / "there", overwrite=True)
 
 
 def fail_with(code: int, when: Callable[..., bool], real: Callable[..., Any]) -> Callable[..., Any]:

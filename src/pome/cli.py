@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 import pome
 from pome.errors import PomeError, printable
@@ -26,8 +27,26 @@ if TYPE_CHECKING:
     from pome.run import Progress
     from pome.verification import Verdict
 
+
+class Interrupted(PomeError):
+    """Ctrl-C or SIGTERM, with what is safe and how to go on."""
+
+    exit_status = 130
+
+
+class _Commands(TyperGroup):
+    """The commands. Typer turns a KeyboardInterrupt into a bare exit, its message lost; so it does not reach typer."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error) or "interrupted; nothing was written") from None
+
+
 app = typer.Typer(
     name="pome",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -320,10 +339,7 @@ def run_command(arguments: list[str]) -> int:
         status = app(arguments, standalone_mode=False, prog_name="pome")
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except KeyboardInterrupt as error:
-        _complain(str(error) or "interrupted; nothing was written")
-        return 130
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; nothing was written")
         return 130
     except USAGE_ERROR as error:

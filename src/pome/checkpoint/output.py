@@ -50,8 +50,9 @@ def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
     if target.exists():
         if not overwrite:
             raise OutputError(f"{printable(str(out))}: exists; choose another OUT or give --overwrite to replace it")
-        if not target.is_dir() or os.path.ismount(target) or Path(os.path.realpath(".")) in (real, *real.parents):
-            inside = Path(os.path.realpath(".")) in (real, *real.parents)
+        here = Path(os.path.realpath("."))
+        inside = real in (here, *here.parents)
+        if not target.is_dir() or os.path.ismount(target) or inside:
             what = "the working folder or above it" if inside else "no folder of its own"
             raise OutputError(f"{printable(str(out))}: is {what} and is not replaced; choose another OUT")
     return target
