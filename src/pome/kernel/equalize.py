@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import Certificate, certify, inner_factors, inner_product, squared_norm
+from pome.kernel.deflate import solve_deflated
+from pome.kernel.gram import solve_gram
 from pome.kernel.lowrank import solve_factors
 from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
@@ -25,7 +27,11 @@ from pome.kernel.scale import SCALES, choose_scale
 from pome.kernel.spectrum import Kept, Solver, Undecided
 from pome.kernel.svd import solve_svd
 
-RUNGS: tuple[tuple[str, Solver], ...] = (("svd-float64", solve_svd),)
+RUNGS: tuple[tuple[str, Solver], ...] = (
+    ("deflated-float32", solve_deflated),
+    ("gram-float64", solve_gram),
+    ("svd-float64", solve_svd),
+)
 # Entries between these bounds can be squared and summed in float32 without overflow, and without losing the small ones.
 LEAST, MOST = 2.0**-30, 2.0**30
 

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from pome.kernel.rank import RankRule
 
+# P itself, and not only its objective, is determined by the data where the relative gap at the cut is above GAP: there
+# the kept subspace must be known to SUBSPACE, relative in the Frobenius norm.
+GAP, SUBSPACE = 0.99e-3, 1e-4
+
 
 class Undecided(ArithmeticError):
     """The solver's precision cannot settle what was asked (rank, k, or the cut): the next rung must."""

@@ -1,0 +1,180 @@
+"""The first rung: float32 throughout, with the strong directions taken out before squaring.
+
+A Gram matrix squares the singular values, so in float32 everything below s_1 / 3000 drowns in the rounding of s_1^2.
+Fine-tuning deltas are a few strong directions over a dense bulk; without those the bulk spans a factor of ten or so,
+and squares without harm. With U (m x b) any orthonormal basis near the strong left directions and F = U^T D,
+
+    D^T D = F^T F + R^T R,     R = D - U F
+
+holds whatever U is: F^T F is large and known through its thin factor, R^T R is what gets squared. A short subspace
+iteration on the sum, in n x n, yields the strong right directions Q; what is left beside Q goes to one float32 `eigh`.
+
+Only the leading k-dimensional subspace matters, not single singular vectors: polar(D V_k) V_k^T is the same for every
+orthonormal basis V_k of it. The cut itself is settled by a float64 Rayleigh-Ritz step on the few directions around it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pome.kernel.certificate import draw_gaussian, squared_norm
+from pome.kernel.products import ROWS, estimate_norm, gram, gram_eigenvalues, gram_of_rest, polar
+from pome.kernel.rank import RankRule, rank_tolerance
+from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
+
+EPS = 2.0**-24  # rounding of float32
+SKETCHES = (32, 128)  # sizes of U tried: the larger one when the smaller is mostly filled with strong directions
+STRONG = 6.0  # a direction this many times over the rms of the rest is taken out before squaring
+POWERS = 4  # steps of subspace iteration, each on the n x n sum
+# Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
+# eigenvalues by 0.1 to 2 EPS; 32 is the margin that lets the rank be called proved.
+FLOOR = 32.0 * EPS
+SURE = 1.5  # a norm estimated from below, times this, is taken for a bound
+WINDOW = 32  # directions on either side of the cut that float64 looks at again
+
+
+@dataclass(frozen=True)
+class Split:
+    """D^T D (n x n) taken apart: strong right directions Q (n x p) with singular values theta (p, float64, descending),
+    residual = D^T D Q - Q theta^2 (n x p), and the Gram matrix of the rest, with Q lifted above its spectrum."""
+
+    Q: Tensor
+    theta: Tensor
+    residual: Tensor
+    G: Tensor
+    lift: float
+
+
+def solve_deflated(D: Tensor, rule: RankRule) -> Kept:
+    """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace."""
+    if D.dtype != torch.float32:
+        raise Undecided("the delta is not float32")
+    shape = (D.shape[0], D.shape[1])
+    tall = D if shape[0] >= shape[1] else D.mT
+    split = split_strong(tall)
+    lam, V = torch.linalg.eigh(split.G)
+    lam, V = lam.cpu().double().flip(0), V.flip(1)
+    p = split.Q.shape[1]
+    if p and not float(lam[p]) < 0.95 * split.lift:
+        raise Undecided("a strong direction escaped the sketch")
+    V[:, :p] = split.Q
+    V[:, p:] -= split.Q @ (split.Q.mT @ V[:, p:])
+    noise = FLOOR * float(lam[0])
+    sigma = lam.clamp_min(0.0).sqrt()
+    sigma[:p] = split.theta
+    rank = prove_rank(tall, V, sigma, noise, rank_tolerance(shape))
+    k = rule.choose(sigma, rank, shape)
+    slack = noise / float(sigma[k - 1]) ** 2
+    if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
+        raise Undecided("the singular values leave k open")
+    settle_cut(tall, V, sigma, k, split)
+    P = polar(tall, V[:, :k], sigma[:k], flipped=tall is not D)
+    return Kept(P, sigma, rank, k, EPS * float(sigma[p] / sigma[k - 1]) ** 2)
+
+
+def split_strong(D: Tensor) -> Split:
+    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none."""
+    m, n = D.shape
+    total = squared_norm(D)
+    for b in SKETCHES:
+        if b > n // 8:
+            break
+        U = torch.linalg.qr(D @ draw_gaussian(n, b, D)).Q
+        F = U.mT @ D
+        values = gram_eigenvalues(F)
+        rms = math.sqrt(max(total - float(values.sum()), EPS * total) / (n - b))
+        p = int((values > (STRONG * rms) ** 2).sum())
+        if p == 0:
+            break
+        if 2 * p <= b or b == SKETCHES[-1] or 4 * b > n // 8:
+            return separate(D, U, F, rms)
+    none = D.new_zeros(n, 0)
+    return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
+
+
+def separate(D: Tensor, U: Tensor, F: Tensor, rms: float) -> Split:
+    """Take the strong right directions out of D^T D = F^T F + G, G = R^T R; b columns in U, p of them strong.
+
+    All but the first line is n x n or thinner. Q spans an invariant subspace to a high power of bulk over strong
+    singular value, so what couples it to the bulk is dropped: V = [Q, W] makes V^T (D^T D) V block diagonal.
+    """
+    G = gram_of_rest(D, U, F)
+    Q = torch.linalg.qr(F.mT).Q
+    for _ in range(POWERS):
+        Q = torch.linalg.qr(F.mT @ (F @ Q) + G @ Q).Q
+    FQ, GQ = F @ Q, G @ Q
+    values, X = torch.linalg.eigh((FQ.mT.double() @ FQ.double() + Q.mT.double() @ GQ.double()).cpu())
+    p = int((values > (STRONG * rms) ** 2).sum())
+    theta, X = values.flip(0)[:p].sqrt(), X.flip(1)[:, :p].to(Q)
+    Q, FQ, GQ = Q @ X, FQ @ X, GQ @ X
+    residual = F.mT @ FQ + GQ
+    residual -= Q * theta.square().to(Q)
+    F = F - FQ @ Q.mT  # F and G as seen from W, the complement of Q
+    T = GQ - Q @ (Q.mT @ GQ) / 2
+    G -= torch.cat((Q, T), 1) @ torch.cat((T, Q), 1).mT
+    G += F.mT @ F
+    lift = SURE * estimate_norm(G)
+    G += (lift * Q) @ Q.mT
+    return Split(Q, theta, residual, G, lift)
+
+
+def prove_rank(D: Tensor, V: Tensor, sigma: Tensor, noise: float, tolerance: float) -> int:
+    """The numerical rank of D (m x n), from its right singular vectors V (n x n) and values, squares good to `noise`.
+
+    Values above the noise count. Orthonormal directions T with norm(D T) below the threshold do not, by Courant and
+    Fischer, however inexact they are. Raises Undecided when neither holds for all of them.
+    """
+    threshold = float(sigma[0]) * tolerance
+    rank = int((sigma > math.sqrt(noise + threshold**2)).sum())
+    if rank == sigma.numel():
+        return rank
+    tail, head = V[:, rank:], V[:, :rank]
+    image = D @ tail
+    if estimate_norm(image) > threshold / SURE:
+        # One Newton step takes out what rounding let into the tail of the directions that count.
+        weights = sigma[:rank].to(D).square().reciprocal()[:, None]
+        tail -= head @ (weights * (head.mT @ (D.mT @ image)))
+        image = D @ tail
+        if estimate_norm(image) > threshold / SURE:
+            raise Undecided("singular values below the float32 floor and above the threshold of the rank")
+    sigma[rank:] = 0.0
+    return rank
+
+
+def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> None:
+    """Decide in float64 which directions around the cut come before it, and check that the others may stay.
+
+    Nothing to do when the gap at the cut is too small for the data to say. V and sigma change in place, within the
+    window of directions k - WINDOW .. k + WINDOW. Their float64 Gram matrix shows how far float32 left them from
+    diagonal; a rounding of that size in every other pair (kept, dropped) turns the kept subspace by a known angle.
+    So do what is left of the coupling of the strong directions, and the rounding of D V_k in which they cancel.
+    Raises Undecided when that comes to more than SUBSPACE.
+    """
+    n, p = V.shape[1], split.Q.shape[1]
+    if k == n:
+        return
+    if float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
+        lengths = torch.linalg.vector_norm((D @ V[:, k - 1 : k + 1]).double(), dim=0)
+        sigma[k - 1 : k + 1] = lengths.sort(descending=True).values.cpu()
+        return
+    low, high = max(p, k - WINDOW), min(n, k + WINDOW)
+    around = V[:, low:high].double()
+    image = torch.cat([rows.double() @ around for rows in torch.split(D, ROWS)])
+    H = image.mT @ image
+    coupling = float((H - H.diag().diag()).square().mean().sqrt())
+    values, X = torch.linalg.eigh(H)
+    V[:, low:high] = (around @ X.flip(1)).to(V.dtype)
+    sigma[low:high] = values.flip(0).clamp_min(0.0).sqrt().cpu()
+    kept, dropped = sigma[:k].square(), sigma[k:].square()
+    turns = (kept[:, None] - dropped).reciprocal().square()
+    turns[low:k, : high - k] = 0.0
+    bulk = coupling**2 * float(turns[p:].sum())
+    strong = (V[:, k:].mT @ split.residual).cpu().double() / (kept[:p] - dropped[:, None])
+    cancelled = 0.1 * EPS**2 * squared_norm(D) * float(kept.reciprocal().sum())
+    angle = math.sqrt((2.0 * bulk + 2.0 * float(strong.square().sum()) + cancelled) / k)
+    if not angle <= SUBSPACE:
+        raise Undecided(f"the kept subspace is known to {angle:.0e} only")

@@ -1,0 +1,76 @@
+"""Products of tall matrices, and no more of them than needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pome.kernel.certificate import draw_gaussian
+from pome.kernel.spectrum import Undecided
+
+BLOCKS = 4  # a Gram matrix needs its lower half only: with 4 blocks 5/8 of the product, each still large
+ROWS = 2048  # rows of a tall matrix formed or converted at a time
+
+
+def gram(A: Tensor) -> Tensor:
+    """A^T A (n x n) of A (m x n): blocks at and below the diagonal, mirrored above it."""
+    G = A.new_zeros(A.shape[1], A.shape[1])
+    add_gram(G, A)
+    return mirror(G)
+
+
+def gram_of_rest(D: Tensor, U: Tensor, F: Tensor) -> Tensor:
+    """R^T R (n x n) of R = D - U F, which never exists as a whole."""
+    G = D.new_zeros(D.shape[1], D.shape[1])
+    for start in range(0, D.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        add_gram(G, torch.addmm(D[rows], U[rows], F, alpha=-1.0))
+    return mirror(G)
+
+
+def add_gram(G: Tensor, A: Tensor) -> None:
+    """G += A^T A in the blocks at and below the diagonal."""
+    step = -(-G.shape[0] // BLOCKS)
+    for start in range(0, G.shape[0], step):
+        stop = start + step
+        G[start:stop, :stop].addmm_(A[:, start:stop].mT, A[:, :stop])
+
+
+def mirror(G: Tensor) -> Tensor:
+    """Copy the blocks below the diagonal above it, in place."""
+    step = -(-G.shape[0] // BLOCKS)
+    for start in range(step, G.shape[0], step):
+        G[:start, start : start + step] = G[start : start + step, :start].mT
+    return G
+
+
+def estimate_norm(A: Tensor) -> float:
+    """Spectral norm of A (m x n), from below and seen within a tenth: by a short subspace iteration."""
+    X = draw_gaussian(A.shape[1], 4, A)
+    for _ in range(4):
+        X = torch.linalg.qr(A.mT @ (A @ X)).Q
+    return float(torch.linalg.matrix_norm(A @ X, 2))
+
+
+def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool) -> Tensor:
+    """Orthonormal polar factor of B = D V times V^T, for V (n x k) nearly the leading singular vectors of D (m x n).
+
+    B scaled by 1 / sigma is nearly orthonormal already: (I + E)^(-1/2) = I - E/2 + 3/8 E^2 + O(E^3) puts it right.
+    """
+    B = (D @ V).mul_(sigma.reciprocal().to(D))
+    E = gram(B)
+    E.diagonal().sub_(1.0)
+    size = float(torch.linalg.matrix_norm(E))
+    W = V.mT
+    if size > 0.05:
+        raise Undecided("the kept directions are not orthogonal enough")
+    if size > 8.0 * torch.finfo(E.dtype).eps * E.shape[0] ** 0.5:
+        correction = torch.addmm(E, E, E, beta=-0.5, alpha=0.375)
+        W = torch.addmm(W, correction, W)
+    return W.mT @ B.mT if flipped else B @ W
+
+
+def gram_eigenvalues(F: Tensor) -> Tensor:
+    """Squared singular values of a thin F (b x n), float64, CPU."""
+    values: Tensor = torch.linalg.eigvalsh((F.double() @ F.double().mT).cpu())
+    return values
