@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from hub_server import HubServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -28,3 +31,30 @@ def rxnfp_bare() -> Pair:
 def anarcii() -> Trio:
     """Three real encoder-decoders of one shape (fp32, 2 + 2 layers, d 128, ffn 512)."""
     return anarcii_trio()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of this test's own, with an empty cache and no token; retries do not wait."""
+    import huggingface_hub.file_download
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from pome.checkpoint import hub as reader
+
+    with HubServer() as server:
+        home = tmp_path / "hf_home"
+        # The library reads its environment once, when it is imported, and other tests import it earlier.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(reader, "WAITS", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
+        yield server
+        close_session()

@@ -190,9 +190,10 @@ class RemoteFile:
         extent = response.headers.get("content-range", "")
         if response.status_code != 206 or not extent.startswith(f"bytes {at}-"):
             # Before its body is read: a server that does not know ranges sends the whole file.
+            sent = f"{response.status_code} ({printable(extent) or 'the whole file'})"
             raise HubError(
-                f"{self.where}: the server answered {response.status_code} {printable(extent)} to a request for bytes "
-                f"from {at}; download the model with `hf download` and give its folder"
+                f"{self.where}: the server answered {sent} to a request for bytes from {at}; download the model with "
+                "`hf download` and give its folder"
             )
         done = 0
         try:
@@ -274,9 +275,12 @@ def _status(error: BaseException) -> int | None:
 
 def _read_wait(error: BaseException) -> float:
     """Seconds that the server asked to wait, or 0."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    text = headers.get("retry-after", "")
+    text = _read_header(error, "retry-after")
     return float(text) if text.isdigit() else 0.0
+
+
+def _read_header(error: BaseException, name: str) -> str:
+    return str(getattr(getattr(error, "response", None), "headers", {}).get(name, ""))
 
 
 def explain_failure(what: str, error: BaseException) -> HubError:
@@ -295,13 +299,16 @@ def _explain(error: BaseException) -> tuple[str, str]:
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "no token", "log in with `hf auth login` or set HF_TOKEN"
     status = _status(error)
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if status == 401 and "credentials" in _read_header(error, "x-error-message"):
+        return "the Hub does not know the token", "log in again with `hf auth login`, or correct HF_TOKEN"
+    # The Hub answers 401 for what it hides from those who have not logged in, be it private or absent.
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return (
             "neither a local file or folder nor a repository that the Hub shows you",
             "check the name, or log in with `hf auth login` if it is private",
         )
-    if status in (401, 403):
-        return f"the Hub answered {status}", "check that the token is valid and allows this (`hf auth whoami`)"
+    if status == 403:
+        return "the Hub answered 403", "check what your token allows on its settings page"
     if isinstance(error, errors.LocalEntryNotFoundError):
         cause = error.__cause__
         if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):

@@ -1,11 +1,12 @@
 """Open a checkpoint and read byte ranges of its tensors: names, shapes, dtypes and offsets first, bytes on demand.
 
 A checkpoint is a folder (on disk or a Hub repository) with `model.safetensors`, one other `.safetensors` file, or
-shards with their index; or one `.safetensors` file.
+shards with their index; or one `.safetensors` file. A PEFT adapter is opened as well: its file, and its config apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -20,6 +21,7 @@ from pome.checkpoint.hub import fetch_snapshot, is_repository, list_repository
 from pome.errors import CheckpointError, printable
 
 INDEX_SUFFIX = ".safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
@@ -82,8 +84,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False) -> C
         if path.exists() or path.is_symlink():
             return _open_file(text, path)
         if isinstance(source, str) and is_repository(text):
-            listing = fetch_snapshot(text) if whole else list_repository(text)
-            return _open_listing(text, listing)
+            checkpoint = _open_listing(text, fetch_snapshot(text) if whole else list_repository(text))
+            # A side that is only read has no folder, even offline: what is recorded of it must not tell the two apart.
+            return checkpoint if whole else dataclasses.replace(checkpoint, folder=None)
     except OSError as error:
         raise CheckpointError(f"{printable(text)}: cannot be opened: {error.strerror or error}") from None
     raise CheckpointError(
@@ -99,6 +102,8 @@ def _open_file(source: str, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: this is the index of a checkpoint; give its folder {path.parent}")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: not a .safetensors file; give a checkpoint folder or one .safetensors file")
+    if path.name == ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
+        return _open_adapter(source, LocalListing(path.parent))
     beside = path.parent / "config.json"
     config = read_json(LocalListing(path.parent), beside.name) if beside.is_file() else None
     files, tensors = _gather([(path.name, LocalFile(path))])
@@ -107,6 +112,10 @@ def _open_file(source: str, path: Path) -> Checkpoint:
 
 def _open_listing(source: str, listing: Listing) -> Checkpoint:
     names, label = listing.names, listing.label
+    if ADAPTER_CONFIG in names and not any(
+        name.endswith(".safetensors") and not name.startswith("adapter_model") for name in names
+    ):
+        return _open_adapter(source, listing)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if "adapter_config.json" in names and "config.json" not in names:
@@ -147,6 +156,20 @@ def _open_listing(source: str, listing: Listing) -> Checkpoint:
             _close_all(files)
             raise
     return Checkpoint(source, listing.folder, files, tensors, config, index, listing.revision, unused)
+
+
+def _open_adapter(source: str, listing: Listing) -> Checkpoint:
+    if ADAPTER_WEIGHTS not in listing.names:
+        where = f"{listing.label}/{ADAPTER_CONFIG}"
+        if "adapter_model.bin" in listing.names:
+            raise CheckpointError(
+                f"{listing.label}/adapter_model.bin: pickled weights are never unpickled; convert them once: "
+                f"torch.load(FILE, weights_only=True) and safetensors.torch.save_file to {ADAPTER_WEIGHTS}"
+            )
+        raise CheckpointError(f"{where}: has no {ADAPTER_WEIGHTS} beside it; save or download the adapter again")
+    config = read_json(listing, ADAPTER_CONFIG)
+    files, tensors = _gather([(ADAPTER_WEIGHTS, listing.open(ADAPTER_WEIGHTS))])
+    return Checkpoint(source, listing.folder, files, tensors, None, None, listing.revision, adapter_config=config)
 
 
 def _choose_without_index(label: str, found: list[str], names: list[str]) -> list[str]:
