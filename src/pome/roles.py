@@ -36,7 +36,7 @@ def _invert(leaves: dict[str, str]) -> dict[str, str]:
 # Which module a tensor belongs to is decided by the last path token that names one of these two.
 _ATTENTION = re.compile(r"(self|cross|encoder|rel|multi_head|enc_?dec)?_?(attn|attention|att)s?", re.IGNORECASE)
 _FFN = re.compile(
-    r"mlps?|ffns?|ff|\w*feed_?forward\w*|\w*_mlp|mlp_block|block_sparse_moe|\w*moe|mixer|\w*experts?|expert_\d+|"
+    r"mlps?|ffns?|ff|\w*feed_?forward\w*|\w*_mlp|mlp_block|block_sparse_moe|\w*moe|mixer|\w*experts?|"
     r"dense\w*relu\w*dense|dense\w*act\w*dense",
     re.IGNORECASE,
 )
@@ -52,16 +52,17 @@ _INDEX = re.compile(r"(?:expert_|layer_|block_)?\d+")
 
 _FFN_ROLE = _invert(
     {
-        "gate": "gate_proj wi_0 w_in.w_0 proj_up_gate linear_gate",
-        "up": "up_proj fc1 fc_1 c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up intermediate_dense "
+        "gate": "gate_proj fc12 wi_0 w_in.w_0 proj_up_gate linear_gate",
+        "up": "up_proj fc1 fc_1 fc11 linear_1 ffn c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up intermediate_dense "
         "intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate dense.dense",
-        "down": "down_proj fc2 fc_2 c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out proj_down output_dense "
+        "down": "down_proj fc2 fc_2 linear_2 ffn_output c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out proj_down output_dense "
         "output.dense output_query.dense ff.layer_2 feed_forward.output",
     }
 )
 # What may stand in a layer without an FFN module around it, or with nothing around it at all.
 _BARE_IN_LAYER = _words(
-    "fc1 fc2 lin1 lin2 linear1 linear2 intermediate.dense output.dense intermediate_query.dense output_query.dense"
+    "fc1 fc2 lin1 lin2 linear1 linear2 ffn ffn_output",
+    "intermediate.dense output.dense intermediate_query.dense output_query.dense",
 )
 _BARE_ANYWHERE = _words("gate_proj up_proj down_proj gate_up_proj")
 # One matrix that a gated FFN may have fused under the same name.
@@ -201,8 +202,13 @@ def _describe_ffn(
     own = arch.OWN_FFN_NAMES.get(model_type, {}).get(leaf)
     if own is not None:
         return Layout((Part(own),))
-    if leaf in ("gate_up_proj", "w12", "weights_in") or leaf == "input_linear" and around[-1] == "shared_mlp":
-        order = ("up", "gate") if leaf == "gate_up_proj" and "audio_embed" in path else ("gate", "up")
+    if (
+        leaf in ("gate_up_proj", "up_gate_proj", "w12", "weights_in")
+        or leaf == "input_linear"
+        and around[-1] == "shared_mlp"
+    ):
+        up_first = leaf == "up_gate_proj" or leaf == "gate_up_proj" and "audio_embed" in path
+        order = ("up", "gate") if up_first else ("gate", "up")
         return _split_halves(order, shape)
     if leaf == "output_linear" and around[-1] == "shared_mlp" or leaf == "weights_out":
         return Layout((Part("down"),))
