@@ -278,6 +278,26 @@ def test_index_with_a_path_is_refused(shard: str) -> None:
         parse_index(json.dumps({"weight_map": {"a": shard}}).encode(), "i")
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ('{"weight_map":{},' + ",".join(f'"{i}":0' for i in range(101)) + "}", "over 100 keys beside weight_map"),
+        ('{"weight_map":{},"metadata":[' + "0," * 600_000 + "0]}", "not JSON"),
+        ('{"weight_map":{},"metadata":' + "[" * 100_000 + "}", "nested too deep"),
+    ],
+    ids=["many values", "a long value", "a deep value"],
+)
+def test_what_stands_beside_the_weight_map_is_bounded(raw: str, message: str) -> None:
+    with pytest.raises(HeaderError, match=message):
+        parse_index(raw.encode(), "i")
+
+
+def test_the_entry_of_one_tensor_is_bounded() -> None:
+    raw = '{"a":{"dtype":"U8","shape":[' + "1," * 40_000 + '1],"data_offsets":[0,1]}}'
+    with pytest.raises(HeaderError, match="tensor 'a' is not an object"):
+        parse_header(raw.encode(), 8 + len(raw) + 1, "x")
+
+
 def test_the_generators_reach_both_sides(tmp_path: Path) -> None:
     """Files too broken would prove nothing: some must pass, and some break only our finer rules."""
     accepted = stricter = 0
