@@ -35,13 +35,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "kernel": set(),
     "manifest": {"errors"},
+    "card": {"manifest", "spec"},
+    "upload": {"errors", "checkpoint.hub"},
     "plan": {"errors", "spec", "roles", "layout", "pairing", *CHECKPOINT},
     "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
     "engines": set(),
     "engines.local": {"errors"},
-    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "engines.local", *CHECKPOINT},
+    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "card", "engines.local", *CHECKPOINT},
     "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
-    "cli": {"", "errors", "spec", "plan", "manifest", "run", "progress", *CHECKPOINT},
+    "cli": {"", "errors", "spec", "plan", "manifest", "run", "progress", "upload", *CHECKPOINT},
     "__main__": {"cli"},
     "": {"errors", "spec", "manifest", "run", "kernel"},  # the package itself: the public names, imported when used
 }  # fmt: skip
@@ -54,8 +56,8 @@ GUESTS: dict[str, set[str]] = {
     "rich": {"progress", "cli"},
     "typer": {"cli"},
     "click": {"cli"},
-    "yaml": {"spec"},
-    "huggingface_hub": {"checkpoint.hub"},
+    "yaml": {"spec", "card"},
+    "huggingface_hub": {"checkpoint.hub", "card", "upload"},
 }
 LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch"}, "huggingface_hub": set()}
 

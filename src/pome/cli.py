@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 import pome
 from pome.errors import PomeError, printable
-from pome.spec import EDIT_KEYS, EditSpec, Job, merge_options, read_batch, read_config
+from pome.spec import EDIT_KEYS, EditSpec, Job, Publication, merge_options, read_batch, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,6 +117,11 @@ def edit_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop an interrupted run's progress.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write a model card in place of FT's README.md.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload OUT with its model card; makes the repository.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository of --push-to-hub private.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Write to OUT the checkpoint FT with the updates of chosen matrices equalized.
@@ -125,14 +130,16 @@ def edit_command(
     """
     given = {key: context.params[key] for key in EDIT_KEYS if context.params[key] not in (None, [], ())}
     spec = EditSpec.from_mapping(merge_options(read_config(config) if config else {}, given))
+    publication = Publication(card, push_to_hub, private)
     console = _console(quiet)
     if dry_run:
         _show_plan(base, ft, out, spec, console, as_json, overwrite)
         return
-    manifest = _edit(base, ft, out, spec, console, overwrite, fresh)
+    manifest = _edit(base, ft, out, spec, console, overwrite, fresh, publication)
     _report(manifest, out, console)
     if as_json:
         sys.stdout.write(manifest.to_json())
+    _push(out, publication, console)
 
 
 @app.command("verify")
@@ -150,8 +157,9 @@ def verify_command(
     """
     from pome.verification import verify
 
+    console = _console(quiet)
     verdict = verify(out, base, ft, full=full)
-    _report_verdict(verdict, out, _console(quiet))
+    _report_verdict(verdict, out, console)
     if as_json:
         print(json.dumps({"ok": verdict.ok, "differences": _list(verdict)}, indent=1))
     if not verdict.ok:
@@ -202,9 +210,12 @@ def _run_edit(job: Job, console: Console) -> dict[str, Any]:
         finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec)
         if finished is not None:
             console.print("done by an earlier run", highlight=False)
+            _push(Path(job.out), job.publication, console)
             return {"status": "done", "matrices": len(finished.tensors)}
-    manifest = _edit(job.base, job.fine_tuned, Path(job.out), job.spec, console, job.overwrite, job.fresh)
-    _report(manifest, Path(job.out), console)
+    publication, out = job.publication, Path(job.out)
+    manifest = _edit(job.base, job.fine_tuned, out, job.spec, console, job.overwrite, job.fresh, publication)
+    _report(manifest, out, console)
+    _push(out, publication, console)
     return {"status": "done", "matrices": len(manifest.tensors)}
 
 
@@ -235,18 +246,37 @@ def _list(verdict: Verdict) -> list[dict[str, Any]]:
 
 
 def _edit(
-    base: str, ft: str, out: Path, spec: EditSpec, console: Console, overwrite: bool, fresh: bool
+    base: str,
+    ft: str,
+    out: Path,
+    spec: EditSpec,
+    console: Console,
+    overwrite: bool,
+    fresh: bool,
+    publication: Publication,
 ) -> Manifest:
     from pome.checkpoint.output import check_target
     from pome.progress import describe_plan
     from pome.run import edit, open_pair
 
+    if publication.push_to_hub is not None:
+        from pome.upload import check_login
+
+        check_login(publication.push_to_hub)
     # Everything that can be refused without torch is refused before torch takes its seconds to load.
     with open_pair(base, ft, spec) as opened:
         check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
         console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
     with _progress(console) as progress:
-        return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh)
+        return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh, card=publication.has_card)
+
+
+def _push(out: Path, publication: Publication, console: Console) -> None:
+    if publication.push_to_hub is not None:
+        from pome.upload import push_output
+
+        address = push_output(out, publication.push_to_hub, private=publication.private)
+        console.print(f"uploaded to {address}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_plan(
@@ -290,6 +320,11 @@ def _console(quiet: bool) -> Console:
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
+    # The Hub's library, not loaded yet, draws bars of its own and tells of each request that it repeats.
+    if quiet or not console.is_terminal:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if quiet:
+        os.environ["HF_HUB_VERBOSITY"] = "error"
     return console
 
 

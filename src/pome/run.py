@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pome
+from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.output import Staging, check_target, update_index
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_side_files
@@ -91,29 +92,31 @@ def edit(
     *,
     overwrite: bool = False,
     fresh: bool = False,
+    card: bool = False,
 ) -> Manifest:
     """Write to the folder `out` the checkpoint `ft` with the selected matrices edited; returns its manifest.
 
     `out` appears whole or not at all. What an interrupted call finished lies in `OUT.pome-staging`, and the same call
-    goes on from there; `fresh` drops it. Raises PomeError for bad input or a machine that fails; KeyboardInterrupt,
-    after progress is safe, when interrupted.
+    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. Raises PomeError
+    for bad input or a machine that fails; KeyboardInterrupt, after progress is safe, when interrupted.
     """
     spec = spec or EditSpec()
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
         inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
         target = check_target(Path(os.fspath(out)), inputs, overwrite)
-        return _Run(opened, spec, progress or Progress(), begun).make(target, overwrite, fresh)
+        return _Run(opened, spec, progress or Progress(), begun, card).make(target, overwrite, fresh)
 
 
 class _Run:
     """The state of one run between its stages."""
 
-    def __init__(self, opened: Opened, spec: EditSpec, progress: Progress, begun: float) -> None:
+    def __init__(self, opened: Opened, spec: EditSpec, progress: Progress, begun: float, card: bool) -> None:
         self.opened = opened
         self.spec = spec
         self.progress = progress
         self.begun = begun
+        self.card = card
         self.kernel_seconds = 0.0
         self.cancelled = threading.Event()
 
@@ -121,7 +124,7 @@ class _Run:
         from pome.patch import list_devices
 
         devices = list_devices(self.spec.device)
-        command = describe_command(self.opened, self.spec)
+        command = {**describe_command(self.opened, self.spec), "card": self.card}
         with Staging(target, command, fresh) as staging:
             try:
                 staging.check_space(*self._count_space(staging))
@@ -138,6 +141,10 @@ class _Run:
                 for side in (self.opened.base, self.opened.ft):
                     side.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
+                if self.card:
+                    # Before the hashes, which are of what is there.
+                    staging.put_file(CARD_NAME, make_card(manifest, self._read_ft_card()).encode())
+                manifest = self._add_hashes(staging, manifest)
                 staging.publish(manifest.to_json().encode(), overwrite)
             except NumericalError:
                 # The same command would fail again, and what the message advises is another command.
@@ -268,15 +275,8 @@ class _Run:
         return records[0], records[1]
 
     def _describe(self, staging: Staging, base: SideRecord, fine_tuned: SideRecord) -> Manifest:
-        """Hash what was written and put the manifest together, matrices in the order of the plan."""
+        """The manifest but for the hashes of the output, matrices in the order of the plan."""
         plan = self.opened.plan
-        names = sorted(str(p.relative_to(staging.output)) for p in staging.output.rglob("*") if p.is_file())
-        names = [name for name in names if name != MANIFEST_NAME]
-        self.progress.start("hash", sum((staging.output / name).stat().st_size for name in names))
-        with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool:
-            made = pool.map(lambda name: self._hash(staging.output / name, self._advance("hash")), names)
-            files = {name: FileRecord(*record) for name, record in zip(names, made, strict=True)}
-        self.progress.finish("hash")
         entries = [staging.finished[unit.key] for unit in plan.units]
         tensors = [item for entry in entries for item in entry["tensors"]]
         kept = [KeptRecord(item.name, item.part, item.reason) for item in plan.kept]
@@ -293,12 +293,29 @@ class _Run:
             ),
             kept=tuple(kept),
             not_copied=self.opened.not_copied,
-            files=files,
-            timing={
-                "total_seconds": round(time.perf_counter() - self.begun, 3),
-                "kernel_seconds": round(self.kernel_seconds, 3),
-            },
-        ).sealed()
+            files={},
+        )
+
+    def _read_ft_card(self) -> str | None:
+        folder = self.opened.ft.folder
+        if folder is None or not (folder / CARD_NAME).is_file():
+            return None
+        return (folder / CARD_NAME).read_text("utf-8", "replace")
+
+    def _add_hashes(self, staging: Staging, manifest: Manifest) -> Manifest:
+        """The manifest with what was written, and how long all of it took."""
+        names = sorted(str(p.relative_to(staging.output)) for p in staging.output.rglob("*") if p.is_file())
+        names = [name for name in names if name != MANIFEST_NAME]
+        self.progress.start("hash", sum((staging.output / name).stat().st_size for name in names))
+        with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool:
+            made = pool.map(lambda name: self._hash(staging.output / name, self._advance("hash")), names)
+            files = {name: FileRecord(*record) for name, record in zip(names, made, strict=True)}
+        self.progress.finish("hash")
+        timing: dict[str, float | str] = {
+            "total_seconds": round(time.perf_counter() - self.begun, 3),
+            "kernel_seconds": round(self.kernel_seconds, 3),
+        }
+        return dataclasses.replace(manifest, files=files, timing=timing).sealed()
 
     def _hash(self, path: Path, advance: Callable[[int], None]) -> tuple[int, str]:
         try:

@@ -20,6 +20,7 @@ RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effec
 SCALES = ("frobenius", "unit", "rms", "mean", "spectral")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 ENGINES = ("local",)
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 # The options that together choose k. One of them given on the command line sets aside what a file says of the others.
@@ -99,9 +100,32 @@ class EditSpec:
 
 
 EDIT_KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
-SWITCHES = ("overwrite", "fresh", "full")
-JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES)
+SWITCHES = ("overwrite", "fresh", "full", "card", "private")
+JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES, "push_to_hub")
 COMMANDS = ("edit", "verify")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What OUT gets beside the edit: a model card in place of FT's, and an upload, which has one too.
+
+    Raises SpecError. None of it changes a weight.
+    """
+
+    card: bool = False
+    push_to_hub: str | None = None  # org/name
+    private: bool = False  # of a repository that the upload makes
+
+    def __post_init__(self) -> None:
+        repo = self.push_to_hub
+        if repo is not None and not (isinstance(repo, str) and REPOSITORY.fullmatch(repo)):
+            raise SpecError(f"push_to_hub: {printable(str(repo))!r} is not a repository; give ORG/NAME, no revision")
+        if self.private and repo is None:
+            raise SpecError("private: says what an upload becomes; give push_to_hub too")
+
+    @property
+    def has_card(self) -> bool:
+        return self.card or self.push_to_hub is not None
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,7 @@ class Job:
     overwrite: bool = False
     fresh: bool = False
     full: bool = False
+    publication: Publication = Publication()
 
 
 def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +194,10 @@ def _job(values: dict[str, Any]) -> Job:
         for key in ("base", "fine_tuned")
     )
     name = _text("name", values.pop("name", out if command == "edit" else f"{command} {out}"))
-    overwrite, fresh, full = (_switch(key, values.pop(key, False)) for key in SWITCHES)
+    overwrite, fresh, full, card, private = (_switch(key, values.pop(key, False)) for key in SWITCHES)
+    publication = Publication(card, values.pop("push_to_hub", None), private)
     spec = EditSpec.from_mapping({key: value for key, value in values.items() if key in EDIT_KEYS})
-    return Job(name, command, base, fine_tuned, out, spec, overwrite, fresh, full)
+    return Job(name, command, base, fine_tuned, out, spec, overwrite, fresh, full, publication)
 
 
 def _refuse_twins(path: Path, key: str, values: list[str]) -> None:

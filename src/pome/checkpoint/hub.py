@@ -50,7 +50,7 @@ def fetch_snapshot(text: str) -> Snapshot:
     from huggingface_hub import constants, snapshot_download
 
     repo, revision = split_id(text)
-    folder = Path(_ask(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=_NOT_FETCHED)))
+    folder = Path(ask_hub(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=_NOT_FETCHED)))
     commit = folder.name  # the cache names a snapshot's folder after its commit
     left_out: dict[str, str] = {}
     if not constants.HF_HUB_OFFLINE:
@@ -76,7 +76,7 @@ def _list_files(text: str, repo: str, revision: str | None) -> tuple[str, dict[s
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = _ask(text, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout))
+    info = ask_hub(text, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout))
     files = {}
     for sibling in info.siblings or []:
         lfs = sibling.lfs
@@ -148,7 +148,7 @@ class HubListing:
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        return Path(_ask(f"{self.label}/{name}", lambda: hf_hub_download(self.repo, name, revision=self.revision)))
+        return Path(ask_hub(f"{self.label}/{name}", lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 
 
 class RemoteFile:
@@ -166,7 +166,7 @@ class RemoteFile:
 
     def read_into(self, view: memoryview, at: int) -> int:
         count = min(len(view), _PIECE, max(self.size - at, 0))
-        return _ask(self.where, lambda: self._fetch(view[:count], at)) if count else 0
+        return ask_hub(self.where, lambda: self._fetch(view[:count], at)) if count else 0
 
     def _fetch(self, view: memoryview, at: int) -> int:
         """One request; what arrived before the connection was cut is kept."""
@@ -232,7 +232,7 @@ def _stream(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[b
             yield response, response.iter_content(1 << 16)
 
 
-def _ask(what: str, call: Callable[[], Value]) -> Value:
+def ask_hub(what: str, call: Callable[[], Value]) -> Value:
     """What a call to the Hub returns, tried again while it fails in passing. Raises HubError."""
     for wait in WAITS:
         try:
@@ -253,17 +253,19 @@ def _library_errors() -> tuple[type[Exception], ...]:
 
     mro = errors.HfHubHTTPError.__mro__
     bases = [base for base in mro if issubclass(base, Exception) and base is not Exception]
-    return (*bases, errors.EntryNotFoundError, ValueError)
+    return (*bases, errors.EntryNotFoundError, ValueError, RuntimeError)
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     from huggingface_hub import errors
 
-    if isinstance(error, (errors.OfflineModeIsEnabled, ValueError)):
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError, ValueError)):
         return False
     if isinstance(error, errors.LocalEntryNotFoundError):  # "neither there nor here": why not there is its cause
         return error.__cause__ is not None and _may_pass(error.__cause__)
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of a thread that uploads one file
+        return _may_pass(error.__cause__)
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error) in _PASSING
     return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError)
@@ -297,7 +299,9 @@ def _explain(error: BaseException) -> tuple[str, str]:
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision", "check what stands after the @"
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "no token", "log in with `hf auth login` or set HF_TOKEN"
+        return "you are not logged in", "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _explain(error.__cause__)
     status = _status(error)
     if status == 401 and "credentials" in _read_header(error, "x-error-message"):
         return "the Hub does not know the token", "log in again with `hf auth login`, or correct HF_TOKEN"
@@ -315,7 +319,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
             return _explain(cause)
         return "not (wholly) in the local cache, and the Hub is switched off", "unset HF_HUB_OFFLINE, or give a folder"
     if status is not None:
-        return f"the Hub answered {status}", "try again later, or give a local folder"
+        return f"the Hub answered {status}", "try again later"
     detail = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
     if isinstance(error, ValueError):
         return f"the request or its answer is not what the Hub knows ({detail})", "check the name and HF_ENDPOINT"
@@ -324,4 +328,4 @@ def _explain(error: BaseException) -> tuple[str, str]:
             f"cannot be stored in the cache {constants.HF_HUB_CACHE} ({error.strerror})",
             "make room there, or set HF_HOME to another place",
         )
-    return f"cannot reach the Hub ({detail})", "check the network, or give a local folder"
+    return f"cannot reach the Hub ({detail})", "check the network"

@@ -1,0 +1,173 @@
+"""The model card (README.md) of an output: metadata for the Hub, what was edited, how to do it again.
+
+It names repositories and commits, never paths of this machine, and depends on nothing but the manifest and FT's card.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from typing import Any
+
+import yaml
+
+from pome.manifest import Manifest, SideRecord, TensorRecord
+from pome.spec import EditSpec
+
+CARD_NAME = "README.md"
+PAPER = "https://arxiv.org/abs/2510.06627"
+TAGS = ("pome", "model-editing")
+# What stays true of the edited model. Results (`model-index`) do not: they were measured on FT.
+_CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LOCAL_VALUE = re.compile(r"[/~.\\]|[A-Za-z]:\\|file:")
+# Training scripts write where they ran: `/data/llama` by itself, or as a link to huggingface.co//data/llama.
+_LOCAL_LINK = re.compile(r"\]\(https?://huggingface\.co/[/~.][^)\s]*\)")
+_LOCAL_PATH = re.compile(r"(?<![\w/:<.~-])(?:file://|~|[A-Za-z]:)?[/\\](?:[\w.@+ -]*[\w.@+-][/\\])+([\w.@+-]*)")
+_NOT_DECIDING = ("device", "engine")  # where it is computed, not what
+
+
+def make_card(manifest: Manifest, ft_card: str | None) -> str:
+    """The card's text, from the records of the edit and the text of FT's own card, if it has one."""
+    from huggingface_hub import ModelCard
+
+    metadata, body = _read_card(ft_card or "")
+    on_hub = manifest.fine_tuned.revision is not None
+    sections = [
+        _introduce(manifest),
+        _describe_edits(manifest),
+        _tell_command(manifest),
+    ]
+    if body.strip():
+        text = body.strip() if on_hub else _hide_paths(body.strip())
+        sections.append(f"## Card of the fine-tuned model\n\n{text}")
+    text = "\n\n".join(sections)
+    return str(ModelCard(f"---\n{_make_metadata(manifest, metadata)}\n---\n\n{text}\n"))
+
+
+def _read_card(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and the text below it. Metadata that cannot be read is none."""
+    from huggingface_hub import ModelCard
+
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    if not text.lstrip().startswith("---"):
+        return {}, text
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}, text.lstrip().removeprefix("---").partition("\n---")[2]
+    return vars(card.data), card.text
+
+
+def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    kept = {key: _drop_local(theirs[key]) for key in theirs if key in _CARRIED or key.startswith("extra_gated_")}
+    tags = theirs.get("tags")
+    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    parents = [name for side in (manifest.fine_tuned, manifest.base) if (name := _hub_id(side))][:1]
+    parents = parents or _read_parents(theirs.get("base_model"))
+    fields = {key: value for key, value in kept.items() if value not in (None, [], "")}
+    data = ModelCardData(
+        base_model=parents or None,
+        base_model_relation="finetune" if parents else None,
+        tags=list(dict.fromkeys([*tags, *TAGS])),
+        ignore_metadata_errors=True,
+        **fields,
+    )
+    return str(data.to_yaml())
+
+
+def _read_parents(value: object) -> list[str]:
+    """The Hub ids among what FT's card says it was made from."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and _HUB_ID.fullmatch(text)]
+
+
+def _drop_local(value: Any) -> Any:
+    if isinstance(value, list):
+        return [item for item in map(_drop_local, value) if item is not None]
+    return None if isinstance(value, str) and _LOCAL_VALUE.match(value) else value
+
+
+def _hub_id(side: SideRecord) -> str | None:
+    return side.source.partition("@")[0] if side.revision is not None else None
+
+
+def _introduce(manifest: Manifest) -> str:
+    ft = _hub_id(manifest.fine_tuned)
+    title = f"{ft.rpartition('/')[2]}, edited by POME" if ft else "A model edited by POME"
+    count = len(manifest.tensors)
+    what = "the update of 1 matrix" if count == 1 else f"the updates of {count} matrices"
+    return (
+        f"# {title}\n\n{_link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
+        f"{_link(manifest.base, 'the pretrained model')} equalized by POME ([arXiv 2510.06627]({PAPER})): the leading "
+        "singular directions of each update are kept and given one weight. No data and no training were used. "
+        "Every other byte of the weights is the fine-tuned model's."
+    )
+
+
+def _link(side: SideRecord, otherwise: str) -> str:
+    name = _hub_id(side)
+    if name is None:
+        return otherwise
+    return f"[{name}](https://huggingface.co/{name}/tree/{side.revision})"
+
+
+def _describe_edits(manifest: Manifest) -> str:
+    by_role: dict[tuple[str, tuple[int, int]], list[TensorRecord]] = {}
+    for record in manifest.tensors:
+        by_role.setdefault((record.role, record.shape), []).append(record)
+    lines = [
+        "## What was edited",
+        "",
+        "| role | matrices | shape | rank | k | alpha | beta | energy kept | norm of edit / of update |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (role, (rows, columns)), records in by_role.items():
+        middle = {
+            key: statistics.median(getattr(record, key) for record in records)
+            for key in ("rank", "k", "alpha", "energy_kept")
+        }
+        ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
+        beta = manifest.spec["beta"]
+        lines.append(
+            f"| {role} | {len(records)} | {rows} x {columns} | {middle['rank']:.0f} | {middle['k']:.0f} | "
+            f"{middle['alpha']:.4g} | {beta:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
+        )
+    lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]
+    return "\n".join(lines)
+
+
+def _tell_command(manifest: Manifest) -> str:
+    sides = []
+    for side, otherwise in ((manifest.base, "BASE"), (manifest.fine_tuned, "FT")):
+        name = _hub_id(side)
+        sides.append(f"{name}@{side.revision}" if name else otherwise)
+    command = shlex.join(["pome", "edit", *sides, "OUT", *_list_options(manifest.spec)])
+    check = shlex.join(["pome", "verify", "OUT", "--base", sides[0], "--ft", sides[1]])
+    version = manifest.pome_version
+    return f"## Do it again\n\n```\npip install pome-edit=={version}\n{command}\n{check}\n```"
+
+
+def _list_options(spec: dict[str, Any]) -> list[str]:
+    """The options of the command line that differ from their defaults, in the order of the spec."""
+    defaults = EditSpec().to_mapping()
+    options: list[str] = []
+    for key, value in spec.items():
+        implied = key == "rank_rule" and value == "fixed"
+        if value == defaults.get(key) or value is None or implied or key in _NOT_DECIDING:
+            continue
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            options += [flag]
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                options += [flag, str(item)]
+    return options
+
+
+def _hide_paths(text: str) -> str:
+    """The text with the paths of a machine cut down to their last names."""
+    return _LOCAL_PATH.sub(lambda match: match[1] or "...", _LOCAL_LINK.sub("]", text))

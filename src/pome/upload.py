@@ -1,0 +1,38 @@
+"""An output to the Hub. It is complete on disk by then, so that a failure here loses nothing."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from pome.checkpoint.hub import ask_hub
+from pome.errors import HubError
+
+
+def check_login(repo: str) -> None:
+    """Refuse early what an upload would refuse late: no token, a wrong one, or no network. Raises HubError."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it, or upload later")
+    ask_hub(repo, lambda: HfApi().whoami())
+
+
+def push_output(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder as a new commit of a model repository, which is made if it is missing; the repository's address.
+
+    `private` says what a new repository becomes; one that exists keeps what it is. Raises HubError with the command
+    that tries again.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        # None and not False: an organization may have set that new repositories are private.
+        address = ask_hub(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+        message = "Upload the output of pome edit"
+        ask_hub(repo, lambda: api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+    except HubError as error:
+        again = shlex.join(["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])])
+        raise HubError(f"{error}; {folder} is complete, upload it with `{again}`") from None
+    return str(address)
