@@ -25,8 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.json_text": {"errors"},
     "checkpoint.header": {"errors", "checkpoint.json_text"},
     "checkpoint.files": {"errors", "checkpoint.header"},
-    "checkpoint.hub": {"errors", "checkpoint.header", "checkpoint.files"},
+    "checkpoint.hub_calls": {"errors"},
+    "checkpoint.hub": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub_calls"},
     "checkpoint.source": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub"},
+    "checkpoint.adapter": {"errors", "architectures", "roles", "pairing", "checkpoint.header", "checkpoint.source"},
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
     "checkpoint.sidefiles": {"errors", "checkpoint.source"},
@@ -36,12 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernel": set(),
     "manifest": {"errors"},
     "card": {"manifest", "spec"},
-    "upload": {"errors", "checkpoint.hub"},
-    "plan": {"errors", "spec", "roles", "layout", "pairing", *CHECKPOINT},
+    "upload": {"errors", "checkpoint.hub_calls"},
+    "plan": {"errors", "spec", "roles", "layout", "pairing", "checkpoint.adapter", *CHECKPOINT},
     "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
+    "merge": {
+        "errors", "spec", "roles", "plan", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"
+    },
     "engines": set(),
     "engines.local": {"errors"},
-    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "card", "engines.local", *CHECKPOINT},
+    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "card", "engines.local", *CHECKPOINT},
     "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
     "cli": {"", "errors", "spec", "plan", "manifest", "run", "progress", "upload", *CHECKPOINT},
     "__main__": {"cli"},
@@ -52,14 +57,14 @@ KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch"},
+    "torch": {"kernel", "patch", "merge"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
     "click": {"cli"},
     "yaml": {"spec", "card"},
-    "huggingface_hub": {"checkpoint.hub", "card", "upload"},
+    "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_calls", "card", "upload"},
 }
-LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch"}, "huggingface_hub": set()}
+LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch", "merge"}, "huggingface_hub": set()}
 
 
 def room_of(module: str) -> str:

@@ -81,6 +81,7 @@ class Manifest:
     spec: dict[str, Any]
     tensors: tuple[TensorRecord, ...]
     kept: tuple[KeptRecord, ...]
+    merged: tuple[str, ...]  # tensors of BASE that an adapter changes and that are, wholly or in part, not edited
     not_copied: dict[str, str]  # files of FT that the output leaves out, and why
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Manifest:
                     "fine_tuned": _read_side(raw["fine_tuned"]),
                     "tensors": tuple(_read_tensor(item) for item in raw["tensors"]),
                     "kept": tuple(KeptRecord(**item) for item in raw["kept"]),
+                    "merged": tuple(raw["merged"]),
                     "files": _read_files(raw["files"]),
                 }
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pome.errors import NumericalError, printable
-from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize
+from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
 from pome.manifest import KeptRecord, TensorRecord
 from pome.plan import Unit, fan_out_in
@@ -84,21 +84,45 @@ def _edit_part(
     unit: Unit, part: Part, ft: Tensor, base: Tensor, out: Tensor, spec: EditSpec, device: str
 ) -> TensorRecord | KeptRecord:
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
-    label = unit.label(part)
-    where = f"tensor {printable(unit.name)}{f' ({label})' if label else ''}"
     for side, stored in (("FT", ft), ("BASE", base)):
         if not bool(torch.isfinite(stored).all()):
             raise NumericalError(
-                f"{where}: {side} holds NaN or infinity; mend the checkpoint or leave the tensor out with --exclude"
+                f"{describe_part(unit, part)}: {side} holds NaN or infinity; mend the checkpoint or leave the tensor "
+                "out with --exclude"
             )
     # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
     working = torch.float64 if torch.float64 in (ft.dtype, base.dtype) else torch.float32
     W_base = base.to(working)
     D = ft.to(working) - W_base
-    floor = storage_noise_floor(ft)
+    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device)
+
+
+def describe_part(unit: Unit, part: Part) -> str:
+    """`tensor NAME (expert=3)`, for messages."""
+    label = unit.label(part)
+    return f"tensor {printable(unit.name)}{f' ({label})' if label else ''}"
+
+
+def edit_part(
+    unit: Unit,
+    part: Part,
+    delta: tuple[Tensor, ...],
+    W_base: Tensor,
+    out: Tensor,
+    floor: float,
+    spec: EditSpec,
+    device: str,
+) -> TensorRecord | KeptRecord:
+    """Equalize a delta, add it to `W_base` and write the sum to `out`, all of them as stored (transposed or not).
+
+    `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
+    """
+    label, where = unit.label(part), describe_part(unit, part)
+    operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
+    solve = equalize if len(delta) == 1 else equalize_factors
     try:
-        result = equalize(
-            _send(D.T if unit.transposed else D, device),
+        result = solve(
+            *(_send(operand, device) for operand in operands),
             rank_ratio=spec.rank_ratio,
             rank=spec.rank,
             rank_rule=spec.rank_rule,
@@ -111,7 +135,6 @@ def _edit_part(
         return KeptRecord(unit.name, label, "its delta is zero: FT equals BASE")
     except Unsolved as error:
         raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
-    del D
     value = result.value.to("cpu")
     edit = value.T if unit.transposed else value
     W = (W_base + edit).to(out.dtype)
@@ -121,7 +144,7 @@ def _edit_part(
             "--dtype float32"
         )
     # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
-    lost = torch.sub(W.to(working), W_base).sub_(edit)
+    lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
     rounding = float(torch.linalg.vector_norm(lost)) / result.edit_norm
     out.copy_(W.reshape(out.shape))
     return TensorRecord(

@@ -6,9 +6,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pome.checkpoint.adapter import Change, read_adapter
 from pome.checkpoint.header import DTYPE_BITS, Header, TensorEntry, build_header, parse_header
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, SelectionError, printable
@@ -44,6 +45,7 @@ class Unit:
     out_dtype: str
     out_start: int
     out_nbytes: int
+    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
 
     @property
     def key(self) -> str:
@@ -74,13 +76,14 @@ class Plan:
     matched: int
     tensor_count: int
     layouts: dict[str, tuple[bytes, Header]]
+    merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
         return ((unit, part) for unit in self.units for part in unit.parts)
 
     @property
     def bytes_read(self) -> int:
-        return sum(unit.nbytes + unit.base_nbytes for unit in self.units)
+        return sum(unit.base_nbytes + (0 if unit.change else unit.nbytes) for unit in self.units)
 
     @property
     def bytes_written(self) -> int:
@@ -96,6 +99,8 @@ class Plan:
             wide = 8 if "F64" in (unit.dtype, unit.base_dtype) else 4
             # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
             work = max(work, 4 * wide * m * n + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
+        # An adapter's other tensors are merged: their change and the sum in float32, beside the bytes of two units.
+        work = max([work, *(6 * unit.nbytes + 2 * unit.base_nbytes for unit in self.units if not unit.parts)])
         return TORCH_BYTES + work
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +131,10 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
 
     Raises SelectionError when nothing can be edited, PairingError when a pair disagrees in shape or orientation.
     """
+    if base.adapter_config is not None:
+        raise PairingError(f"{printable(base.source)}: an adapter; give as BASE the model that it was trained on")
+    if ft.adapter_config is not None:
+        return _plan_adapter(base, ft, spec)
     ft_shapes = {name: entry.shape for name, (_, entry) in ft.tensors.items()}
     base_shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
     pairs = pair_names(base_shapes, ft_shapes)
@@ -152,6 +161,60 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     units = [unit for name, layout in edits for unit in _split(name, layout, pairs[name], base, ft, layouts)]
     units.sort(key=lambda unit: (unit.file, unit.start))
     return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(ft.tensors), layouts)
+
+
+def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
+    """The plan for an adapter as FT: BASE's tensors that it changes, the selected ones edited, the others merged."""
+    quantized = _find_quantization(base)
+    if quantized is not None:
+        raise PairingError(
+            f"{printable(base.source)}: quantized ({quantized}), and an adapter cannot be merged into that; give the "
+            "unquantized model that it was quantized from as BASE"
+        )
+    changes = read_adapter(ft, base)
+    for name in changes:
+        _, entry = base.tensors[name]
+        if entry.dtype not in EDITABLE:
+            raise PairingError(
+                f"{base.where(name)}: stored as {entry.dtype}, and an adapter cannot be merged into that; give the "
+                "unquantized model as BASE"
+            )
+    pairs = {name: name for name in base.tensors}
+    chosen = list(_select(base, spec))
+    if not chosen:
+        raise SelectionError(_explain_empty(base, spec))
+    kept: list[Kept] = []
+    edits: dict[str, Layout] = {}
+    for name, layout in chosen:
+        reason = "the adapter does not change it"
+        if name in changes:
+            reason = _find_obstacle(name, layout, base, base, pairs) or ""
+        if reason:
+            kept.append(Kept(name, reason))
+        else:
+            edits[name] = layout
+    if not edits:
+        roles = Counter(
+            part.role for name in changes for part in describe(name, base.tensors[name][1].shape, base.config).parts
+        )
+        said = ", ".join(f"{count} x {role}" for role, count in roles.most_common())
+        raise SelectionError(
+            f"{printable(ft.source)}: the adapter changes none of the {len(chosen)} tensors that match (it changes "
+            f"{said}); choose of these with --layers"
+        )
+    out_dtypes = {} if spec.dtype == "keep" else dict.fromkeys(edits, STORED_NAMES[spec.dtype])
+    layouts = _lay_out(base, out_dtypes)
+    units = []
+    merged = []
+    for name, change in changes.items():
+        shape = base.tensors[name][1].shape
+        whole = describe(name, shape, base.config)
+        layout = edits.get(name, Layout((), whole.transposed, len(shape) == 3))
+        units += [replace(unit, change=change) for unit in _split(name, layout, name, base, base, layouts)]
+        if name not in edits or set(layout.parts) != set(whole.parts):
+            merged.append(name)
+    units.sort(key=lambda unit: (unit.file, unit.start))
+    return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(base.tensors), layouts, tuple(sorted(merged)))
 
 
 def _select(ft: Checkpoint, spec: EditSpec) -> Iterator[tuple[str, Layout]]:
@@ -230,7 +293,8 @@ def _split(
     _, base_entry = base.tensors[base_name]
     out_entry = layouts[file][1].tensors[name] if file in layouts else entry
     count = entry.shape[0] if layout.stacked else 1
-    rows, columns = entry.shape[-2:]
+    shape = entry.shape[1:] if layout.stacked else entry.shape
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     sizes = [e.nbytes // count for e in (entry, base_entry, out_entry)]
     for i in range(count):
         yield Unit(

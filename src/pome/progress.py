@@ -46,10 +46,11 @@ def describe_plan(opened: Opened) -> str:
     """One line: what becomes what, how many tensors, how many bytes."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
-    edited = len({unit.name for unit in plan.units})
+    edited = len({unit.name for unit in plan.units if unit.parts})
+    merged = f", {len(plan.merged)} merged" if plan.merged else ""
     return (
         f"{_name(opened.base)} -> {_name(opened.ft)}   {edited} of {plan.tensor_count} tensors to edit "
-        f"({', '.join(roles)}), {plan.tensor_count - edited} kept   "
+        f"({', '.join(roles)}){merged}, {plan.tensor_count - edited - len(plan.merged)} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )
 

@@ -19,7 +19,7 @@ import pome
 from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.output import Staging, check_target, update_index
-from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_side_files
+from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError, PairingError, printable
@@ -60,19 +60,25 @@ class Opened:
     side_files: list[SideFile]
     not_copied: dict[str, str]
 
+    @property
+    def template(self) -> Checkpoint:
+        """Whose files the output has: FT's, or BASE's where FT is an adapter."""
+        return self.ft if self.ft.adapter_config is None else self.base
+
 
 @contextlib.contextmanager
 def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) -> Iterator[Opened]:
     """Open BASE and FT and plan the edit: headers, configs and file names only. Raises PomeError.
 
-    `whole` fetches all files of an FT on the Hub, which writing an output needs and planning does not.
+    `whole` fetches all files of an FT on the Hub, which writing an output needs and planning does not; of BASE too
+    where FT is an adapter.
     """
     with contextlib.ExitStack() as stack:
-        sides = []
-        for source, all_of_it in ((base, False), (ft, whole)):
-            side = open_checkpoint(source, whole=all_of_it)
-            stack.callback(side.close)
-            sides.append(side)
+        tuned = open_checkpoint(ft, whole=whole)
+        stack.callback(tuned.close)
+        pretrained = open_checkpoint(base, whole=whole and tuned.adapter_config is not None)
+        stack.callback(pretrained.close)
+        sides = [pretrained, tuned]
         identities = [[weights.file.identity for weights in side.files.values()] for side in sides]
         if identities[0] == identities[1]:
             raise PairingError(
@@ -80,7 +86,8 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
                 "then the one that was trained from it"
             )
         plan = make_plan(sides[0], sides[1], spec)
-        yield Opened(sides[0], sides[1], plan, *list_side_files(sides[1]))
+        beside = list_side_files(tuned) if tuned.adapter_config is None else list_adapted_side_files(*sides)
+        yield Opened(pretrained, tuned, plan, *beside)
 
 
 def edit(
@@ -160,20 +167,24 @@ class _Run:
     def _count_space(self, staging: Staging) -> tuple[int, Path | None]:
         """Bytes still to be copied, and a file to try sharing with."""
         layouts = self.opened.plan.layouts
-        sizes = {name: file.header.file_size for name, file in self.opened.ft.files.items()}
+        sizes = {name: file.header.file_size for name, file in self.opened.template.files.items()}
         sizes |= {name: header.file_size for name, (_, header) in layouts.items()}
         sizes |= {file.name: file.size for file in self.opened.side_files}
-        shared = None if layouts else next(iter(self.opened.ft.files.values())).file.path
+        shared = None if layouts else next(iter(self.opened.template.files.values())).file.path
         return sum(size for name, size in sizes.items() if name not in staging.copied), shared
 
     def _copy(self, staging: Staging) -> None:
-        """Fill the staging folder with FT's files: cloned as they are, or laid out anew where a dtype changes."""
+        """Fill the staging folder with FT's files (BASE's where FT is an adapter).
+
+        They are cloned as they are, or laid out anew where a dtype changes.
+        """
         opened, layouts = self.opened, self.opened.plan.layouts
-        total = sum(file.header.file_size for file in opened.ft.files.values())
+        source = opened.template
+        total = sum(file.header.file_size for file in source.files.values())
         self.progress.start("copy", total + sum(file.size for file in opened.side_files))
-        for name, weights in opened.ft.files.items():
+        for name, weights in source.files.items():
             path, advance = weights.file.path, self._advance("copy")
-            assert path is not None  # FT was opened whole
+            assert path is not None  # it was opened whole
             if name in layouts:
                 raw, header = layouts[name]
                 staging.lay_out(name, path, weights.header, raw, header, advance)
@@ -181,20 +192,21 @@ class _Run:
                 staging.copy_file(name, path, advance)
         for file in opened.side_files:
             staging.copy_file(file.name, file.path, self._advance("copy"))
-        if opened.ft.index is not None and opened.ft.folder is not None:
-            source = opened.ft.folder / opened.ft.index
+        if source.index is not None and source.folder is not None:
+            index = source.folder / source.index
             if layouts:
                 shift = sum(header.file_size - len(raw) for raw, header in layouts.values())
-                headers = [opened.ft.files[name].header for name in layouts]
+                headers = [source.files[name].header for name in layouts]
                 shift -= sum(header.file_size - header.data_start for header in headers)
-                staging.put_file(opened.ft.index, update_index(source.read_bytes(), shift))
+                staging.put_file(source.index, update_index(index.read_bytes(), shift))
             else:
-                staging.copy_file(opened.ft.index, source, self._advance("copy"))
+                staging.copy_file(source.index, index, self._advance("copy"))
         self.progress.finish("copy")
 
     def _edit(self, staging: Staging, devices: list[str]) -> None:
         """Every unit that no earlier run finished, journalled in groups."""
-        from pome.patch import Patch, patch_unit
+        from pome.merge import Data, make_patch, read_unit
+        from pome.patch import Patch
 
         opened = self.opened
         units = opened.plan.units
@@ -204,14 +216,11 @@ class _Run:
         pending: list[dict[str, Any]] = []
         last = time.monotonic()
 
-        def read(unit: Unit) -> tuple[bytearray, bytearray]:
-            return (
-                opened.ft.read(unit.name, unit.start, unit.nbytes),
-                opened.base.read(unit.base_name, unit.base_start, unit.base_nbytes),
-            )
+        def read(unit: Unit) -> Data:
+            return read_unit(unit, opened.ft, opened.base)
 
-        def work(unit: Unit, data: tuple[bytearray, bytearray], device: str) -> Patch:
-            patch = patch_unit(unit, *data, self.spec, device)
+        def work(unit: Unit, data: Data, device: str) -> Patch:
+            patch = make_patch(unit, data, self.spec, device)
             if patch.data is not None:
                 staging.write(unit.file, patch.data, unit.out_start)
             return dataclasses.replace(patch, data=None)
@@ -257,10 +266,15 @@ class _Run:
                 return {name: pool.submit(self._hash, path, self._stop_if_cancelled) for name, path in paths.items()}
 
             config = []
-            if opened.base.folder is not None and (opened.base.folder / "config.json").is_file():
+            added = opened.side_files
+            if opened.template is opened.base:
+                # What goes along is hashed with the side that it comes from.
+                added = [file for file in added if opened.ft.folder and file.path.is_relative_to(opened.ft.folder)]
+                config = [file for file in opened.side_files if file not in added]
+            elif opened.base.folder is not None and (opened.base.folder / "config.json").is_file():
                 config = [SideFile("config.json", opened.base.folder / "config.json", 0)]
             try:
-                yield [submit(opened.base, config), submit(opened.ft, opened.side_files)]
+                yield [submit(opened.base, config), submit(opened.ft, added)]
             finally:
                 self.cancelled.set()
                 pool.shutdown(cancel_futures=True)
@@ -292,6 +306,7 @@ class _Run:
                 TensorRecord(**{**t, "shape": tuple(t["shape"]), "warnings": tuple(t["warnings"])}) for t in tensors
             ),
             kept=tuple(kept),
+            merged=plan.merged,
             not_copied=self.opened.not_copied,
             files={},
         )

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pome.checkpoint.source import PICKLED, Checkpoint
+from pome.checkpoint.source import ADAPTER_CONFIG, PICKLED, Checkpoint
 from pome.errors import OutputError, printable
 
 MANIFEST_NAME = "pome_manifest.json"
@@ -20,6 +20,11 @@ _TRAINING_FILE = re.compile(
 _OTHER_WEIGHTS = (
     *PICKLED, ".bin.index.json", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot", ".npz"
 )  # fmt: skip
+# What an adapter brings along that takes the place of BASE's.
+_TOKENIZER = re.compile(
+    r"(.*/)?(tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.(model|tiktoken|jinja)|"
+    r"spiece\..*|chat_template.*)"
+)
 _NEVER = {".git": "version control", ".cache": "a download cache", MANIFEST_NAME: "the manifest of an earlier edit"}
 
 
@@ -30,6 +35,25 @@ class SideFile:
     name: str
     path: Path
     size: int
+
+
+def list_adapted_side_files(base: Checkpoint, adapter: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
+    """Files for a base with an adapter merged in: BASE's, and in their place the adapter's tokenizer and templates.
+
+    And those of the adapter that are not copied, by name, each with its reason.
+    """
+    copied, skipped = list_side_files(base)
+    own, left = list_side_files(adapter)
+    chosen = {file.name: file for file in own if _TOKENIZER.fullmatch(file.name)}
+    for file in own:
+        if file.name not in chosen:
+            left[file.name] = (
+                "the adapter's config; its changes are in the weights"
+                if file.name == ADAPTER_CONFIG
+                else "of the adapter, and not its tokenizer"
+            )
+    kept = [file for file in copied if file.name not in chosen]
+    return [*kept, *chosen.values()], {**skipped, **left}
 
 
 def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:

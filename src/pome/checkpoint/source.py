@@ -52,6 +52,7 @@ class Checkpoint:
     index: str | None
     revision: str | None = None  # the Hub commit
     unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
+    adapter_config: Mapping[str, Any] | None = None  # of a PEFT adapter, which has no weights of its own
 
     def read(self, name: str, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of a tensor's file from absolute offset `start`; CheckpointError if they cannot all be had."""
@@ -169,7 +170,8 @@ def _open_adapter(source: str, listing: Listing) -> Checkpoint:
         raise CheckpointError(f"{where}: has no {ADAPTER_WEIGHTS} beside it; save or download the adapter again")
     config = read_json(listing, ADAPTER_CONFIG)
     files, tensors = _gather([(ADAPTER_WEIGHTS, listing.open(ADAPTER_WEIGHTS))])
-    return Checkpoint(source, listing.folder, files, tensors, None, None, listing.revision, adapter_config=config)
+    unused = dict(listing.left_out)
+    return Checkpoint(source, listing.folder, files, tensors, None, None, listing.revision, unused, config)
 
 
 def _choose_without_index(label: str, found: list[str], names: list[str]) -> list[str]:
