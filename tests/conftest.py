@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +37,8 @@ def anarcii() -> Trio:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub of this test's own, with an empty cache and no token; retries do not wait."""
-    import huggingface_hub.file_download
     from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    from pome.checkpoint import hub as reader
+    from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 
     with HubServer() as server:
         home = tmp_path / "hf_home"
@@ -54,7 +52,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(reader, "WAITS", (0.0, 0.0, 0.0))
-        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # before retries, the library's own too
+        disable_progress_bars()
         yield server
+        enable_progress_bars()
         close_session()

@@ -56,7 +56,7 @@ def _read_card(text: str) -> tuple[dict[str, Any], str]:
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, TypeError, yaml.YAMLError):
-        return {}, text.lstrip().removeprefix("---").partition("\n---")[2]
+        return {}, text.lstrip().removeprefix("---").partition("\n---")[2].lstrip("-")
     return vars(card.data), card.text
 
 

@@ -83,8 +83,8 @@ def _root(
 @app.command("edit")
 def edit_command(
     context: typer.Context,
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained checkpoint: folder or .safetensors file.")],
-    ft: Annotated[str, typer.Argument(metavar="FT", help="Fine-tuned checkpoint: folder or .safetensors file.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained: folder, .safetensors file or Hub id.")],
+    ft: Annotated[str, typer.Argument(metavar="FT", help="Fine-tuned: folder, .safetensors file or Hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     layers: Annotated[
         list[str] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from pome.checkpoint.hub import ask_hub
+from pome.checkpoint.hub_calls import ask_hub
 from pome.errors import HubError
 
 
