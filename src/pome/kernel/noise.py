@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # entries looked at in one go: 8 MiB in float64, whatever the size of the tensor
+CHUNK = 1 << 20  # entries looked at in one go, whatever the size of the tensor
+# Of each dtype: the integer of its width, the bits of its mantissa, the bits of its exponent.
+LAYOUT = {
+    torch.float64: (torch.int64, 52, 11),
+    torch.float32: (torch.int32, 23, 8),
+    torch.bfloat16: (torch.int16, 7, 8),
+    torch.float16: (torch.int16, 10, 5),
+}
 
 
 def storage_noise_floor(weight: Tensor) -> float:
@@ -20,18 +27,17 @@ def storage_noise_floor(weight: Tensor) -> float:
     """
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(f"a noise floor needs a non-empty m x n float tensor, not {describe(weight)}")
-    kind = torch.finfo(weight.dtype)
-    digits, least = round(-math.log2(kind.eps)), round(math.log2(kind.smallest_normal))
+    integer, mantissa, width = LAYOUT[weight.dtype]
+    counts = torch.zeros(1 << width, dtype=torch.int64)
+    for chunk in torch.split(weight.detach().cpu().reshape(-1), CHUNK):
+        exponent = (chunk.view(integer) >> mantissa) & ((1 << width) - 1)
+        counts += torch.bincount(exponent, minlength=1 << width)
+    # ulp = 2^(e - bias - mantissa); subnormals have the ulp of the least normal exponent, e = 1.
+    present = counts.nonzero()[:, 0]  # the ulp of exponents that do not occur may overflow
+    ulp = torch.exp2(present.double().clamp_min(1.0) - float((1 << (width - 1)) - 1 + mantissa))
+    variance = float((counts[present] * ulp.square()).sum()) / weight.numel() / 12.0
     m, n = weight.shape
-    total = 0.0
-    for rows in torch.split(weight.detach(), max(1, CHUNK // n)):
-        for part in torch.split(rows, CHUNK, dim=1):
-            wide = part.to("cpu", torch.float64)
-            exponent = (torch.frexp(wide).exponent - 1).clamp_min(least)
-            exponent[wide == 0] = least
-            present, counts = torch.unique(exponent, return_counts=True)
-            total += sum(c * 4.0 ** (e - digits) for e, c in zip(present.tolist(), counts.tolist(), strict=True))
-    return math.sqrt(total / weight.numel() / 12.0) * (math.sqrt(m) + math.sqrt(n))
+    return math.sqrt(variance) * (math.sqrt(m) + math.sqrt(n))
 
 
 def describe(tensor: Tensor) -> str:
