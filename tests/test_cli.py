@@ -177,7 +177,7 @@ def shard_and_lose() -> None:
 def write_oddities() -> None:
     for folder, file in (("pickled", "pytorch_model.bin"), ("adapter", "adapter_model.safetensors")):
         Path(folder).mkdir()
-        (Path(folder) / file).write_bytes(b"x")
+        save_file({"x": torch.ones(2)}, Path(folder) / file)
     Path("adapter/adapter_config.json").write_text("{}")
     Path("words.txt").write_text("no")
     Path("bad.yaml").write_text("beta: 1.0\nrank_ration: 0.5\n")
@@ -200,7 +200,7 @@ ERRORS: dict[str, tuple[Callable[[], None], str, int, str]] = {
     "around ft": (nothing, "base ft .", 1, "OUT holds base"),
     "exists": (write_oddities, "base ft adapter", 1, "adapter: exists; choose another OUT or give --overwrite"),
     "pickled": (write_oddities, "base pickled out", 1, "pytorch_model.bin: pickled weights are never unpickled"),
-    "adapter": (write_oddities, "base adapter out", 1, "adapter: holds a PEFT adapter"),
+    "adapter": (write_oddities, "adapter ft out", 1, "adapter: an adapter; give as BASE the model that it was trained"),
     "same": (nothing, "ft ft out", 1, "ft: BASE and FT are the same files"),
     "no checkpoint": (write_oddities, "base words.txt out", 1, "words.txt: not a .safetensors file"),
     "not there": (nothing, "base ./gone out", 1, "gone: no such file or folder"),

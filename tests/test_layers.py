@@ -47,17 +47,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": set(),
     "engines.local": {"errors"},
     "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "card", "engines.local", *CHECKPOINT},
+    "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "checkpoint.files", *CHECKPOINT},
     "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
-    "cli": {"", "errors", "spec", "plan", "manifest", "run", "progress", "upload", *CHECKPOINT},
+    "cli": {"", "errors", "spec", "plan", "manifest", "run", "verification", "progress", "upload", *CHECKPOINT},
     "__main__": {"cli"},
-    "": {"errors", "spec", "manifest", "run", "kernel"},  # the package itself: the public names, imported when used
+    # The package itself: the public names, imported when they are used.
+    "": {"errors", "spec", "manifest", "run", "verification", "kernel"},
 }  # fmt: skip
 # Inside the kernel no room but the kernel itself is known: pure tensors, no names, no paths.
 KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge"},
+    "torch": {"kernel", "patch", "merge", "verification"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
     "click": {"cli"},

@@ -138,14 +138,6 @@ def test_pickles_are_refused_with_how_to_convert(tmp_path: Path) -> None:
         assert "save_pretrained" in message and "save_file" in message
 
 
-def test_an_adapter_is_refused_with_how_to_merge(tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    folder.mkdir()
-    save_file(SMALL, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    assert "merge_and_unload" in refuse(folder)
-
-
 def test_what_is_no_checkpoint_says_what_is_wanted(tmp_path: Path) -> None:
     assert "no such file or folder" in refuse(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

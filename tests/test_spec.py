@@ -185,7 +185,7 @@ def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
         ("jobs:\n  - {base: b, fine_tuned: f, out: o}\n  - {base: b, fine_tuned: f, oot: p}\n",
          "file.yaml:3: unknown key 'oot'; did you mean 'out'?"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o}\n  - {fine_tuned: f, out: p}\n", "file.yaml:3: base: missing"),
-        ("jobs:\n  - {base: b, fine_tuned: 3, out: o}\n", "file.yaml:2: fine_tuned: missing"),
+        ("jobs:\n  - {base: b, fine_tuned: 3, out: o}\n", "file.yaml:2: fine_tuned: not a text"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, command: edits}\n", "command: 'edits' is not one of edit"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, fresh: 1}\n", "fresh: 1 is not true or false"),
         ("jobs:\n  - base: b\n    fine_tuned: f\n    out: o\n    beta: -1\n", "file.yaml:5: beta: -1"),
