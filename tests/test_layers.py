@@ -39,7 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manifest": {"errors"},
     "card": {"manifest", "spec"},
     "upload": {"errors", "checkpoint.hub_calls"},
-    "plan": {"errors", "spec", "roles", "layout", "pairing", "checkpoint.adapter", *CHECKPOINT},
+    "quantization": {"errors", "checkpoint.header"},
+    "selection": {"errors", "spec", "roles", "quantization", *CHECKPOINT},
+    "plan": {
+        "errors", "spec", "roles", "layout", "pairing", "quantization", "selection", "checkpoint.adapter", *CHECKPOINT
+    },
     "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
     "merge": {
         "errors", "spec", "roles", "plan", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pome.checkpoint.adapter import Change, read_adapter
-from pome.checkpoint.header import DTYPE_BITS, Header, TensorEntry, build_header, parse_header
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, SelectionError, printable
 from pome.pairing import pair_names
-from pome.roles import GROUPS, Layout, Part, describe, matrix_shape
+from pome.quantization import declared_method, find_quantized
+from pome.roles import Layout, Part, describe, matrix_shape
+from pome.selection import EDITABLE, explain_empty, refuse_quantized, select
 from pome.spec import EditSpec
 
-EDITABLE = ("F64", "F32", "F16", "BF16")
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
 
@@ -135,12 +135,18 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         raise PairingError(f"{printable(base.source)}: an adapter; give as BASE the model that it was trained on")
     if ft.adapter_config is not None:
         return _plan_adapter(base, ft, spec)
+    if spec.out_format == "adapter":
+        raise PairingError(
+            f"{printable(ft.source)}: a full checkpoint, of which no adapter is made; leave --out-format at full"
+        )
     ft_shapes = {name: entry.shape for name, (_, entry) in ft.tensors.items()}
     base_shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
     pairs = pair_names(base_shapes, ft_shapes)
-    chosen = list(_select(ft, spec))
+    for side in (ft, base):
+        refuse_quantized(side, spec)
+    chosen = list(select(ft, spec))
     if not chosen:
-        raise SelectionError(_explain_empty(ft, spec))
+        raise SelectionError(explain_empty(ft, spec))
     kept: list[Kept] = []
     edits: list[tuple[str, Layout]] = []
     for name, layout in chosen:
@@ -165,10 +171,11 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
 
 def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     """The plan for an adapter as FT: BASE's tensors that it changes, the selected ones edited, the others merged."""
-    quantized = _find_quantization(base)
-    if quantized is not None:
+    quantized = find_quantized(base.tensors, base.config)
+    method = declared_method(base.config) or (quantized[0].format if quantized else None)
+    if method:
         raise PairingError(
-            f"{printable(base.source)}: quantized ({quantized}), and an adapter cannot be merged into that; give the "
+            f"{printable(base.source)}: quantized ({method}), and an adapter cannot be merged into that; give the "
             "unquantized model that it was quantized from as BASE"
         )
     changes = read_adapter(ft, base)
@@ -180,15 +187,17 @@ def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
                 "unquantized model as BASE"
             )
     pairs = {name: name for name in base.tensors}
-    chosen = list(_select(base, spec))
+    chosen = list(select(base, spec))
     if not chosen:
-        raise SelectionError(_explain_empty(base, spec))
+        raise SelectionError(explain_empty(base, spec))
     kept: list[Kept] = []
     edits: dict[str, Layout] = {}
     for name, layout in chosen:
         reason = "the adapter does not change it"
         if name in changes:
             reason = _find_obstacle(name, layout, base, base, pairs) or ""
+        if not reason and spec.out_format == "adapter":
+            reason = _find_obstacle_in_adapter(changes[name], ft) or ""
         if reason:
             kept.append(Kept(name, reason))
         else:
@@ -202,6 +211,8 @@ def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
             f"{printable(ft.source)}: the adapter changes none of the {len(chosen)} tensors that match (it changes "
             f"{said}); choose of these with --layers"
         )
+    if spec.out_format == "adapter":
+        return _plan_edited_adapter(base, ft, spec, changes, edits, kept, len(chosen))
     out_dtypes = {} if spec.dtype == "keep" else dict.fromkeys(edits, STORED_NAMES[spec.dtype])
     layouts = _lay_out(base, out_dtypes)
     units = []
@@ -217,21 +228,45 @@ def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(base.tensors), layouts, tuple(sorted(merged)))
 
 
-def _select(ft: Checkpoint, spec: EditSpec) -> Iterator[tuple[str, Layout]]:
-    """Tensors that hold a selected matrix, each with the layout that has only its selected parts."""
-    roles = {role for name in spec.layers for role in GROUPS.get(name, (name,))}
-    patterns = [re.compile(name[3:]) for name in spec.layers if name.startswith("re:")]
-    excluded = [re.compile(pattern) for pattern in spec.exclude]
-    for name, (_, entry) in ft.tensors.items():
-        if any(pattern.search(name) for pattern in excluded):
+def _find_obstacle_in_adapter(change: Change, ft: Checkpoint) -> str | None:
+    """Why a selected change cannot be edited inside the adapter, or None; an error where the user must decide."""
+    if change.low is None or change.whole is not None:
+        return "the adapter holds it whole, and it is copied so"
+    if change.low.magnitude is not None:
+        raise PairingError(
+            f"{ft.where(change.low.magnitude)}: the edit of a DoRA is no DoRA; leave {printable(change.name)} out with "
+            "--exclude, or write a full checkpoint (--out-format full)"
+        )
+    return None
+
+
+def _plan_edited_adapter(
+    base: Checkpoint,
+    ft: Checkpoint,
+    spec: EditSpec,
+    changes: dict[str, Change],
+    edits: dict[str, Layout],
+    kept: list[Kept],
+    matched: int,
+) -> Plan:
+    """The plan for an adapter as the output: units of the LoRAs with a selected matrix, in the adapter's own order."""
+    edited = {change.low.a for name in edits if (change := changes[name]).low is not None}
+    units = []
+    for name, change in changes.items():
+        if change.low is None or change.low.a not in edited:
             continue
-        layout = describe(name, entry.shape, ft.config)
-        if any(pattern.search(name) for pattern in patterns):
-            yield name, layout
-        elif len(entry.shape) >= 2:
-            parts = tuple(part for part in layout.parts if part.role in roles)
-            if parts:
-                yield name, Layout(parts, layout.transposed, layout.stacked)
+        file, entry = ft.tensors[change.low.a]
+        shape = base.tensors[name][1].shape
+        layout = edits.get(name, Layout((), False, len(shape) == 3))
+        dtype = entry.dtype if spec.dtype == "keep" else STORED_NAMES[spec.dtype]
+        for unit in _split(name, layout, name, base, base, {}):
+            size = change.low.rank * sum(unit.shape) * DTYPE_BITS[dtype] // 8  # at most: the kept directions are fewer
+            size = size if unit.parts else 0
+            units.append(
+                replace(unit, change=change, file=file, out_dtype=dtype, out_nbytes=size, nbytes=size, base_nbytes=size)
+            )
+    units.sort(key=lambda unit: (ft.tensors[unit.change.low.a][1].start, unit.name) if unit.change and unit.change.low else (0, ""))
+    return Plan(tuple(units), tuple(kept), {name: name for name in base.tensors}, matched, len(base.tensors), {})
 
 
 def _find_obstacle(
@@ -247,12 +282,11 @@ def _find_obstacle(
     if name not in pairs:
         return "BASE has no such tensor"
     _, base_entry = base.tensors[pairs[name]]
-    for side, source, dtype in ((where, ft, entry.dtype), (base.where(pairs[name]), base, base_entry.dtype)):
-        quantized = _find_quantization(source)
+    for side, dtype in ((where, entry.dtype), (base.where(pairs[name]), base_entry.dtype)):
         if dtype not in EDITABLE:
             raise PairingError(
-                f"{side}: stored as {dtype}{f' ({quantized})' if quantized else ''}, which cannot be edited; "
-                "dequantize the checkpoint to bfloat16 first, or leave the tensor out with --exclude"
+                f"{side}: stored as {dtype}, which cannot be edited; save the checkpoint in bfloat16 first, or leave "
+                "the tensor out with --exclude"
             )
     if entry.shape != base_entry.shape:
         if {part.role for part in layout.parts} <= {"embed", "head"}:
@@ -270,14 +304,6 @@ def _find_obstacle(
                 "though the shapes agree; convert one checkpoint to the other's architecture"
             )
     return None
-
-
-def _find_quantization(source: Checkpoint) -> str | None:
-    """The name of the quantization that a checkpoint's config declares."""
-    declared = (source.config or {}).get("quantization_config")
-    if not isinstance(declared, dict):
-        return None
-    return printable(str(declared.get("quant_method", "quantized")))
 
 
 def _split(
@@ -329,44 +355,3 @@ def _lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[byte
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)
     return layouts
-
-
-@dataclass(frozen=True)
-class Group:
-    """Candidates whose names differ in numbers alone."""
-
-    pattern: str  # a regular expression over tensor names
-    example: TensorEntry
-    count: int
-    role: str
-
-
-def group_candidates(ft: Checkpoint) -> list[Group]:
-    """The floating-point matrices of FT, grouped by name pattern, most bytes first."""
-    members: dict[str, list[TensorEntry]] = {}
-    for name, (_, entry) in ft.tensors.items():
-        if len(entry.shape) in (2, 3) and entry.dtype in EDITABLE:
-            pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
-            members.setdefault(pattern, []).append(entry)
-    groups = []
-    for pattern, entries in members.items():
-        roles = dict.fromkeys(part.role for part in describe(entries[0].name, entries[0].shape, ft.config).parts)
-        groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))
-    return sorted(groups, key=lambda g: -g.count * g.example.nbytes)
-
-
-def _explain_empty(ft: Checkpoint, spec: EditSpec) -> str:
-    said = ", ".join(printable(name) for name in spec.layers)
-    if spec.exclude:
-        said += f" without {', '.join(printable(pattern) for pattern in spec.exclude)}"
-    groups = group_candidates(ft)
-    head = f"{printable(ft.source)}: no tensor matches --layers {said}"
-    if not groups:
-        return f"{head}; the checkpoint holds no floating-point matrix at all"
-    lines = [f"{head}; its matrices are, and each line can be pasted:"]
-    for group in groups[:20]:
-        shape = " x ".join(map(str, group.example.shape))
-        lines.append(f"  --layers 're:^{printable(group.pattern)}$'   {group.count} of {shape}, role {group.role}")
-    if len(groups) > 20:
-        lines.append(f"  ... and {len(groups) - 20} more patterns")
-    return "\n".join(lines)
