@@ -134,7 +134,7 @@ class Teller:
         out, inn = where[len(shape) + truth.out], where[len(shape) + truth.inn]
         upright = (out == out[:, :1]).all() and (inn == inn[:1]).all() and len(np.unique(out[:, 0])) == len(out)
         whole = matrix.shape[0] == sum(r in (role, "dead") for r in truth.roles) or "dead" in truth.roles
-        if role in FFN and not ((whole or not alone) and matrix.shape[1] == shape[truth.inn]):
+        if role in FFN and alone and not (whole and matrix.shape[1] == shape[truth.inn]):
             return "wrong", "is not the whole matrix"
         return ("right", "") if upright else ("wrong", "is another way round")
 
@@ -176,13 +176,19 @@ def inputs_of(model: Any) -> dict[str, Any]:
     return {"input_ids": tokens, **({"decoder_input_ids": tokens} if both else {})}
 
 
-# Kind -> the mapping of transformers whose architectures it covers.
+# Kind -> the mapping of transformers, and which of its architectures are covered: all, or the main ones.
 KINDS = {
-    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "encoder": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "vision": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "speech": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ""),
+    "encoder": (
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "albert bert deberta deberta-v2 distilbert electra funnel modernbert mpnet roberta xlm-roberta",
+    ),
+    "encoder-decoder": (
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "bart fsmt led m2m_100 marian mbart mt5 pegasus switch_transformers t5 umt5",
+    ),
+    "vision": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "clip deit dinov2 siglip swin vit"),
+    "speech": ("MODEL_FOR_CTC_MAPPING_NAMES", "hubert wav2vec2 wav2vec2-conformer wavlm"),
 }
 
 
@@ -208,10 +214,11 @@ class Row:
         return self.verdict is not None and any(kind == "ffn" for kind, _ in self.verdict.counts)
 
 
-def survey(kind: str, only: tuple[str, ...] = ()) -> Iterator[Row]:
-    """The architectures of one kind, or some of them, in the order of transformers."""
-    for model_type, class_name in getattr(modeling_auto, KINDS[kind]).items():
-        if only and model_type not in only:
+def survey(kind: str) -> Iterator[Row]:
+    """The architectures of one kind, in the order of transformers."""
+    mapping, main = KINDS[kind]
+    for model_type, class_name in getattr(modeling_auto, mapping).items():
+        if main and model_type not in main.split():
             continue
         class_name = class_name if isinstance(class_name, str) else class_name[0]
         try:

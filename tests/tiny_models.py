@@ -31,14 +31,14 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size\w*|.*_vocab_size", 97),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|max_source_positions", 64),
     (r"num_experts_per_tok|moe_topk|moe_top_k|num_selected_experts|top_k_experts|moe_k", 2),
-    (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts|.*num_experts", 6),
+    (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts|.*num_experts", 3),
     (r"n_group|topk_group|n_shared_experts|moe_num_shared_experts|num_expert_group", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
 )
 # What the config derives from the sizes when it is not given.
 DERIVED = frozenset(["layer_types", "mlp_layer_types", "layers_block_type", "per_layer_config", "id2label", "label2id"])
 # What some configs leave open although their models need it.
-WANTED = {"head_dim": 16, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_inner": 22}
+WANTED = {"head_dim": 16, "n_routed_experts": 3, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_inner": 22}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_d_ssm": 96}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN4 = {

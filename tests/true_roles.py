@@ -260,15 +260,18 @@ def find_affine_rows(run: Runner, values: dict, name: str, out: int, y: Tensor) 
     """
     rows = []
     for row in range(values[name].shape[out]):
-        zero, double, minus = (run({name: scale_one(values[name], out, row, f)}, None) for f in (0.0, 2.0, -1.0))
+        zero, minus = (run({name: scale_one(values[name], out, row, f)}, None) for f in (0.0, -1.0))
         if not moves(zero, y).any():
             rows.append(DEAD)
-        elif not moves(double - y, y - zero, y).any() and not moves(minus - zero, zero - y, y).any():
-            rows.append(AFFINE)
-        else:
-            even = y + minus
-            along = (even * zero).sum(-1, keepdim=True) / (zero * zero).sum(-1, keepdim=True) * zero
-            rows.append(BENT if moves(even, along, y).any() else ODD)
+            continue
+        even = y + minus
+        along = (even * zero).sum(-1, keepdim=True) / (zero * zero).sum(-1, keepdim=True) * zero
+        if moves(even, along, y).any():
+            rows.append(BENT)
+            continue
+        double = run({name: scale_one(values[name], out, row, 2.0)}, None)
+        straight = not moves(double - y, y - zero, y).any() and not moves(even, 2 * zero, y).any()
+        rows.append(AFFINE if straight else ODD)
     return rows
 
 

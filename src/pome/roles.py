@@ -44,7 +44,7 @@ _FFN = re.compile(
 # attention, adapters, projections between towers, norms with a gate.
 _FOREIGN = re.compile(
     r"linear_attn|mamba\w*|indexer|\w*compressor|\w*adapter\w*|lora_\w+|\w*projector|\w*resampler|\w*merger|"
-    r"\w*connector|perceiver\w*|conv\w*|\w*_conv|\w*sconv|rbr\w*|\w*embedder|(?!roberta)\w*norm\d*|\w+_norm_\w+|"
+    r"\w*connector|perceiver\w*|conv\w*|\w*_conv|\w*sconv|rbr\w*|\w*embedder|(?!roberta|norm_attn)\w*norm\d*|\w+_norm_\w+|"
     r"temporal_block",
     re.IGNORECASE,
 )
@@ -53,10 +53,11 @@ _INDEX = re.compile(r"(?:expert_|layer_|block_)?\d+")
 _FFN_ROLE = _invert(
     {
         "gate": "gate_proj fc12 wi_0 w_in.w_0 proj_up_gate linear_gate",
-        "up": "up_proj fc1 fc_1 fc11 linear_1 ffn c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up intermediate_dense "
-        "intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate dense.dense",
-        "down": "down_proj fc2 fc_2 linear_2 ffn_output c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out proj_down output_dense "
-        "output.dense output_query.dense ff.layer_2 feed_forward.output",
+        "up": "up_proj fc1 fc_1 fc11 linear_1 ffn c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up "
+        "intermediate_dense intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate "
+        "dense.dense",
+        "down": "down_proj fc2 fc_2 linear_2 ffn_output c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out "
+        "proj_down output_dense output.dense output_query.dense ff.layer_2 feed_forward.output",
     }
 )
 # What may stand in a layer without an FFN module around it, or with nothing around it at all.
