@@ -48,10 +48,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": {
         "errors", "spec", "roles", "plan", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"
     },
+    "adapt": {
+        "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "kernel", "checkpoint.adapter", *CHECKPOINT
+    },
     "engines": set(),
     "engines.local": {"errors"},
-    "run": {"", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "card", "engines.local", *CHECKPOINT},
-    "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "checkpoint.files", *CHECKPOINT},
+    "run": {
+        "", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "adapt", "card", "engines.local", *CHECKPOINT
+    },
+    "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT},
     "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
     "cli": {"", "errors", "spec", "plan", "manifest", "run", "verification", "progress", "upload", *CHECKPOINT},
     "__main__": {"cli"},
@@ -63,14 +68,14 @@ KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge", "verification"},
+    "torch": {"kernel", "patch", "merge", "adapt", "verification"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
     "click": {"cli"},
     "yaml": {"spec", "card"},
     "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_calls", "card", "upload"},
 }
-LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch", "merge"}, "huggingface_hub": set()}
+LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch", "merge", "adapt"}, "huggingface_hub": set()}
 
 
 def room_of(module: str) -> str:

@@ -63,6 +63,7 @@ RankRule = Literal["ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "
 Scale = Literal["frobenius", "unit", "rms", "mean", "spectral"]
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Engine = Literal["local"]
+OutFormat = Literal["full", "adapter"]
 
 
 def _show_version(wanted: bool) -> None:
@@ -110,6 +111,9 @@ def edit_command(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the edited tensors. \\[default: keep]")] = None,
     engine: Annotated[Engine | None, typer.Option(help="Where units are worked on. \\[default: local]")] = None,
+    out_format: Annotated[
+        OutFormat | None, typer.Option(help="Of an adapter as FT: a full checkpoint or an adapter. \\[default: full]")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with these names as keys; options win.")
     ] = None,

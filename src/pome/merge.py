@@ -93,7 +93,8 @@ def merge_unit(
     out.copy_(stored)
     edited: list[TensorRecord] = []
     kept: list[KeptRecord] = []
-    floor = 0.0 if change.whole is None else storage_noise_floor(tensors[change.whole].reshape(unit.shape))
+    # A product of factors was never rounded to a stored weight; a tensor that the adapter holds whole was.
+    whole = tensors[change.whole].reshape(unit.shape) if change.whole is not None else None
     for part in unit.parts:
         W_base = take(base, part).to(working)
         delta: tuple[Tensor, ...]
@@ -102,6 +103,7 @@ def merge_unit(
             delta = take_factors(F * thin.scaling, G, part)
         else:
             delta = (take(exact, part) - W_base,)
+        floor = 0.0 if whole is None else storage_noise_floor(take(whole, part))
         record = edit_part(unit, part, delta, W_base, put_view(out, part), floor, spec, device)
         if isinstance(record, TensorRecord):
             edited.append(record)

@@ -84,17 +84,22 @@ def _edit_part(
     unit: Unit, part: Part, ft: Tensor, base: Tensor, out: Tensor, spec: EditSpec, device: str
 ) -> TensorRecord | KeptRecord:
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
+    check_finite(unit, part, ft, base)
+    # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
+    working = torch.float64 if torch.float64 in (ft.dtype, base.dtype) else torch.float32
+    W_base = base.to(working)
+    D = ft.to(working) - W_base
+    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device)
+
+
+def check_finite(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> None:
+    """Raise NumericalError where one side of a matrix holds NaN or infinity."""
     for side, stored in (("FT", ft), ("BASE", base)):
         if not bool(torch.isfinite(stored).all()):
             raise NumericalError(
                 f"{describe_part(unit, part)}: {side} holds NaN or infinity; mend the checkpoint or leave the tensor "
                 "out with --exclude"
             )
-    # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
-    working = torch.float64 if torch.float64 in (ft.dtype, base.dtype) else torch.float32
-    W_base = base.to(working)
-    D = ft.to(working) - W_base
-    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device)
 
 
 def describe_part(unit: Unit, part: Part) -> str:
@@ -117,12 +122,32 @@ def edit_part(
 
     `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
     """
-    label, where = unit.label(part), describe_part(unit, part)
+    result = equalize_part(unit, part, delta, floor, spec, device)
+    if isinstance(result, KeptRecord):
+        return result
+    value = result.value.to("cpu")
+    edit = value.T if unit.transposed else value
+    W = (W_base + edit).to(out.dtype)
+    if not bool(torch.isfinite(W).all()):
+        raise NumericalError(
+            f"{describe_part(unit, part)}: the edited weight overflows {str(out.dtype).removeprefix('torch.')}; choose "
+            "a smaller --beta or --dtype float32"
+        )
+    # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
+    lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
+    out.copy_(W.reshape(out.shape))
+    return record_part(unit, part, result, floor, float(torch.linalg.vector_norm(lost)) / result.edit_norm)
+
+
+def equalize_part(
+    unit: Unit, part: Part, delta: tuple[Tensor, ...], floor: float, spec: EditSpec, device: str
+) -> Equalized | KeptRecord:
+    """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
     solve = equalize if len(delta) == 1 else equalize_factors
     try:
-        result = solve(
-            *(_send(operand, device) for operand in operands),
+        return solve(
+            *(send(operand, device) for operand in operands),
             rank_ratio=spec.rank_ratio,
             rank=spec.rank,
             rank_rule=spec.rank_rule,
@@ -132,24 +157,17 @@ def edit_part(
             noise_floor=floor,
         )
     except ZeroDelta:
-        return KeptRecord(unit.name, label, "its delta is zero: FT equals BASE")
+        return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
     except Unsolved as error:
+        where = describe_part(unit, part)
         raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
-    value = result.value.to("cpu")
-    edit = value.T if unit.transposed else value
-    W = (W_base + edit).to(out.dtype)
-    if not bool(torch.isfinite(W).all()):
-        raise NumericalError(
-            f"{where}: the edited weight overflows {str(out.dtype).removeprefix('torch.')}; choose a smaller --beta or "
-            "--dtype float32"
-        )
-    # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
-    lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
-    rounding = float(torch.linalg.vector_norm(lost)) / result.edit_norm
-    out.copy_(W.reshape(out.shape))
+
+
+def record_part(unit: Unit, part: Part, result: Equalized, floor: float, rounding: float) -> TensorRecord:
+    """The manifest's record of an edited matrix."""
     return TensorRecord(
         name=unit.name,
-        part=label,
+        part=unit.label(part),
         file=unit.file,
         role=part.role,
         shape=fan_out_in(unit, part),
@@ -162,7 +180,7 @@ def edit_part(
     )
 
 
-def _send(D: Tensor, device: str) -> Tensor:
+def send(D: Tensor, device: str) -> Tensor:
     """D on `device`, or left on the CPU where the device cannot hold it (memory, or float64 on MPS)."""
     try:
         return D.to(device)

@@ -265,7 +265,8 @@ def _plan_edited_adapter(
             units.append(
                 replace(unit, change=change, file=file, out_dtype=dtype, out_nbytes=size, nbytes=size, base_nbytes=size)
             )
-    units.sort(key=lambda unit: (ft.tensors[unit.change.low.a][1].start, unit.name) if unit.change and unit.change.low else (0, ""))
+    order = {name: at for at, name in enumerate(sorted(edited, key=lambda name: ft.tensors[name][1].start))}
+    units.sort(key=lambda unit: order[unit.change.low.a] if unit.change and unit.change.low else 0)
     return Plan(tuple(units), tuple(kept), {name: name for name in base.tensors}, matched, len(base.tensors), {})
 
 

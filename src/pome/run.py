@@ -20,7 +20,7 @@ from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.output import Staging, check_target, update_index
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_adapted_side_files, list_side_files
-from pome.checkpoint.source import Checkpoint, open_checkpoint
+from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError, PairingError, printable
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord
@@ -59,11 +59,7 @@ class Opened:
     plan: Plan
     side_files: list[SideFile]
     not_copied: dict[str, str]
-
-    @property
-    def template(self) -> Checkpoint:
-        """Whose files the output has: FT's, or BASE's where FT is an adapter."""
-        return self.ft if self.ft.adapter_config is None else self.base
+    template: Checkpoint  # whose weight files the output begins as: FT, or BASE where FT is an adapter merged into it
 
 
 @contextlib.contextmanager
@@ -76,7 +72,8 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
     with contextlib.ExitStack() as stack:
         tuned = open_checkpoint(ft, whole=whole)
         stack.callback(tuned.close)
-        pretrained = open_checkpoint(base, whole=whole and tuned.adapter_config is not None)
+        merges = tuned.adapter_config is not None and spec.out_format == "full"
+        pretrained = open_checkpoint(base, whole=whole and merges)
         stack.callback(pretrained.close)
         sides = [pretrained, tuned]
         identities = [[weights.file.identity for weights in side.files.values()] for side in sides]
@@ -86,8 +83,8 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
                 "then the one that was trained from it"
             )
         plan = make_plan(sides[0], sides[1], spec)
-        beside = list_side_files(tuned) if tuned.adapter_config is None else list_adapted_side_files(*sides)
-        yield Opened(pretrained, tuned, plan, *beside)
+        beside = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
+        yield Opened(pretrained, tuned, plan, *beside, pretrained if merges else tuned)
 
 
 def edit(
@@ -142,8 +139,11 @@ class _Run:
             try:
                 # Inputs are hashed beside the kernel: it leaves a core or a disk idle often enough to hide it.
                 with self._hashing_inputs() as hashes:
-                    self._copy(staging)
-                    self._edit(staging, devices)
+                    if self.spec.out_format == "adapter":
+                        self._edit_adapter(staging, devices[0])
+                    else:
+                        self._copy(staging)
+                        self._edit(staging, devices)
                     base, fine_tuned = self._join_hashes(hashes)
                 for side in (self.opened.base, self.opened.ft):
                     side.check_unchanged()
@@ -172,6 +172,34 @@ class _Run:
         sizes |= {file.name: file.size for file in self.opened.side_files}
         shared = None if layouts else next(iter(self.opened.template.files.values())).file.path
         return sum(size for name, size in sizes.items() if name not in staging.copied), shared
+
+    def _edit_adapter(self, staging: Staging, device: str) -> None:
+        """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
+        from pome.adapt import edit_loras, write_adapter
+
+        opened = self.opened
+        self.progress.start("copy", sum(file.size for file in opened.side_files))
+        for file in opened.side_files:
+            if file.name != ADAPTER_CONFIG:
+                staging.copy_file(file.name, file.path, self._advance("copy"))
+        self.progress.finish("copy")
+        self.progress.start("edit", len(opened.plan.units))
+        begun = time.perf_counter()
+
+        def edit_each() -> Iterator[Any]:
+            for lora in edit_loras(opened.plan, opened.ft, self.spec, device):
+                yield lora
+                self.progress.advance("edit", len(lora.units), sum(unit.nbytes for unit in lora.units), lora.low.key)
+
+        for lora in write_adapter(edit_each(), opened.ft, staging.output, staging.folder / "factors"):
+            entry = {
+                "tensors": [dataclasses.asdict(record) for record in lora.tensors],
+                "kept": [dataclasses.asdict(record) for record in lora.kept],
+            }
+            staging.finished |= dict.fromkeys((unit.key for unit in lora.units), {"tensors": [], "kept": []})
+            staging.finished[lora.units[0].key] = entry
+        self.kernel_seconds = time.perf_counter() - begun
+        self.progress.finish("edit")
 
     def _copy(self, staging: Staging) -> None:
         """Fill the staging folder with FT's files (BASE's where FT is an adapter).

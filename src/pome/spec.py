@@ -20,6 +20,7 @@ RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effec
 SCALES = ("frobenius", "unit", "rms", "mean", "spectral")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 ENGINES = ("local",)
+OUT_FORMATS = ("full", "adapter")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -47,6 +48,7 @@ class EditSpec:
     device: str = "auto"
     dtype: str = "keep"
     engine: str = "local"
+    out_format: str = "full"  # `adapter`: of an adapter, an adapter again
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
@@ -76,6 +78,7 @@ class EditSpec:
         _choice("scale", self.scale, SCALES)
         _choice("dtype", self.dtype, DTYPES)
         _choice("engine", self.engine, ENGINES)
+        _choice("out_format", self.out_format, OUT_FORMATS)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise SpecError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
         if self.rank is not None and self.rank_rule == "ratio":

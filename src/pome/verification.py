@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import Checkpoint, open_checkpoint
+from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint, open_checkpoint
 from pome.errors import PomeError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.plan import Plan, Unit, make_plan
@@ -174,6 +174,8 @@ def _check_against_inputs(
                     f"{printable(os.fspath(ft))}: an adapter; give --base too, whose bytes the output has elsewhere"
                 )
             plan = make_plan(sides[2], tuned, EditSpec(**manifest.spec))
+            if manifest.spec["out_format"] == "adapter":
+                return _check_adapter(made, tuned, plan, manifest, full, found, advance)
             touched = {unit.name for unit in plan.units}
             compared = _compare_untouched(made, sides[2], touched, found, advance)
             return compared, _recompute(made, tuned, sides[2], plan, manifest, full, found, advance)
@@ -244,14 +246,7 @@ def _recompute(
     from pome.merge import make_patch, read_unit, see_ft
 
     records = {(record.name, record.part): record for record in manifest.tensors}
-    kept = {(item.name, item.part) for item in manifest.kept}
-    planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
-    for name, part in sorted(records.keys() - planned, key=str):
-        found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select"))
-    for name, part in sorted(planned - records.keys() - kept, key=str):
-        found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record"))
-    for name in sorted(set(manifest.merged) ^ set(plan.merged)):
-        found.append(Difference(MANIFEST_NAME, name, "is merged by these inputs, or by the manifest, but not by both"))
+    found += _check_plan(plan, manifest)
     if found:
         return 0
     spec = dataclasses.replace(EditSpec(**manifest.spec), device="cpu")
@@ -273,6 +268,59 @@ def _recompute(
                 found.append(Difference(unit.file, unit.name, what))
         advance(unit.nbytes)
     return count
+
+
+def _check_plan(plan: Plan, manifest: Manifest) -> Iterator[Difference]:
+    """What the manifest says was edited, kept and merged is what these inputs plan."""
+    records = {(record.name, record.part) for record in manifest.tensors}
+    kept = {(item.name, item.part) for item in manifest.kept}
+    planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
+    for name, part in sorted(records - planned, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select")
+    for name, part in sorted(planned - records - kept, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record")
+    for name in sorted(set(manifest.merged) ^ set(plan.merged)):
+        yield Difference(MANIFEST_NAME, name, "is merged by these inputs, or by the manifest, but not by both")
+
+
+def _check_adapter(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> tuple[int, int]:
+    """An edited adapter against the one that it was made from: (bytes compared, matrices recomputed)."""
+    from pome.adapt import agree, edit_loras
+
+    lows = {change.low.a: change.low for unit in plan.units if (change := unit.change) and change.low}
+    edited = {name for low in lows.values() for name in (low.a, low.b)}
+    rest = [
+        dataclasses.replace(side, tensors={name: at for name, at in side.tensors.items() if name not in edited})
+        for side in (made, tuned)
+    ]
+    compared = _compare_untouched(rest[0], rest[1], set(), found, advance)
+    found += [Difference(ADAPTER_WEIGHTS, name, "missing") for name in sorted(edited - made.tensors.keys())]
+    found += _check_plan(plan, manifest)
+    if found:
+        return compared, 0
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
+    units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
+    count = 0
+    for lora in edit_loras(dataclasses.replace(plan, units=units), tuned, EditSpec(**manifest.spec), "cpu"):
+        for fresh in lora.tensors:
+            count += 1
+            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+            if what:
+                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
+        if not agree(lora, made, room):
+            found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
+        advance(sum(unit.nbytes for unit in lora.units))
+    return compared, count
 
 
 def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:

@@ -48,7 +48,7 @@ _SPLIT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj":
 class LowRank:
     """`scaling * B A` as the change of one stored tensor, or of the experts of one."""
 
-    module: str
+    key: str  # by which PEFT finds rank and alpha: the module, or its parameter
     a: str  # names in the adapter's file
     b: str
     rank: int
@@ -309,7 +309,8 @@ class _Fitting:
             kind, flipped = "linear", told if square else shape != out_in
         if shape != (out_in[::-1] if flipped else out_in):
             self._refuse_shape(lora, name)
-        rank, scaling = self._check_rank(lora, lora.module, 1)
+        key = f"{lora.module}.weight" if kind == "parameter" else lora.module
+        rank, scaling = self._check_rank(lora, key, 1)
         magnitude = lora.tensors.get("lora_magnitude_vector")
         if bool(self.config.get("use_dora")) != (magnitude is not None) or (
             magnitude is not None and math.prod(magnitude.shape) != out_in[0]
@@ -320,7 +321,7 @@ class _Fitting:
                 "download the adapter again"
             )
         low = LowRank(
-            lora.module, a.name, b.name, rank, scaling, kind, flipped, magnitude=magnitude.name if magnitude else None
+            key, a.name, b.name, rank, scaling, kind, flipped, magnitude=magnitude.name if magnitude else None
         )
         self._put(name, Change(name, low=low))
         bias = lora.tensors.get("lora_B.bias")
@@ -359,7 +360,7 @@ class _Fitting:
         stacked = len(stored) == 1 and len(stored[0]) == 1 and len(self.shapes[stored[0][0]]) == 3
         experts = self.shapes[stored[0][0]][0] if stacked else len(stored)
         rank, scaling = self._check_rank(lora, name, experts)
-        low = LowRank(lora.module, a.name, b.name, rank, scaling, "parameter", False, experts)
+        low = LowRank(name, a.name, b.name, rank, scaling, "parameter", False, experts)
         if stacked:
             tensor = stored[0][0]
             rows, columns = self.shapes[tensor][1:]

@@ -1,0 +1,120 @@
+"""--out-format adapter: PEFT loads what is written, and merges it to the full output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pome
+from adapters import FUSED_EXPERTS, LINEAR, Pair, configure, make_pair, rewrite
+from checkpoints import hash_tree, read_tensors
+from pome import EditSpec, NumericalError, PairingError
+
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "plain": ("llama", ("up",), {"target_modules": LINEAR}),
+    "rslora": ("llama", ("up", "down"), {"target_modules": LINEAR, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        ("up",),
+        {"target_modules": LINEAR, "rank_pattern": {"up_proj": 3, "q_proj": 2}, "alpha_pattern": {"up_proj": 5}},
+    ),
+    "modules to save": ("llama", ("up", "head"), {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}),
+    "conv1d": ("gpt2", ("up", "o"), {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+    "one half": ("phi3", ("up", "q"), {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
+    "both halves": ("phi3", ("ffn",), {"target_modules": ["gate_up_proj", "down_proj"]}),
+    "mixtral": ("mixtral", ("up",), {"target_modules": ["q_proj"], "target_parameters": FUSED_EXPERTS}),
+    "gpt-oss": ("gpt_oss", ("up", "down"), {"target_modules": ["o_proj"], "target_parameters": FUSED_EXPERTS}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_merged_by_peft_it_is_the_full_output(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    kind, layers, lora = CASES[case]
+    pair = make_pair(tmp_path, kind, dtype, **lora)
+    full = pome.edit(pair.base, pair.adapter, tmp_path / "full", EditSpec(layers=layers, exclude=("lm_head",)))
+    made = pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(layers=layers, out_format="adapter"))
+    directions = [{(r.name, r.part, r.rank, r.k) for r in manifest.tensors} for manifest in (made, full)]
+    assert directions[0] == directions[1] and directions[0]
+    merged, out = pair.save_merged(tmp_path / "merged", tmp_path / "out"), read_tensors(tmp_path / "full")
+    base = read_tensors(pair.base)
+    for name, tensor in out.items():
+        change = (tensor.double() - base[name].double()).abs().max()
+        # Two roundings of the sum to its dtype, and float32 products (the adapter's factors are float32).
+        room = 2 * torch.finfo(tensor.dtype).eps * tensor.double().abs().max() + 1e-5 * change
+        assert float((merged[name].double() - tensor.double()).abs().max()) <= float(room), name
+    assert pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True).ok
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_an_edited_lora_has_as_many_directions_as_are_kept_and_the_others_their_bytes(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    (pair.adapter / "README.md").write_text("its card")
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter", rank=2, dtype="bfloat16"))
+    before, after = read_adapter(pair.adapter), read_adapter(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if "up_proj" in name:
+            assert tensor.dtype == torch.bfloat16
+            assert tensor.shape == ((2, 32) if "lora_A" in name else (40, 2))
+        else:
+            assert torch.equal(tensor, before[name])
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == 6 and sorted(config["rank_pattern"].values()) == [2, 2]
+    assert (tmp_path / "out/README.md").is_file()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pair.adapter.iterdir()} | {
+        "pome_manifest.json"
+    }
+
+
+def test_a_fresh_adapter_stays_as_it_is(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    rewrite(pair, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
+    manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
+    assert not manifest.tensors and len(manifest.kept) == 2
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (pair.adapter / weights).read_bytes()
+
+
+def refuse(pair: Pair, error: type[Exception], match: str, **options: Any) -> None:
+    before = hash_tree(pair.base.parent)
+    with pytest.raises(error, match=match) as caught:
+        pome.edit(pair.base, pair.adapter, pair.base.parent / "out", EditSpec(out_format="adapter", **options))
+    assert "\n" not in str(caught.value)
+    assert hash_tree(pair.base.parent) == before
+
+
+def test_what_has_no_such_form_is_refused(tmp_path: Path) -> None:
+    dora = make_pair(tmp_path / "dora", "llama", target_modules=["up_proj"], use_dora=True)
+    refuse(dora, PairingError, "the edit of a DoRA is no DoRA; .*--exclude")
+    other = make_pair(tmp_path / "other", "llama", target_modules=["up_proj"])
+    whole = Pair(other.base, shutil.copytree(other.base, tmp_path / "other/full"), dora.dtype)
+    refuse(whole, PairingError, "a full checkpoint, of which no adapter is made")
+    ill = make_pair(tmp_path / "ill", "llama", target_modules=["up_proj"])
+    rewrite(ill, lambda t: {k: v * float("nan") if "1.mlp.up_proj.lora_B" in k else v for k, v in t.items()})
+    refuse(ill, NumericalError, "1.mlp.up_proj.lora_B.weight: holds NaN")
+    configure(ill, r=7)
+    refuse(ill, pome.CheckpointError, "its rank is 6, by adapter_config.json it is 7")
+
+
+def test_verify_finds_an_edited_adapter_of_other_inputs(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    file = tmp_path / "out/adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start = 8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0]
+    raw[start : start + 4] = b"\0\0\x40\x40"
+    file.write_bytes(raw)
+    verdict = pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True)
+    assert [item.file for item in verdict.differences] == ["adapter_model.safetensors"]
