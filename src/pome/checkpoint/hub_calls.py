@@ -44,7 +44,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     from huggingface_hub import errors
 
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError, ValueError)):
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError)):
         return False
     if isinstance(error, errors.LocalEntryNotFoundError):  # "neither there nor here": why not there is its cause
         return error.__cause__ is not None and _may_pass(error.__cause__)
@@ -52,6 +52,8 @@ def _may_pass(error: BaseException) -> bool:
         return _may_pass(error.__cause__)
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error) in _PASSING
+    if isinstance(error, ValueError):  # an answer that is none, or a name that is none
+        return False
     return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError)
 
 
