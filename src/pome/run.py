@@ -18,12 +18,12 @@ from typing import Any
 import pome
 from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
-from pome.checkpoint.output import Staging, check_target, update_index
+from pome.checkpoint.output import Staging, check_target, finish_published, update_index
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError, PairingError, printable
-from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord
+from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.plan import Plan, Unit, make_plan
 from pome.spec import EditSpec
 
@@ -129,6 +129,8 @@ class _Run:
 
         devices = list_devices(self.spec.device)
         command = {**describe_command(self.opened, self.spec), "card": self.card}
+        if not overwrite and finish_published(target, command):
+            return read_manifest(target / MANIFEST_NAME)
         with Staging(target, command, fresh) as staging:
             try:
                 staging.check_space(*self._count_space(staging))
@@ -266,6 +268,7 @@ class _Run:
                 pending.append(
                     {
                         "unit": patch.unit.key,
+                        "file": patch.unit.file,
                         "tensors": [dataclasses.asdict(record) for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }

@@ -5,6 +5,7 @@ The staging folder `OUT.pome-staging` holds
     command     what is being made; another command's progress is never reused
     journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
     output/     what becomes OUT
+    publishing  the command, and the hash of the manifest by which the OUT that it made is known
     replaced/   the former OUT, for the moment of an overwrite
 
 At every instant OUT is absent, whole as before, or whole and new.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, write_at
+from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, hash_file, write_at
 from pome.checkpoint.header import Header
 from pome.checkpoint.lock import Lock, take_lock
 from pome.checkpoint.sidefiles import MANIFEST_NAME
@@ -48,8 +50,8 @@ def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
     if target.is_symlink():
         raise OutputError(f"{printable(str(out))}: is a symbolic link; give the folder that it should be")
     if target.exists():
-        if not overwrite:
-            raise OutputError(f"{printable(str(out))}: exists; choose another OUT or give --overwrite to replace it")
+        if not overwrite and not is_published(target):
+            raise _exists(out)
         here = Path(os.path.realpath("."))
         inside = real in (here, *here.parents)
         if not target.is_dir() or os.path.ismount(target) or inside:
@@ -58,12 +60,50 @@ def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
     return target
 
 
+def is_published(target: Path) -> bool:
+    """Whether a run was stopped after OUT was in its place and before its staging folder was gone."""
+    mark = _read_object(staging_folder(target) / "publishing")
+    try:
+        return mark is not None and mark["manifest"] == hash_file(target / MANIFEST_NAME, lambda _: None)[1]
+    except OSError:
+        return False
+
+
+def finish_published(target: Path, command: dict[str, Any]) -> bool:
+    """Clear up after a run of `command` that was stopped when OUT was in its place; False where there was none.
+
+    Raises OutputError if OUT is so left by another command.
+    """
+    if not is_published(target):
+        return False
+    folder = staging_folder(target)
+    with explain(folder):
+        lock = take_lock(folder)
+        try:
+            mark = _read_object(folder / "publishing")
+            if mark is None or mark["command"] != command:
+                raise _exists(target)
+            _clear(folder)
+        finally:
+            lock.release()
+    return True
+
+
+def staging_folder(target: Path) -> Path:
+    """Where OUT is made, on the same file system."""
+    return target.with_name(target.name + STAGING_SUFFIX)
+
+
+def _exists(out: Path) -> OutputError:
+    return OutputError(f"{printable(str(out))}: exists; choose another OUT or give --overwrite to replace it")
+
+
 class Staging:
     """An output in the making; use as a context manager, which releases the lock and deletes nothing."""
 
     def __init__(self, target: Path, command: dict[str, Any], fresh: bool) -> None:
         self.target = target
-        self.folder = target.with_name(target.name + STAGING_SUFFIX)
+        self.folder = staging_folder(target)
         self.output = self.folder / "output"
         self._command = command
         self._fresh = fresh
@@ -71,12 +111,16 @@ class Staging:
         self._opening = threading.Lock()
         self._lock: Lock | None = None
         self._journal = -1
+        self._sync_failed = False
         self.copied: set[str] = set()
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
     def __enter__(self) -> Staging:
         with explain(self.folder):
+            made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                _sync_folder(folder.parent)
             self._lock = take_lock(self.folder)
             try:
                 self._restore_replaced()
@@ -103,16 +147,18 @@ class Staging:
             os.rename(replaced, self.target)
 
     def _open_progress(self) -> None:
-        stored = _read_command(self.folder / "command")
+        stored = _read_object(self.folder / "command")
         if stored is not None and not self._fresh and self.output.is_dir() and stored != self._command:
             differing = [key for key in self._command if stored.get(key) != self._command[key]]
             raise OutputError(
-                f"{self.folder}: holds the unfinished run of another command (it differs in {', '.join(differing)}); "
-                "finish that one, or give --fresh to drop its progress"
+                f"{_show(self.folder)}: holds the unfinished run of another command (it differs in "
+                f"{', '.join(differing)}); finish that one, or give --fresh to drop its progress"
             )
         if stored != self._command or self._fresh or not self.output.is_dir():
-            for name in ("command", "journal", "output", "replaced"):
+            for name in ("command", "journal", "output", "replaced", "publishing"):
                 _remove(self.folder / name)
+            # Before anything new: a power cut must not leave the old journal with the new command.
+            _sync_folder(self.folder)
             self.output.mkdir()
             _write_synced(self.folder / "command", json.dumps(self._command).encode())
         self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -132,11 +178,17 @@ class Staging:
                     break
                 good += len(line)
                 if "copied" in entry:
-                    self.copied.add(entry["copied"])
+                    self._note_copied(entry["copied"])
                 else:
                     self.finished[entry["unit"]] = entry
         os.ftruncate(self._journal, good)
         os.lseek(self._journal, 0, os.SEEK_END)
+
+    def _note_copied(self, name: str) -> None:
+        """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
+        if name in self.copied:
+            self.finished = {key: entry for key, entry in self.finished.items() if entry["file"] != name}
+        self.copied.add(name)
 
     def check_space(self, needed: int, probe: Path | None) -> None:
         """Refuse early what cannot fit: OutputError, unless FT's bytes can be shared on this file system."""
@@ -144,7 +196,8 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
-                f"{self.folder}: {needed} bytes are needed and {free} are free there; make room or choose another OUT"
+                f"{_show(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
+                "another OUT"
             )
 
     def copy_file(self, name: str, source: Path, advance: Advance) -> None:
@@ -177,7 +230,7 @@ class Staging:
             return
         fd = _open_regular(source)
         try:
-            with explain(target):
+            with explain(target, f", copied from {_show(source)}"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
                 copy = os.open(target, flags, 0o666)
@@ -188,7 +241,7 @@ class Staging:
                     os.close(copy)
                 _sync_folder(target.parent)
                 _append(self._journal, json.dumps({"copied": name}).encode() + b"\n")
-                self.copied.add(name)
+                self._note_copied(name)
         finally:
             os.close(fd)
 
@@ -203,24 +256,37 @@ class Staging:
             write_at(self._open(name), data, offset)
 
     def commit(self, entries: list[dict[str, Any]]) -> None:
-        """Sync all written bytes, then the journal lines (each with a `unit`) that say they are there."""
+        """Sync all written bytes, then the journal lines that say they are there; each has `unit` and its `file`.
+
+        After a sync that failed nothing is journalled any more: the system may have dropped the bytes, and the next
+        sync would not tell.
+        """
+        if self._sync_failed:
+            return
+        self._sync_failed = True
         for name, fd in self._files.items():
             with explain(self.output / name):
                 os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with explain(self.folder / "journal"):
             _append(self._journal, lines)
+        self._sync_failed = False
 
     def publish(self, manifest: bytes, overwrite: bool) -> None:
         """Sync everything, write the manifest last, and rename the whole to OUT."""
         if self.target.exists() and not overwrite:
-            raise OutputError(f"{self.target}: appeared meanwhile; move it away or give --overwrite, then run again")
+            raise OutputError(
+                f"{_show(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
+            )
         with explain(self.output):
             for fd in self._files.values():
                 os.fsync(fd)
             _write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
                 _sync_folder(Path(root))
+            mark = {"manifest": hashlib.sha256(manifest).hexdigest(), "command": self._command}
+            _write_synced(self.folder / "publishing", json.dumps(mark).encode())
+            _sync_folder(self.folder)
         with explain(self.target):
             if self.target.exists():
                 os.rename(self.target, self.folder / "replaced")
@@ -231,7 +297,7 @@ class Staging:
                 raise
             _sync_folder(self.target.parent)
         # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _clear(self.folder)
 
     def discard_if_empty(self) -> None:
         """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""
@@ -250,37 +316,42 @@ class Staging:
 
 
 @contextlib.contextmanager
-def explain(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing into an OutputError that names the file and the next step."""
+def explain(path: Path, origin: str = "") -> Iterator[None]:
+    """Turn an OSError while writing into an OutputError that names the file, perhaps its origin, and the next step."""
     try:
         yield
     except OSError as error:
         steps = {
             errno.ENOSPC: "make room there, then run the same command again to go on",
             errno.EDQUOT: "raise the quota, then run the same command again to go on",
+            errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run the same command again to go on",
             errno.EROFS: "the file system is read-only; choose another OUT",
             errno.EACCES: "choose an OUT that you may write to",
             errno.EPERM: "choose an OUT that you may write to",
         }
         step = steps.get(error.errno or 0, "mend it, then run the same command again to go on")
-        raise OutputError(f"{printable(str(path))}: {error.strerror or error}; {step}") from error
+        raise OutputError(f"{_show(path)}{origin}: {error.strerror or error}; {step}") from error
+
+
+def _show(path: Path) -> str:
+    return printable(str(path), 1000)
 
 
 def _open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror}; nothing is lost, try again") from None
+        raise OutputError(f"{_show(path)}: cannot be read: {error.strerror}; nothing is lost, try again") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OutputError(f"{path}: is no longer a regular file")
+        raise OutputError(f"{_show(path)}: is no longer a regular file")
     return fd
 
 
-def _read_command(path: Path) -> dict[str, Any] | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -290,6 +361,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the staging folder of a published output; what tells that it is published goes last."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.name != "publishing":
+                _remove(path)
+        shutil.rmtree(folder)
 
 
 def _append(fd: int, data: bytes) -> None:

@@ -89,7 +89,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False) -> C
             # A side that is only read has no folder, even offline: what is recorded of it must not tell the two apart.
             return checkpoint if whole else dataclasses.replace(checkpoint, folder=None)
     except OSError as error:
-        raise CheckpointError(f"{printable(text)}: cannot be opened: {error.strerror or error}") from None
+        where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else text
+        raise CheckpointError(
+            f"{printable(where, 1000)}: cannot be opened: {error.strerror or error}; check its permissions and the "
+            "disk, then run the same command again"
+        ) from None
     raise CheckpointError(
         f"{printable(text)}: no such file or folder; give a folder with .safetensors files, one .safetensors file or "
         "a Hub id such as org/name"
