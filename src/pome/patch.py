@@ -18,6 +18,7 @@ from pome.roles import Part
 from pome.spec import EditSpec
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SMALL = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
 )
@@ -86,7 +87,9 @@ def _edit_part(
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
     check_finite(unit, part, ft, base)
     # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
-    working = torch.float64 if torch.float64 in (ft.dtype, base.dtype) else torch.float32
+    # Where float64 costs next to nothing it is used, and even entries in which base and edit cancel come out right.
+    exact = torch.float64 in (ft.dtype, base.dtype) or ft.numel() <= SMALL
+    working = torch.float64 if exact else torch.float32
     W_base = base.to(working)
     D = ft.to(working) - W_base
     return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device)
