@@ -159,6 +159,27 @@ def test_each_expert_is_the_edit_of_its_own_factors(kind: str, tmp_path: Path) -
                 assert_edit(out[name][expert][:, odd], base[name][expert][:, odd], delta.T[:, odd])
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_of_single_experts_are_merged_into_the_stack_as_peft_does(kind: str, tmp_path: Path) -> None:
+    """As older transformers named the modules; PEFT stacks them when it loads them."""
+    pair = make_pair(tmp_path, kind, torch.bfloat16, target_modules=["q_proj"])
+    experts = [name for name in read_tensors(pair.base) if re.search(r"experts\.\d", name)]
+    shapes = {name: tensor.shape for name, tensor in read_tensors(pair.base).items()}
+    added: dict[str, torch.Tensor] = {}
+    for name in experts:
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora"
+        added[f"{lora}_A.weight"] = torch.randn(6, shapes[name][1]) * 0.1
+        added[f"{lora}_B.weight"] = torch.randn(shapes[name][0], 6) * 0.1
+    rewrite(pair, lambda t: {**t, **added})
+    configure(pair, target_modules=["q_proj", *{name.split(".")[-2] for name in experts}])
+    manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    merged, out = pair.save_merged(tmp_path / "merged"), read_tensors(tmp_path / "out")
+    edited = {record.name for record in manifest.tensors}
+    assert len(edited) == 6 and len(manifest.merged) == 14
+    for name in out.keys() - edited:
+        assert_ulps(out[name], merged[name], name)
+
+
 def test_dora_and_replaced_modules_are_edited_by_their_whole_delta(tmp_path: Path) -> None:
     pair = make_pair(
         tmp_path, "llama", target_modules=["up_proj"], use_dora=True, modules_to_save=["lm_head"]

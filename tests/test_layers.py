@@ -28,7 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.hub_calls": {"errors"},
     "checkpoint.hub": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub_calls"},
     "checkpoint.source": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub"},
-    "checkpoint.adapter": {"errors", "architectures", "roles", "pairing", "checkpoint.header", "checkpoint.source"},
+    "checkpoint.adapter": {"errors", "checkpoint.header", "checkpoint.source"},
+    "checkpoint.fitting": {
+        "errors", "architectures", "roles", "pairing", "checkpoint.header", "checkpoint.source", "checkpoint.adapter"
+    },
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
     "checkpoint.sidefiles": {"errors", "checkpoint.source"},
@@ -42,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantization": {"errors", "checkpoint.header"},
     "selection": {"errors", "spec", "roles", "quantization", *CHECKPOINT},
     "plan": {
-        "errors", "spec", "roles", "layout", "pairing", "quantization", "selection", "checkpoint.adapter", *CHECKPOINT
+        "errors", "spec", "roles", "layout", "pairing", "quantization", "selection", "checkpoint.adapter",
+        "checkpoint.fitting", *CHECKPOINT
     },
     "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
     "merge": {
@@ -54,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": set(),
     "engines.local": {"errors"},
     "run": {
-        "", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "adapt", "card", "engines.local", *CHECKPOINT
+        "", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "adapt", "card", "engines.local",
+        *CHECKPOINT
     },
     "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT},
     "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pome.checkpoint.adapter import Change, read_adapter
+from pome.checkpoint.adapter import Change
+from pome.checkpoint.fitting import read_adapter
 from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, SelectionError, printable
