@@ -310,7 +310,8 @@ def _report(manifest: Manifest, out: Path, console: Console) -> None:
     if not manifest.tensors:
         console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
     size = show_bytes(sum(file.bytes for file in manifest.files.values()))
-    rest = f"{len(manifest.merged)} merged, every other byte as in BASE" if manifest.merged else "every other byte as in FT"
+    merged = len(manifest.merged)
+    rest = f"{merged} merged, every other byte as in BASE" if merged else "every other byte as in FT"
     line = (
         f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
         f"manifest: {printable(str(out / MANIFEST_NAME))}"
