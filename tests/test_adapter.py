@@ -29,6 +29,7 @@ from adapters import (
     rewrite,
 )
 from checkpoints import hash_tree, read_tensors
+from hub_server import HubServer
 from pome import CheckpointError, EditSpec, NumericalError, PairingError, PomeError, SelectionError
 from reference import reference_edit
 
@@ -248,6 +249,17 @@ def test_side_files_are_bases_but_for_the_adapters_tokenizer(tmp_path: Path) -> 
     assert {"README.md", "adapter_config.json"} <= manifest.not_copied.keys()
     assert {"adapter_model.safetensors", "tokenizer.json"} <= manifest.fine_tuned.files.keys()
     assert {"model.safetensors", "config.json"} <= manifest.base.files.keys()
+
+
+def test_base_and_adapter_may_come_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    (pair.adapter / "README.md").write_text("the adapter's card")
+    commits = [hub.add("org/base", pair.base), hub.add("org/adapter", pair.adapter)]
+    pome.edit(pair.base, pair.adapter, tmp_path / "local")
+    manifest = pome.edit("org/base", "org/adapter", tmp_path / "out")
+    assert [manifest.base.revision, manifest.fine_tuned.revision] == commits
+    made = {name: text for name, text in hash_tree(tmp_path / "out").items() if name != "pome_manifest.json"}
+    assert made.items() <= hash_tree(tmp_path / "local").items() and "config.json" in made
 
 
 def test_verify_finds_a_merged_weight_that_was_changed(tmp_path: Path) -> None:
