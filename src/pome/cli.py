@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,13 +18,15 @@ from typer.core import TyperGroup
 
 import pome
 from pome.errors import PomeError, printable
-from pome.spec import EDIT_KEYS, EditSpec, Job, Publication, merge_options, read_batch, read_config
+from pome.roles import ROLES
+from pome.spec import EDIT_KEYS, EditSpec, Job, Publication, Reports, merge_options, read_batch, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pome.manifest import Manifest
     from pome.run import Progress
+    from pome.findings import Survey
     from pome.verification import Verdict
 
 
@@ -111,6 +113,9 @@ def edit_command(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the edited tensors. \\[default: keep]")] = None,
     engine: Annotated[Engine | None, typer.Option(help="Where units are worked on. \\[default: local]")] = None,
+    dequantize: Annotated[
+        bool | None, typer.Option("--dequantize", help="See and write fp8 weights with block scales as bfloat16.")
+    ] = None,
     out_format: Annotated[
         OutFormat | None, typer.Option(help="Of an adapter as FT: a full checkpoint or an adapter. \\[default: full]")
     ] = None,
@@ -168,6 +173,73 @@ def verify_command(
         print(json.dumps({"ok": verdict.ok, "differences": _list(verdict)}, indent=1))
     if not verdict.ok:
         raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained checkpoint; or, alone, an output of pome.")],
+    ft: Annotated[str | None, typer.Argument(metavar="FT", help="Fine-tuned checkpoint.")] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Role, group or re:PATTERN over tensor names; repeatable. \\[default: all]"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors not to look at (regex); repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
+    csv: Annotated[str | None, typer.Option(metavar="FILE", help="Write a table, a line for each matrix.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report, one page for a browser.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write plots, PNG and SVG; needs pome-edit\\[plot].")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Look before you edit: spectra of the updates, k and alpha by every rule, noise, and a suggestion.
+
+    With one argument, an output of pome, it shows what the edit did, from its manifest.
+    """
+    console = _console(quiet)
+    spec = EditSpec(layers=tuple(layers or ROLES), exclude=tuple(exclude or ()), device=device)
+    document = _inspect(base, ft, spec, Reports(html, csv, plots), console)
+    if as_json:
+        sys.stdout.writelines(document)
+
+
+def _inspect(base: str, ft: str | None, spec: EditSpec, reports: Reports, console: Console) -> Iterable[str]:
+    """Look, tell people, write the reports; returns the JSON document in pieces."""
+    from pome.checkpoint.sidefiles import MANIFEST_NAME
+    from pome.manifest import read_manifest
+    from pome.progress import describe_kept, describe_notices, describe_survey, make_survey_tables
+    from pome.report import check_targets, write_reports
+    from pome.run import open_pair
+    from pome.sheet import make_edit_sheet, make_sheet
+    from pome.suggest import list_warnings, suggest
+    from pome.survey import survey
+
+    check_targets(reports)
+    found: Survey | Manifest
+    document: Iterable[str]
+    if ft is None:
+        found = read_manifest(Path(base).expanduser() / MANIFEST_NAME)
+        sheet, document = make_edit_sheet(found), [found.to_json()]
+    else:
+        # What can be refused without torch is refused before torch takes its seconds to load.
+        with open_pair(base, ft, spec) as opened:
+            console.print(describe_survey(opened), highlight=False, markup=False, soft_wrap=True)
+        with _progress(console) as progress:
+            found = survey(base, ft, spec, progress)
+        sheet = make_sheet(found, list_warnings(found.matrices), suggest(base, ft, found.matrices))
+        document = found.to_json()
+    for table in make_survey_tables(sheet):
+        console.print(table)
+    lines = [*describe_kept(found.kept), *describe_notices(sheet)]
+    if sheet.suggestion:
+        lines += [f"suggested: {sheet.suggestion.title}. {sheet.suggestion.why}", f"  {sheet.suggestion.command}"]
+    lines += [f"wrote {path}" for path in write_reports(sheet, reports)]
+    for line in lines:
+        console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
+    return document
 
 
 @app.command("batch")
@@ -305,7 +377,7 @@ def _report(manifest: Manifest, out: Path, console: Console) -> None:
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))
-    for line in [*describe_kept(manifest), *describe_warnings(manifest)]:
+    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not manifest.tensors:
         console.print("warning: no matrix was edited; OUT equals FT", highlight=False)

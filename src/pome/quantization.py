@@ -48,7 +48,7 @@ def find_quantized(tensors: Mapping[str, tuple[str, TensorEntry]], config: Mappi
                 shape = _guess_shape(entry.shape, per_code)
                 found.append(Quantized(name.removesuffix(suffix) + plain, name, form, shape, step))
         if entry.dtype in _FP8 and name + "_scale_inv" in tensors:
-            found.append(Quantized(name, name, BLOCK_FP8, entry.shape, _DEQUANTIZE))
+            found.append(Quantized(name, name, BLOCK_FP8, entry.shape, "give --dequantize"))
         elif entry.dtype in _FP8:
             form = f"fp8 ({method})" if method else "fp8"
             found.append(Quantized(name, name, form, entry.shape, _DEQUANTIZE))

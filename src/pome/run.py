@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import threading
 import time
@@ -70,10 +71,10 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
     where FT is an adapter.
     """
     with contextlib.ExitStack() as stack:
-        tuned = open_checkpoint(ft, whole=whole)
+        tuned = open_checkpoint(ft, whole=whole, dequantize=spec.dequantize)
         stack.callback(tuned.close)
         merges = tuned.adapter_config is not None and spec.out_format == "full"
-        pretrained = open_checkpoint(base, whole=whole and merges)
+        pretrained = open_checkpoint(base, whole=whole and merges, dequantize=spec.dequantize)
         stack.callback(pretrained.close)
         sides = [pretrained, tuned]
         identities = [[weights.file.identity for weights in side.files.values()] for side in sides]
@@ -213,22 +214,27 @@ class _Run:
         total = sum(file.header.file_size for file in source.files.values())
         self.progress.start("copy", total + sum(file.size for file in opened.side_files))
         for name, weights in source.files.items():
-            path, advance = weights.file.path, self._advance("copy")
-            assert path is not None  # it was opened whole
+            advance = self._advance("copy")
             if name in layouts:
                 raw, header = layouts[name]
-                staging.lay_out(name, path, weights.header, raw, header, advance)
+                staging.lay_out(name, weights.file, weights.header, raw, header, advance)
+            elif weights.file.path is None:
+                staging.write_file(name, weights.file, advance)
             else:
-                staging.copy_file(name, path, advance)
+                staging.copy_file(name, weights.file.path, advance)
         for file in opened.side_files:
-            staging.copy_file(file.name, file.path, self._advance("copy"))
+            if file.name == "config.json" and source.dequantized:
+                config = {key: value for key, value in (source.config or {}).items() if key != "quantization_config"}
+                staging.put_file(file.name, (json.dumps(config, indent=2) + "\n").encode())
+            else:
+                staging.copy_file(file.name, file.path, self._advance("copy"))
         if source.index is not None and source.folder is not None:
             index = source.folder / source.index
-            if layouts:
-                shift = sum(header.file_size - len(raw) for raw, header in layouts.values())
-                headers = [source.files[name].header for name in layouts]
-                shift -= sum(header.file_size - header.data_start for header in headers)
-                staging.put_file(source.index, update_index(index.read_bytes(), shift))
+            if layouts or source.dequantized:
+                headers = {name: weights.header for name, weights in source.files.items()}
+                headers |= {name: header for name, (_, header) in layouts.items()}
+                size = sum(header.file_size - header.data_start for header in headers.values())
+                staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
             else:
                 staging.copy_file(source.index, index, self._advance("copy"))
         self.progress.finish("copy")
@@ -290,7 +296,7 @@ class _Run:
         with ThreadPoolExecutor(1, thread_name_prefix="pome-hash") as pool:
 
             def submit(side: Checkpoint, extra: list[SideFile]) -> dict[str, Future[tuple[int, str]]]:
-                paths = {name: weights.file.path for name, weights in side.files.items() if weights.file.path}
+                paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
                 if side.index is not None and side.folder is not None:
                     paths[side.index] = side.folder / side.index
                 paths |= {file.name: file.path for file in extra}

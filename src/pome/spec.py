@@ -49,6 +49,7 @@ class EditSpec:
     dtype: str = "keep"
     engine: str = "local"
     out_format: str = "full"  # `adapter`: of an adapter, an adapter again
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
@@ -81,6 +82,7 @@ class EditSpec:
         _choice("out_format", self.out_format, OUT_FORMATS)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise SpecError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+        _switch("dequantize", self.dequantize)
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
         if self.rank_rule == "fixed" and self.rank is None:
@@ -129,6 +131,21 @@ class Publication:
     @property
     def has_card(self) -> bool:
         return self.card or self.push_to_hub is not None
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What an inspection writes: a page, a table, and a folder of plots; paths, or None."""
+
+    html: str | None = None
+    csv: str | None = None
+    plots: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise SpecError(f"{field.name}: {value!r} is not a path")
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def find_finished(
         created = datetime.datetime.fromisoformat(manifest.created).timestamp()
         for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):
             side = open_checkpoint(source)
-            paths = {name: weights.file.path for name, weights in side.files.items()}
+            paths = {name: weights.file.stored for name, weights in side.files.items()}
             sizes = {name: weights.file.size for name, weights in side.files.items()}
             side.close()
             if side.revision != record.revision or any(sizes[n] != record.files[n].bytes for n in sizes):
@@ -162,7 +162,8 @@ def _check_against_inputs(
     try:
         for source, record in ((out, None), (ft, manifest.fine_tuned), (base, manifest.base)):
             if source is not None:
-                sides.append(open_checkpoint(source))
+                dequantize = record is not None and bool(manifest.spec.get("dequantize"))
+                sides.append(open_checkpoint(source, dequantize=dequantize))
                 if record is not None:
                     found += _check_input(sides[-1], record, advance)
         if found:
@@ -193,7 +194,8 @@ def _check_against_inputs(
 def _check_input(side: Checkpoint, record: SideRecord, advance: Advance) -> Iterator[Difference]:
     """An input given for comparison is the one that the manifest was made from."""
     for name, weights in side.files.items():
-        sha256 = weights.file.sha256 or (hash_file(weights.file.path, advance)[1] if weights.file.path else None)
+        file = weights.file
+        sha256 = file.sha256 or (hash_file(file.stored, advance)[1] if file.stored else None)
         known = record.files.get(name)
         if known is None or sha256 != known.sha256:
             yield Difference(

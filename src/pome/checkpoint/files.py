@@ -22,7 +22,11 @@ class File(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine, if it does."""
+        """The file on this machine that has exactly these bytes, if there is one."""
+
+    @property
+    def stored(self) -> Path | None:
+        """The file on this machine that these bytes come from, if there is one."""
 
     @property
     def size(self) -> int: ...
@@ -78,7 +82,7 @@ class LocalFile:
     sha256 = None
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.stored = path
         self.where = str(path)
         # O_NONBLOCK: opening a FIFO in place of a file must fail, not wait for a writer.
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

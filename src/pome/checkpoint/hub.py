@@ -148,7 +148,7 @@ class HubListing:
 class RemoteFile:
     """A file on the Hub, read by HTTP ranges; what fails in passing is asked for again."""
 
-    path = None
+    path = stored = None
 
     def __init__(self, url: str, where: str, size: int, sha256: str, identity: list[Any]) -> None:
         self.url = url

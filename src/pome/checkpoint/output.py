@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, hash_file, write_at
+from pome.checkpoint.files import File, read_range
 from pome.checkpoint.header import Header
 from pome.checkpoint.lock import Lock, take_lock
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.errors import OutputError, printable
 
 STAGING_SUFFIX = ".pome-staging"
+_PIECE = 8 << 20
 _SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
 
 
@@ -209,21 +211,32 @@ class Staging:
                 # A script keeps its mode; a weight file that FT has read-only must stay writable for the patches.
                 os.fchmod(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
 
-    def lay_out(self, name: str, source: Path, old: Header, raw: bytes, new: Header, advance: Advance) -> None:
+    def write_file(self, name: str, source: File, advance: Advance) -> None:
+        """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
+        with self._copying(name, source.stored) as fds:
+            if fds is not None:
+                _pump(source, 0, fds[1], 0, source.size, advance)
+
+    def lay_out(self, name: str, source: File, old: Header, raw: bytes, new: Header, advance: Advance) -> None:
         """Write a file with another layout: the new header, and every tensor whose dtype stays copied to its place."""
-        with self._copying(name, source) as fds:
+        with self._copying(name, source.stored) as fds:
             if fds is not None:
                 fd, copy = fds
                 write_at(copy, raw, 0)
                 os.ftruncate(copy, new.file_size)
                 for entry in new.tensors.values():
                     was = old.tensors[entry.name]
-                    if was.dtype == entry.dtype:
+                    if was.dtype != entry.dtype:
+                        continue
+                    if source.path is None:
+                        _pump(source, was.start, copy, entry.start, entry.nbytes, advance)
+                    else:
                         copy_range(fd, was.start, copy, entry.start, entry.nbytes, advance)
 
     @contextlib.contextmanager
-    def _copying(self, name: str, source: Path) -> Iterator[tuple[int, int] | None]:
+    def _copying(self, name: str, source: Path | None) -> Iterator[tuple[int, int] | None]:
         """(source, empty copy) open for the caller to fill, then synced and journalled; None if done already."""
+        assert source is not None  # FT was opened whole
         target = self.output / name
         if name in self.copied and target.is_file():
             yield None
@@ -337,6 +350,14 @@ def _show(path: Path) -> str:
     return printable(str(path), 1000)
 
 
+def _pump(source: File, start: int, target: int, at: int, count: int, advance: Advance) -> None:
+    """Copy bytes that only reading `source` makes."""
+    for done in range(0, count, _PIECE):
+        piece = read_range(source, start + done, min(_PIECE, count - done), "the file")
+        write_at(target, piece, at + done)
+        advance(len(piece))
+
+
 def _open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -396,10 +417,11 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def update_index(raw: bytes, shift: int) -> bytes:
-    """The index with `metadata.total_size` moved by `shift` bytes, all else as it was."""
+def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:
+    """The index for `size` bytes of data and without the tensors `gone`, all else as it was."""
     index = json.loads(raw)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone}
     metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] += shift
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = size
     return (json.dumps(index, indent=2) + "\n").encode()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_json, read_range
+from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
 from pome.checkpoint.header import Header, TensorEntry, parse_index, read_header_with
 from pome.checkpoint.hub import fetch_snapshot, is_repository, list_repository
 from pome.errors import CheckpointError, printable
@@ -53,6 +54,7 @@ class Checkpoint:
     revision: str | None = None  # the Hub commit
     unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
     adapter_config: Mapping[str, Any] | None = None  # of a PEFT adapter, which has no weights of its own
+    dequantized: frozenset[str] = frozenset()  # tensors that stand in the files and are not seen: scales of fp8 weights
 
     def read(self, name: str, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of a tensor's file from absolute offset `start`; CheckpointError if they cannot all be had."""
@@ -72,11 +74,38 @@ class Checkpoint:
             weights.file.close()
 
 
-def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str], *, whole: bool = False, dequantize: bool = False
+) -> Checkpoint:
     """Open a folder, a `.safetensors` file or a Hub repository: headers, index and config, no tensor data.
 
-    Of a repository only what is read is downloaded, unless `whole`: then all its files are, as FT's must be.
+    Of a repository only what is read is downloaded, unless `whole`: then all its files are, as FT's must be. With
+    `dequantize`, fp8 weights with block scales are seen as bfloat16.
     """
+    checkpoint = _open(source, whole)
+    if not dequantize:
+        return checkpoint
+    try:
+        return _see_dequantized(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _see_dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    stored = {n: Stored(checkpoint.files[file].file, entry) for n, (file, entry) in checkpoint.tensors.items()}
+    scaled = find_scaled(stored, checkpoint.config)
+    gone = {name + SUFFIX for name in scaled}
+    files = dict(checkpoint.files)
+    for name, weights in checkpoint.files.items():
+        if not weights.header.tensors.keys().isdisjoint(scaled.keys() | gone):
+            file = DequantizedFile(weights.file, weights.header, scaled, gone)
+            files[name] = WeightFile(name, file, file.header)
+    tensors = {n: (f, files[f].header.tensors[n]) for n, (f, _) in checkpoint.tensors.items() if n not in gone}
+    return dataclasses.replace(checkpoint, files=files, tensors=tensors, dequantized=frozenset(gone))
+
+
+def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
     text = os.fspath(source)
     path = Path(text).expanduser()
     try:

@@ -1,0 +1,156 @@
+"""fp8 weights with block scales, seen as bfloat16: a file that reads as if it had been dequantized.
+
+Each weight W (m x n, or E x m x n) is stored as Q in fp8 beside `NAME_scale_inv`, S, with one scale for each block:
+W[i, j] = Q[i, j] * S[i // b, j // c], b x c the `weight_block_size` of the config (DeepSeek-V3's layout; its own
+conversion to bfloat16 does the same). Nothing is written for it: ranges are dequantized when they are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pome.checkpoint.files import File, read_range
+from pome.checkpoint.header import Header, TensorEntry, build_header, parse_header
+from pome.errors import CheckpointError, printable
+
+SUFFIX = "_scale_inv"
+DEFAULT_BLOCK = (128, 128)
+CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PIECE = 8 << 20  # bytes of bfloat16 made in one go
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in its file."""
+
+    file: File
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An fp8 weight with its scales, both as stored, and the size of a block."""
+
+    codes: Stored
+    scales: Stored
+    block: tuple[int, int]
+
+
+def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None) -> dict[str, Scaled]:
+    """Every weight of a checkpoint that is stored so. Raises CheckpointError where scales and weight do not fit."""
+    found = {}
+    for name, codes in tensors.items():
+        scales = tensors.get(name + SUFFIX)
+        if scales is None or codes.entry.dtype not in CODES:
+            continue
+        block = _read_block(config)
+        m, n = codes.entry.shape[-2:]
+        expected = (*codes.entry.shape[:-2], -(-m // block[0]), -(-n // block[1]))
+        if scales.entry.shape != expected or scales.entry.dtype not in SCALES:
+            raise CheckpointError(
+                f"{scales.file.where}: tensor {printable(name + SUFFIX)}: {scales.entry.dtype} "
+                f"{list(scales.entry.shape)} are not the scales of {list(codes.entry.shape)} in blocks of "
+                f"{block[0]} x {block[1]}; check weight_block_size in config.json"
+            )
+        found[name] = Scaled(codes, scales, block)
+    return found
+
+
+def _read_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
+    declared = (config or {}).get("quantization_config")
+    size = declared.get("weight_block_size") if isinstance(declared, Mapping) else None
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        return size[0], size[1]
+    return DEFAULT_BLOCK
+
+
+class DequantizedFile:
+    """A weight file whose fp8 weights read as BF16 and whose scales are gone. Use as any File."""
+
+    path = None  # nothing on disk has these bytes
+    sha256 = None
+
+    def __init__(self, raw: File, header: Header, scaled: Mapping[str, Scaled], gone: set[str]) -> None:
+        self.raw = raw
+        self.where = raw.where
+        self._old = header
+        self._scaled = {name: scaled[name] for name in header.tensors if name in scaled}
+        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
+        kept = [(e.name, "BF16" if e.name in self._scaled else e.dtype, e.shape) for e in ordered if e.name not in gone]
+        self._head = build_header(kept, header.metadata)
+        grown = sum(self._scaled[name].codes.entry.nbytes for name in self._scaled)  # one byte a weight becomes two
+        lost = sum(entry.nbytes for entry in ordered if entry.name in gone)
+        self.size = len(self._head) + header.file_size - header.data_start + grown - lost
+        self.header = parse_header(self._head[8:], self.size, raw.where)
+        self._order = [self.header.tensors[name] for name, _, _ in kept]
+        self._starts = [entry.start for entry in self._order]
+
+    @property
+    def stored(self) -> Path | None:
+        return self.raw.stored
+
+    @property
+    def identity(self) -> list[Any]:
+        return [*self.raw.identity, "dequantized"]
+
+    def read_into(self, view: memoryview, at: int) -> int:
+        if at < len(self._head):
+            piece = self._head[at : at + len(view)]
+            view[: len(piece)] = piece
+            return len(piece)
+        if at >= self.size:
+            return 0
+        # The last entry that starts at or before `at`: of those that start together all but the last are empty.
+        entry = self._order[bisect.bisect_right(self._starts, at) - 1]
+        count = min(len(view), entry.end - at)
+        if entry.name not in self._scaled:
+            return self.raw.read_into(view[:count], self._old.tensors[entry.name].start + at - entry.start)
+        piece = _dequantize(self._scaled[entry.name], at - entry.start, min(count, _PIECE))
+        view[: len(piece)] = piece
+        return len(piece)
+
+    def check_unchanged(self) -> None:
+        self.raw.check_unchanged()
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+def _dequantize(weight: Scaled, at: int, count: int) -> bytes:
+    """`count` bytes of a weight in bfloat16, from byte `at` of it: the rows that they lie in, dequantized and cut."""
+    import torch
+
+    entry, block = weight.codes.entry, weight.block
+    m, n = entry.shape[-2:]
+    first, last = at // (2 * n), -(-(at + count) // (2 * n))  # rows, counted through all experts
+    codes = read_range(weight.codes.file, entry.start + first * n, (last - first) * n, printable(entry.name))
+    Q = torch.frombuffer(codes, dtype=getattr(torch, CODES[entry.dtype])).reshape(-1, n)
+    S = _read_scales(weight.scales)
+    rows = torch.arange(first, last)
+    per_expert = -(-m // block[0])
+    index = torch.div(rows, m, rounding_mode="floor") * per_expert
+    index += torch.div(rows % m, block[0], rounding_mode="floor")
+    spread = S[index].repeat_interleave(block[1], dim=1)[:, :n]
+    W = (Q.float() * spread).bfloat16()
+    out = bytearray(2 * W.numel())
+    torch.frombuffer(out, dtype=torch.bfloat16).copy_(W.reshape(-1))
+    skip = at - 2 * n * first
+    return bytes(out[skip : skip + count])
+
+
+@functools.lru_cache(maxsize=4)  # a weight is read in several pieces
+def _read_scales(scales: Stored) -> Any:
+    """S as a float32 matrix, the blocks of all experts below each other."""
+    import torch
+
+    entry = scales.entry
+    data = read_range(scales.file, entry.start, entry.nbytes, printable(entry.name))
+    dtype = getattr(torch, SCALES[entry.dtype])
+    return torch.frombuffer(data, dtype=dtype).float().reshape(math.prod(entry.shape[:-1]), entry.shape[-1])
