@@ -62,8 +62,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         *CHECKPOINT
     },
     "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT},
-    "progress": {"errors", "spec", "plan", "manifest", "run", *CHECKPOINT},
-    "cli": {"", "errors", "spec", "plan", "manifest", "run", "verification", "progress", "upload", *CHECKPOINT},
+    "findings": {"manifest"},
+    "measure": {
+        "errors", "spec", "roles", "layout", "plan", "manifest", "findings", "patch", "merge", "kernel"
+    },
+    "survey": {
+        "errors", "spec", "roles", "plan", "manifest", "findings", "patch", "merge", "measure", "run", "engines.local"
+    },
+    "suggest": {"findings"},
+    "sheet": {"roles", "manifest", "findings", "suggest"},
+    "plots": {"errors", "sheet"},
+    "report": {"errors", "spec", "sheet", "plots"},
+    "progress": {"errors", "spec", "plan", "manifest", "run", "sheet", *CHECKPOINT},
+    "cli": {
+        "", "errors", "spec", "roles", "plan", "manifest", "run", "verification", "findings", "survey", "suggest",
+        "sheet", "report", "progress", "upload", *CHECKPOINT
+    },
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
     "": {"errors", "spec", "manifest", "run", "verification", "kernel"},
@@ -73,14 +87,19 @@ KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge", "adapt", "verification"},
+    "torch": {"kernel", "patch", "merge", "adapt", "measure", "verification"},
+    "matplotlib": {"plots"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
     "click": {"cli"},
     "yaml": {"spec", "card"},
     "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_calls", "card", "upload"},
 }
-LOADED_AT_ONCE: dict[str, set[str]] = {"torch": {"kernel", "patch", "merge", "adapt"}, "huggingface_hub": set()}
+LOADED_AT_ONCE: dict[str, set[str]] = {
+    "torch": {"kernel", "patch", "merge", "adapt", "measure"},
+    "huggingface_hub": set(),
+    "matplotlib": set(),
+}
 
 
 def room_of(module: str) -> str:

@@ -24,9 +24,9 @@ from pome.spec import EDIT_KEYS, EditSpec, Job, Publication, Reports, merge_opti
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pome.findings import Survey
     from pome.manifest import Manifest
     from pome.run import Progress
-    from pome.findings import Survey
     from pome.verification import Verdict
 
 
@@ -115,6 +115,9 @@ def edit_command(
     engine: Annotated[Engine | None, typer.Option(help="Where units are worked on. \\[default: local]")] = None,
     dequantize: Annotated[
         bool | None, typer.Option("--dequantize", help="See and write fp8 weights with block scales as bfloat16.")
+    ] = None,
+    common_rows: Annotated[
+        bool | None, typer.Option("--common-rows", help="Edit the first rows that resized embeddings share.")
     ] = None,
     out_format: Annotated[
         OutFormat | None, typer.Option(help="Of an adapter as FT: a full checkpoint or an adapter. \\[default: full]")

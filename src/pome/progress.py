@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,11 +26,35 @@ from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
-from pome.manifest import Manifest, TensorRecord
+from pome.manifest import KeptRecord, Manifest, TensorRecord
 from pome.plan import Plan, fan_out_in
 from pome.run import Opened, Progress
+from pome.sheet import Sheet, summarise_places, summarise_roles
 
-VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing"}
+VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
+COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
+SURVEY_COLUMNS = {
+    "relative_norm": "‖Δ‖/‖W‖",
+    "stable_rank": "stable rank",
+    "energy_50": "energy .5",
+    "above_noise": "above noise",
+    "noise_share": "noise",
+    "k_ratio": "k ratio",
+    "k_energy": "k energy",
+    "k_gavish-donoho": "k g.-donoho",
+    "k_effective": "k effective",
+    "align_right": "aligned",
+    "drift": "drift",
+    "rounding": "lost",
+}
+EDIT_COLUMNS = {
+    "rank": "rank",
+    "k": "k",
+    "energy_kept": "energy kept",
+    "alpha": "alpha",
+    "edit_ratio": "||edit||/||delta||",
+    "rounding": "lost to rounding",
+}
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
 
 
@@ -52,6 +77,17 @@ def describe_plan(opened: Opened) -> str:
         f"{_name(opened.base)} -> {_name(opened.ft)}   {edited} of {plan.tensor_count} tensors to edit "
         f"({', '.join(roles)}){merged}, {plan.tensor_count - edited - len(plan.merged)} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
+    )
+
+
+def describe_survey(opened: Opened) -> str:
+    """One line: what is held against what, how many tensors, how many bytes."""
+    plan = opened.plan
+    roles = dict.fromkeys(part.role for _, part in plan.matrices())
+    looked = len({unit.name for unit in plan.units if unit.parts})
+    return (
+        f"{_name(opened.base)} -> {_name(opened.ft)}   {looked} of {plan.tensor_count} tensors to look at "
+        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
     )
 
 
@@ -89,7 +125,7 @@ class LineProgress(Progress):
 
     def finish(self, task: str) -> None:
         total = self.totals[task]
-        amount = f"{total} units" if task == "edit" else show_bytes(total)
+        amount = f"{total} units" if task in COUNTED else show_bytes(total)
         self.say(f"{VERBS[task]} {amount}: done in {time.monotonic() - self.begun[task]:.1f} s")
 
     def say(self, line: str) -> None:
@@ -98,7 +134,7 @@ class LineProgress(Progress):
     def _describe(self, task: str, now: float) -> str:
         count, total = self.done[task], self.totals[task]
         spent = now - self.begun[task]
-        amount = f"{count}/{total}" if task == "edit" else f"{show_bytes(count)} of {show_bytes(total)}"
+        amount = f"{count}/{total}" if task in COUNTED else f"{show_bytes(count)} of {show_bytes(total)}"
         rate = f"  {show_bytes(self.moved[task] / spent)}/s" if spent > 0.5 else ""
         left = f"  {spent / count * (total - count):.0f} s left" if 0 < count < total and spent > 0.5 else ""
         return f"{VERBS[task]} {amount}{rate}{left}"
@@ -150,7 +186,7 @@ class BarProgress(Progress):
             self.console.print(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
 
     def start(self, task: str, total: int) -> None:
-        self.tasks[task] = self.bars.add_task(VERBS[task], total=total, note="", moved=0, units=task == "edit")
+        self.tasks[task] = self.bars.add_task(VERBS[task], total=total, note="", moved=0, units=task in COUNTED)
 
     def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
         row = self.tasks[task]
@@ -223,10 +259,31 @@ def describe_warnings(manifest: Manifest) -> list[str]:
     return lines
 
 
-def describe_kept(manifest: Manifest) -> list[str]:
+def describe_kept(records: Sequence[KeptRecord]) -> list[str]:
     """How many selected tensors stayed as they were, by reason."""
-    counts = Counter(kept.reason for kept in manifest.kept)
+    counts = Counter(kept.reason for kept in records)
     return [f"kept {count}: {printable(reason)}" for reason, count in counts.items()]
+
+
+def make_survey_tables(sheet: Sheet) -> list[Table]:
+    """Medians for each role, and for each layer."""
+    columns = SURVEY_COLUMNS if sheet.kind == "survey" else EDIT_COLUMNS
+    keys, tables = list(columns), []
+    for first, summary in (("role", summarise_roles(sheet, keys)), ("layer", summarise_places(sheet, keys))):
+        table = _table(first, "matrices", *columns.values())
+        for name, count, medians in summary:
+            table.add_row(escape(printable(name)), str(count), *(f"{medians[key]:.3g}" for key in keys))
+        tables.append(table)
+    return tables
+
+
+def describe_notices(sheet: Sheet) -> list[str]:
+    """The warnings of a sheet, each with the option that answers it."""
+    lines = []
+    for notice in sheet.warnings:
+        answer = f" Answer: {notice.option}" if notice.option else ""
+        lines.append(f"warning: {notice.count} of {len(sheet.rows)}: {printable(notice.text, 400)}{answer}")
+    return lines
 
 
 def make_batch_table(results: list[dict[str, Any]]) -> Table:

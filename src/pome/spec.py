@@ -50,6 +50,7 @@ class EditSpec:
     engine: str = "local"
     out_format: str = "full"  # `adapter`: of an adapter, an adapter again
     dequantize: bool = False
+    common_rows: bool = False  # edit the first rows that embeddings of different vocabularies share
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
@@ -83,6 +84,7 @@ class EditSpec:
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
             raise SpecError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
         _switch("dequantize", self.dequantize)
+        _switch("common_rows", self.common_rows)
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
         if self.rank_rule == "fixed" and self.rank is None:

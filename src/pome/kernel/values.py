@@ -102,7 +102,7 @@ def find_values_deflated(D: Tensor) -> Tensor:
     p = split.theta.numel()
     if p and not float(lam[p]) < 0.95 * split.lift:
         raise Undecided("a strong direction escaped the sketch")
-    sigma = lam.clamp_min(0.0).sqrt()
+    sigma: Tensor = lam.clamp_min(0.0).sqrt()
     sigma[:p] = split.theta
     noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
     threshold = float(sigma[0]) * rank_tolerance((D.shape[0], D.shape[1]))
@@ -113,12 +113,14 @@ def find_values_deflated(D: Tensor) -> Tensor:
 
 def find_values_gram(D: Tensor) -> Tensor:
     """Singular values of D (m x n, m >= n), good to s_1 / 10^8."""
-    return torch.linalg.eigvalsh(gram(D.double())).flip(0).clamp_min(0.0).sqrt().cpu()
+    squares: Tensor = torch.linalg.eigvalsh(gram(D.double()))
+    return squares.flip(0).clamp_min(0.0).sqrt().cpu()
 
 
 def find_values_svd(D: Tensor) -> Tensor:
     """Singular values of D (m x n), by the driver for them."""
-    return torch.linalg.svdvals(D.double()).cpu()
+    values: Tensor = torch.linalg.svdvals(D.double())
+    return values.cpu()
 
 
 RUNGS: tuple[Callable[[Tensor], Tensor], ...] = (find_values_deflated, find_values_gram, find_values_svd)

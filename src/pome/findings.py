@@ -1,0 +1,93 @@
+"""What an inspection finds: a record for every matrix of a pair. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pome.manifest import KeptRecord
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a pair. Norms are Frobenius norms, `sigma` all singular values of the delta, descending.
+
+    energy: share of delta_norm^2 in the leading quarter, half and three quarters of the directions. noise_floor:
+    largest singular value that rounding to FT's dtype leaves in a delta; noise_share: its energy beside the delta's.
+    above_noise: directions that it does not explain. changed: share of entries that differ (None for an adapter).
+    k: by each rule; alpha: alpha_0 by each scale, at the k of the default rule; edit_ratio: norm of that edit beside
+    the delta's. rounding: ESTIMATE of the share of a default edit that FT's dtype destroys. align_left, align_right:
+    share of the delta's energy in the base's leading `align_r` output and input directions; drift: relative change of
+    the base's leading singular values.
+    """
+
+    name: str
+    part: str | None
+    role: str
+    place: str  # the layer: the name up to its first number
+    shape: tuple[int, int]
+    dtype: str
+    base_norm: float
+    delta_norm: float
+    relative_norm: float
+    rank: int
+    stable_rank: float
+    effective_rank: float
+    energy: dict[str, float]
+    noise_floor: float
+    noise_share: float
+    above_noise: int
+    changed: float | None
+    k: dict[str, int]
+    alpha: dict[str, float]
+    edit_ratio: dict[str, float]
+    rounding: float
+    align_r: int
+    align_left: float
+    align_right: float
+    drift: float
+    spectral_norm: float  # of the base's matrix
+    sigma: array[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Field by field in JSON's types; singular values with the digits that they are good for."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "shape": list(self.shape), "sigma": [float(f"{s:.6g}") for s in self.sigma]}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A pair looked at: its matrices in the order of the files, and those that have no delta to look at."""
+
+    base: str
+    fine_tuned: str
+    matrices: tuple[Matrix, ...]
+    kept: tuple[KeptRecord, ...]
+
+    def to_json(self) -> Iterator[str]:
+        """The document of `--json`, in pieces: of a large model the whole would be gigabytes in memory."""
+        yield f'{{"base": {json.dumps(self.base)}, "fine_tuned": {json.dumps(self.fine_tuned)}, "tensors": ['
+        for i, matrix in enumerate(self.matrices):
+            yield (",\n" if i else "\n") + json.dumps(matrix.to_json(), allow_nan=False)
+        kept = [dataclasses.asdict(record) for record in self.kept]
+        yield f'\n], "kept": {json.dumps(kept)}}}\n'
+
+
+def find_place(name: str) -> str:
+    """`model.layers.7` of `model.layers.7.mlp.up_proj.weight`; of a name without a number all but its last word."""
+    match = re.match(r"(.*?(?:^|[._])\d+)(?=[._]|$)", name)
+    return match[1] if match else name.removesuffix(".weight").rpartition(".")[0]
+
+
+def sort_places(places: Sequence[str]) -> list[str]:
+    """Places without repetition, layers in the order of their numbers."""
+
+    def key(place: str) -> list[tuple[int, str]]:
+        return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", place)]
+
+    return sorted(dict.fromkeys(places), key=key)
