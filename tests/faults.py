@@ -183,8 +183,9 @@ class Tap:
         fault = self.fault
         if fault is None or kind not in fault.calls:
             if kind == "pwrite" and fault is not None and fault.kind == "forget":
-                fd, data, at = arguments
-                self.undo.setdefault(path, []).append((at, os.pread(fd, len(data), at)))
+                _, data, at = arguments
+                with open(path, "rb") as file:
+                    self.undo.setdefault(path, []).append((at, os.pread(file.fileno(), len(data), at)))
             return arguments
         here = self.count == fault.at
         late = self.count >= fault.at

@@ -101,6 +101,7 @@ def test_bytes_that_a_failed_sync_dropped_are_written_again(sharded: Scene) -> N
     for at in range(sharded.count(*calls, commit_units=2)):
         ended = sharded.run(Fault("forget", calls, at), commit_units=2)
         check_message(ended)
+        assert "Input/output error" in ended.stderr
         sharded.check_resume()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pome.errors import VerificationError, printable
 
@@ -106,19 +109,22 @@ class Manifest:
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
         """Read a manifest back. Raises VerificationError naming what is missing or of the wrong kind."""
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, parse_constant=_read_number, parse_float=_read_number)
             if not isinstance(raw, dict):
                 raise TypeError("it is not an object")
             if raw.get("format_version") != FORMAT_VERSION:
                 raise TypeError(f"format_version is {raw.get('format_version')!r}, this pome reads {FORMAT_VERSION}")
+            for key in ("spec", "not_copied", "timing"):
+                if not isinstance(raw[key], dict):
+                    raise TypeError(f"{key} is not an object")
             return cls(
                 **{
                     **raw,
                     "base": _read_side(raw["base"]),
                     "fine_tuned": _read_side(raw["fine_tuned"]),
                     "tensors": tuple(_read_tensor(item) for item in raw["tensors"]),
-                    "kept": tuple(KeptRecord(**item) for item in raw["kept"]),
-                    "merged": tuple(raw["merged"]),
+                    "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
+                    "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
                 }
             )
@@ -129,19 +135,54 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file. Raises VerificationError."""
     try:
-        return Manifest.from_json(path.read_bytes(), str(path))
+        # O_NONBLOCK: a FIFO in its place must not hang the reader, nor a device feed it for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise VerificationError(f"{printable(str(path))}: not a regular file; is this an output of pome?")
+            return Manifest.from_json(file.read(), str(path))
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror}; is this an output of pome?") from None
 
 
+def _read_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number that a manifest holds")
+    return number
+
+
+_Record = TypeVar("_Record")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
+
+
+def _read(record: type[_Record], raw: dict[str, Any]) -> _Record:
+    """A record from an object with its fields. Raises TypeError for a field of another kind."""
+    for known in dataclasses.fields(record):  # type: ignore[arg-type]
+        kinds = _KINDS.get(str(known.type))
+        if kinds and (not isinstance(raw[known.name], kinds) or isinstance(raw[known.name], bool)):
+            raise TypeError(f"{known.name} is {raw[known.name]!r}")
+    return record(**raw)
+
+
 def _read_tensor(raw: dict[str, Any]) -> TensorRecord:
     rows, columns = raw["shape"]
-    return TensorRecord(**{**raw, "shape": (rows, columns), "warnings": tuple(raw["warnings"])})
+    return _read(TensorRecord, {**raw, "shape": (rows, columns), "warnings": _read_texts(raw["warnings"])})
+
+
+def _read_texts(raw: list[Any]) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not all(isinstance(item, str) for item in raw):
+        raise TypeError(f"{raw!r} is not a list of texts")
+    return tuple(raw)
 
 
 def _read_side(raw: dict[str, Any]) -> SideRecord:
-    return SideRecord(**{**raw, "files": _read_files(raw["files"])})
+    return _read(SideRecord, {**raw, "files": _read_files(raw["files"])})
 
 
 def _read_files(raw: dict[str, Any]) -> dict[str, FileRecord]:
-    return {name: FileRecord(**item) for name, item in raw.items()}
+    return {name: _read(FileRecord, item) for name, item in raw.items()}
