@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +29,19 @@ pytestmark = [
 TABLE = Path(__file__).parent / "roles_survey.md"
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    transformers.logging.set_verbosity_error()
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products on many threads spend their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = [row for kind in KINDS for row in survey(kind)]
+    transformers.logging.set_verbosity_error()
+    yield
     torch.set_num_threads(threads)
-    return found
+
+
+@pytest.fixture(scope="module")
+def rows(one_thread: None) -> list[Row]:
+    return [row for kind in KINDS for row in survey(kind)]
 
 
 def test_no_role_is_wrong(rows: list[Row]):
@@ -57,8 +62,8 @@ def test_the_table_says_what_is_so(rows: list[Row]):
     table = TABLE.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__};" not in table:
         return  # another release has other architectures; that nothing is wrong there was tested above
-    lines = [line for line in format_table(rows).splitlines() if re.match(r"\| [a-z-]+ \| [a-zA-Z]", line)]
-    assert len(lines) == len(rows) + 1  # the heading
+    lines = [line for line in format_table(rows).splitlines() if re.match(r"\| (?!kind)[a-z-]+ \| [a-zA-Z]", line)]
+    assert len(lines) == len(rows)
     assert [line for line in lines if line not in table] == []
 
 

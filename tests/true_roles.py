@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -52,7 +51,6 @@ def find_ffn_truth(model: nn.Module, inputs: dict[str, Any] | None) -> dict[str,
     captured = capture_calls(model, inputs) if inputs is not None else {}
     modules = dict(model.named_modules())
     truths: dict[str, Truth] = {}
-    seen: dict[tuple, dict[str, Truth]] = {}
     for name in sorted(modules, key=lambda name: -name.count(".")):
         module = modules[name]
         matrices = matrices_of(module)
@@ -67,11 +65,23 @@ def find_ffn_truth(model: nn.Module, inputs: dict[str, Any] | None) -> dict[str,
         inside = list(module.modules())
         if len(matrices) > 6 or any(isinstance(m, nn.Embedding) or MIXES.match(type(m).__name__) for m in inside):
             continue
-        key = (type(module), *((n, tuple(p.shape)) for n, p in matrices.items()))
-        if key not in seen or not seen[key]:
-            seen[key] = probe(module, matrices, captured.get(name))
-        truths |= {f"{name}.{n}": truth for n, truth in seen[key].items()}
+        key = (code_of(module), *((n, tuple(p.shape)) for n, p in matrices.items()))
+        if not _PROVED.get(key):
+            _PROVED[key] = probe(module, matrices, captured.get(name))
+        truths |= {f"{name}.{n}": truth for n, truth in _PROVED[key].items()}
     return truths | pair_by_shape(modules, truths)
+
+
+# Most architectures repeat the feed-forward code of another: the same code on the same shapes is run once.
+_PROVED: dict[tuple, dict[str, Truth]] = {}
+
+
+def code_of(module: nn.Module) -> tuple[str, ...]:
+    """The code that runs when a module does: of itself and of all that it holds, kinds of activation included."""
+    return tuple(
+        inspect.getsource(inspect.unwrap(type(inner).forward)) + ("" if inner._modules else type(inner).__name__)
+        for inner in module.modules()
+    )
 
 
 def matrices_of(module: nn.Module) -> dict[str, Tensor]:
@@ -164,6 +174,9 @@ class Runner:
 
     def __init__(self, module: nn.Module, values: dict, args: tuple, kwargs: dict, stream: int | str) -> None:
         given = args[stream] if isinstance(stream, int) else kwargs[stream]
+        self.parameters = dict(module.named_parameters())
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name]
         self.module, self.values, self.args, self.kwargs, self.stream = module, values, args, kwargs, stream
         self.x = torch.randn(given.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
@@ -174,8 +187,14 @@ class Runner:
             args[self.stream] = x.clone()
         else:
             kwargs[self.stream] = x.clone()
-        with torch.no_grad():
-            out = functional_call(self.module, {**self.values, **changed}, tuple(args), kwargs)
+        for name, value in changed.items():
+            self.parameters[name].data = value
+        try:
+            with torch.no_grad():
+                out = self.module(*args, **kwargs)
+        finally:
+            for name in changed:
+                self.parameters[name].data = self.values[name]
         return (out[0] if isinstance(out, tuple) else out).double().reshape(-1, x.shape[-1])
 
 
