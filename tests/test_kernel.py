@@ -41,10 +41,12 @@ def assert_as_reference(edit, delta, k=None, **options):
     assert edit.orthogonality <= 1e-5
     s_1, s_k = float(wanted.sigma[0]), float(wanted.sigma[edit.k - 1])
     s_next = float(wanted.sigma[edit.k]) if edit.k < wanted.sigma.numel() else 0.0
-    # 1e-6: single singular values come out of float32 products, whose rounding is 6e-8 and partly averages out.
+    # 1e-6: single singular values come out of float32 products, whose rounding is 6e-8 and partly averages out. Within
+    # a cluster they are known to its width only, and below the threshold of the rank (1e-6 s_1, about) not at all.
+    loose = 1e-4 if any("cluster" in note for note in edit.warnings) else 1e-6
     assert edit.sigma_max == pytest.approx(s_1, rel=1e-6)
-    assert edit.sigma_k == pytest.approx(s_k, rel=1e-6, abs=1e-9 * s_1)
-    assert edit.sigma_next == pytest.approx(s_next, rel=1e-6, abs=1e-6 * s_k)
+    assert edit.sigma_k == pytest.approx(s_k, rel=loose)
+    assert edit.sigma_next == pytest.approx(s_next, rel=loose, abs=1e-7 * s_1)
     assert edit.delta_norm == pytest.approx(float(delta.double().norm()), rel=1e-6)
     assert edit.energy_kept == pytest.approx(
         float(wanted.sigma[: edit.k].square().sum() / wanted.sigma.square().sum()), rel=1e-5
@@ -65,7 +67,7 @@ def test_agrees_with_the_reference(shape, kind, dtype):
     assert_as_reference(equalize(delta), delta)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     m=st.integers(1, 90),
     n=st.integers(1, 90),

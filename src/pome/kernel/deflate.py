@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian, squared_norm
-from pome.kernel.products import ROWS, estimate_norm, gram, gram_eigenvalues, gram_of_rest, polar
+from pome.kernel.products import (
+    estimate_norm,
+    gram,
+    gram_eigenvalues,
+    gram_of_rest,
+    image_of,
+    polar,
+)
 from pome.kernel.rank import RankRule, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
 
@@ -33,6 +40,7 @@ POWERS = 4  # steps of subspace iteration, each on the n x n sum
 # Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
 # eigenvalues by 0.1 to 2 EPS; 32 is the margin that lets the rank be called proved.
 FLOOR = 32.0 * EPS
+CANCEL = 32.0 * EPS  # what is left, relative to s_1, where a strong direction was subtracted
 SURE = 1.5  # a norm estimated from below, times this, is taken for a bound
 WINDOW = 32  # directions on either side of the cut that float64 looks at again
 
@@ -51,8 +59,6 @@ class Split:
 
 def solve_deflated(D: Tensor, rule: RankRule) -> Kept:
     """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace."""
-    if D.dtype != torch.float32:
-        raise Undecided("the delta is not float32")
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
     split = split_strong(tall)
@@ -63,9 +69,9 @@ def solve_deflated(D: Tensor, rule: RankRule) -> Kept:
         raise Undecided("a strong direction escaped the sketch")
     V[:, :p] = split.Q
     V[:, p:] -= split.Q @ (split.Q.mT @ V[:, p:])
-    noise = FLOOR * float(lam[0])
     sigma = lam.clamp_min(0.0).sqrt()
     sigma[:p] = split.theta
+    noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
     rank = prove_rank(tall, V, sigma, noise, rank_tolerance(shape))
     k = rule.choose(sigma, rank, shape)
     slack = noise / float(sigma[k - 1]) ** 2
@@ -81,7 +87,7 @@ def split_strong(D: Tensor) -> Split:
     m, n = D.shape
     total = squared_norm(D)
     for b in SKETCHES:
-        if b > n // 8:
+        if b > n // 4:
             break
         U = torch.linalg.qr(D @ draw_gaussian(n, b, D)).Q
         F = U.mT @ D
@@ -90,7 +96,7 @@ def split_strong(D: Tensor) -> Split:
         p = int((values > (STRONG * rms) ** 2).sum())
         if p == 0:
             break
-        if 2 * p <= b or b == SKETCHES[-1] or 4 * b > n // 8:
+        if 2 * p <= b or b == SKETCHES[-1] or 4 * b > n // 4:
             return separate(D, U, F, rms)
     none = D.new_zeros(n, 0)
     return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
@@ -148,33 +154,28 @@ def prove_rank(D: Tensor, V: Tensor, sigma: Tensor, noise: float, tolerance: flo
 def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> None:
     """Decide in float64 which directions around the cut come before it, and check that the others may stay.
 
-    Nothing to do when the gap at the cut is too small for the data to say. V and sigma change in place, within the
-    window of directions k - WINDOW .. k + WINDOW. Their float64 Gram matrix shows how far float32 left them from
-    diagonal; a rounding of that size in every other pair (kept, dropped) turns the kept subspace by a known angle.
-    So do what is left of the coupling of the strong directions, and the rounding of D V_k in which they cancel.
-    Raises Undecided when that comes to more than SUBSPACE.
+    V and sigma change in place, within a window of directions around the cut. Their float64 Gram matrix shows how far
+    float32 left them from diagonal; a rounding of that size in every other pair (kept, dropped) turns the kept
+    subspace by a known angle. So do what is left of the coupling of the p strong directions, and the rounding of D V_k
+    in which they cancel. Raises Undecided when that comes to more than SUBSPACE and the data determine P.
     """
     n, p = V.shape[1], split.Q.shape[1]
-    if k == n:
-        return
-    if float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
-        lengths = torch.linalg.vector_norm((D @ V[:, k - 1 : k + 1]).double(), dim=0)
-        sigma[k - 1 : k + 1] = lengths.sort(descending=True).values.cpu()
-        return
-    low, high = max(p, k - WINDOW), min(n, k + WINDOW)
-    around = V[:, low:high].double()
-    image = torch.cat([rows.double() @ around for rows in torch.split(D, ROWS)])
+    low, high = (max(p, k - WINDOW), min(n, k + WINDOW)) if k > p else (0, p)
+    image = image_of(D, V[:, low:high])
     H = image.mT @ image
     coupling = float((H - H.diag().diag()).square().mean().sqrt())
     values, X = torch.linalg.eigh(H)
-    V[:, low:high] = (around @ X.flip(1)).to(V.dtype)
+    V[:, low:high] = (V[:, low:high].double() @ X.flip(1)).to(V.dtype)
     sigma[low:high] = values.flip(0).clamp_min(0.0).sqrt().cpu()
-    kept, dropped = sigma[:k].square(), sigma[k:].square()
-    turns = (kept[:, None] - dropped).reciprocal().square()
-    turns[low:k, : high - k] = 0.0
-    bulk = coupling**2 * float(turns[p:].sum())
-    strong = (V[:, k:].mT @ split.residual).cpu().double() / (kept[:p] - dropped[:, None])
-    cancelled = 0.1 * EPS**2 * squared_norm(D) * float(kept.reciprocal().sum())
-    angle = math.sqrt((2.0 * bulk + 2.0 * float(strong.square().sum()) + cancelled) / k)
+    if k < n and float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
+        return
+    square = sigma.square()
+    turns = (square[p:k, None] - square[k:]).reciprocal().square()
+    turns[max(low - p, 0) :, : high - k] = 0.0
+    dropped = max(p, k)
+    residual = (V[:, dropped:].mT @ split.residual[:, : min(p, k)]).cpu().double()
+    strong = residual / (square[: min(p, k)] - square[dropped:, None])
+    cancelled = 0.1 * EPS**2 * squared_norm(D) * float(square[:k].reciprocal().sum())
+    angle = math.sqrt((2.0 * coupling**2 * float(turns.sum()) + 2.0 * float(strong.square().sum()) + cancelled) / k)
     if not angle <= SUBSPACE:
         raise Undecided(f"the kept subspace is known to {angle:.0e} only")

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pome.kernel.products import gram, polar
+from pome.kernel.products import gram, measure_cut, polar
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
 
@@ -16,6 +16,7 @@ EPS = 2.0**-53
 # Rounding of an eigenvalue of the Gram matrix, relative to the largest. Seen: 0.1 to 4 EPS. The threshold of the rank
 # lies at 2 max(m, n) EPS, so this decides all but what lies within some per cent of it in a matrix of some size.
 NOISE = 16.0 * EPS
+BLURRED = 1e-7  # relative error of s_k^2 from which on the directions around it are looked at again, unsquared
 
 
 def solve_gram(D: Tensor, rule: RankRule) -> Kept:
@@ -26,35 +27,47 @@ def solve_gram(D: Tensor, rule: RankRule) -> Kept:
     lam, V = lam.flip(0).clamp_min(0.0), V.flip(1)
     noise = NOISE * float(lam[0])
     sigma = lam.sqrt().cpu()
-    sharpen_tail(tall, V, sigma, rank_tolerance(shape))
+    start = sigma.numel()
+    threshold = rank_tolerance(shape) * float(sigma[0])
+    if bool(((sigma > 0.5 * threshold) & (sigma < 2.0 * threshold)).any()):
+        start = sharpen_tail(tall, V, sigma, 10.0 * threshold)
     rank = count_rank(sigma, shape)
     k = rule.choose(sigma, rank, shape)
     slack = noise / float(sigma[k - 1]) ** 2
     if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
         raise Undecided("the singular values leave k open")
-    check_cut(sigma, k, noise)
+    if slack > BLURRED and k <= start:
+        start = sharpen_tail(tall, V, sigma, 10.0 * float(sigma[k - 1]))
+    check_cut(sigma, k, start, noise)
+    if k < start:
+        measure_cut(tall, V, sigma, k)
     P = polar(tall, V[:, :k], sigma[:k], flipped=shape[0] < shape[1])
-    return Kept(P.to(D.dtype), sigma, rank, k, slack)
+    return Kept(P.to(D.dtype), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
 
 
-def sharpen_tail(D: Tensor, V: Tensor, sigma: Tensor, tolerance: float) -> None:
-    """Singular values near and below the threshold of the rank, from D times their directions instead of D^T D.
+def sharpen_tail(D: Tensor, V: Tensor, sigma: Tensor, below: float) -> int:
+    """Replace the singular values under `below`, and their directions, by those of D V_tail, good to s_1 EPS.
 
-    Only where one lies within a factor of two of it. What is unsquared is good to s_1 * EPS, ten orders below.
+    Answers where the tail starts.
     """
-    threshold = tolerance * float(sigma[0])
-    if not bool(((sigma > 0.5 * threshold) & (sigma < 2.0 * threshold)).any()):
-        return
-    start = int((sigma > 10.0 * threshold).sum())
-    sigma[start:] = torch.linalg.svdvals(D @ V[:, start:]).cpu()
+    start = int((sigma > below).sum())
+    tail = V[:, start:]
+    _, s, Wh = torch.linalg.svd(D @ tail, full_matrices=False)
+    sigma[start:] = s.cpu()
+    V[:, start:] = tail @ Wh.mT
+    return start
 
 
-def check_cut(sigma: Tensor, k: int, noise: float) -> None:
-    """Raise Undecided when `noise` in every pair (kept, dropped) of D^T D turns the kept subspace by over SUBSPACE."""
+def check_cut(sigma: Tensor, k: int, start: int, noise: float) -> None:
+    """Raise Undecided when `noise` in every pair (kept, dropped) of D^T D turns the kept subspace by over SUBSPACE.
+
+    Pairs of which both lie in the tail from `start` on have been settled without squaring.
+    """
     if k == sigma.numel() or float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
         return
     kept, dropped = sigma[:k].square(), sigma[k:].square()
     turns = noise / sigma.numel() ** 0.5 * (kept[:, None] - dropped).reciprocal()
+    turns[start:, max(start - k, 0) :] = 0.0
     angle = math.sqrt(2.0 * float(turns.square().sum()) / k)
     if not angle <= SUBSPACE:
         raise Undecided(f"the kept subspace is known to {angle:.0e} only")

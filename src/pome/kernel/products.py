@@ -52,6 +52,18 @@ def estimate_norm(A: Tensor) -> float:
     return float(torch.linalg.matrix_norm(A @ X, 2))
 
 
+def image_of(D: Tensor, V: Tensor) -> Tensor:
+    """D V in float64 (m x j) for D (m x n) of any precision and a thin V (n x j)."""
+    V = V.double()
+    return torch.cat([rows.double() @ V for rows in torch.split(D, ROWS)])
+
+
+def measure_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int) -> None:
+    """Set s_k and s_{k+1} to norm(D v) of their directions: the error is that of v, squared."""
+    lengths = torch.linalg.vector_norm(image_of(D, V[:, k - 1 : k + 1]), dim=0)
+    sigma[k - 1 : k + 1] = lengths.sort(descending=True).values.cpu()
+
+
 def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool) -> Tensor:
     """Orthonormal polar factor of B = D V times V^T, for V (n x k) nearly the leading singular vectors of D (m x n).
 

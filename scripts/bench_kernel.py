@@ -1,0 +1,149 @@
+"""Time the kernel beside what it replaces and beside what it cannot avoid.
+
+    python scripts/bench_kernel.py                      every shape and spectrum, 2 threads (about half an hour)
+    python scripts/bench_kernel.py --shapes 5632x2048 --spectra flat,inverse --repeat 3
+
+For each matrix, in one process and in turn: `pome.kernel.equalize`, `torch.linalg.svd(full_matrices=False)` in float32
+with the two products that make its P, and the floor: one Gram product, one float32 `eigh` of the short side, and the
+two products with the long side. Each is the best of --repeat. Then many experts in a loop, and an adapter's factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pome.kernel.certificate import certify, inner_product
+from pome.kernel.equalize import equalize, equalize_factors
+
+SHAPES = "5632x2048,11008x4096,4096x14336"
+SPECTRA = ("flat", "inverse", "inverse-root", "strong", "rounded-lora", "deficient")
+
+
+def make_delta(kind: str, m: int, n: int) -> Tensor:
+    """A float32 m x n delta with the named spectrum, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    r = min(m, n)
+    i = torch.arange(1.0, r + 1)
+    if kind == "flat":
+        return draw(m, n) * 1e-3
+    if kind == "inverse":
+        return plant(1.0 / i, m, n, draw)
+    if kind == "inverse-root":
+        return plant(1.0 / i.sqrt(), m, n, draw)
+    if kind == "strong":  # 64 directions, 3 to 300 times above the edge of the noise
+        strength = torch.logspace(0.5, 2.5, 64) * (m**0.5 + n**0.5) / (m * n) ** 0.5
+        return (draw(m, n) + (draw(m, 64) * strength) @ draw(64, n)) * 1e-4
+    if kind == "rounded-lora":  # rank 16, merged into bfloat16 weights and rounded
+        base = (draw(m, n) * 0.02).bfloat16().float()
+        return (base + draw(m, 16) @ draw(16, n) * 5e-5).bfloat16().float() - base
+    if kind == "deficient":
+        return draw(m, r // 2) @ draw(r // 2, n) * 1e-4
+    raise SystemExit(f"unknown spectrum {kind!r}: one of {', '.join(SPECTRA)}")
+
+
+def plant(sigma: Tensor, m: int, n: int, draw: Callable[..., Tensor]) -> Tensor:
+    """A matrix with these singular values between random orthonormal bases."""
+    left = torch.linalg.qr(draw(max(m, n), sigma.numel())).Q
+    right = torch.linalg.qr(draw(sigma.numel(), sigma.numel())).Q
+    tall = (left * sigma) @ right
+    return tall if m >= n else tall.mT.contiguous()
+
+
+def run_svd(D: Tensor, k: int) -> tuple[Tensor, float]:
+    """The obvious way: P and the sum of the k leading singular values."""
+    U, s, Vh = torch.linalg.svd(D, full_matrices=False)
+    return U[:, :k] @ Vh[:k], float(s[:k].double().sum())
+
+
+def run_floor(D: Tensor, k: int) -> Tensor:
+    """What no route through a Gram matrix avoids, and what alone is not accurate enough."""
+    tall = D if D.shape[0] >= D.shape[1] else D.mT
+    _, V = torch.linalg.eigh(tall.mT @ tall)
+    kept = V[:, -k:]
+    return (tall @ kept) @ kept.mT
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def bench_matrix(shape: str, kind: str, repeat: int) -> None:
+    m, n = (int(side) for side in shape.split("x"))
+    D = make_delta(kind, m, n)
+    edit = equalize(D)
+    P, attainable = run_svd(D, edit.k)
+    theirs = certify(P, edit.k, inner_product(D, P), attainable)
+    ours, svd, floor, proof = [], [], [], []
+    for _ in range(repeat):
+        ours.append(clock(lambda: equalize(D)))
+        floor.append(clock(lambda: run_floor(D, edit.k)))
+        svd.append(clock(lambda: run_svd(D, edit.k)))
+        proof.append(clock(lambda: certify(P, edit.k, inner_product(D, P), attainable)))
+    print(
+        f"{shape:>11} {kind:<13} {edit.solver:<17}{min(ours):7.2f}{min(svd):7.2f}{min(floor):7.2f}"
+        f"{min(svd) / min(ours):9.2f}{min(ours) / min(floor):9.2f}{100 * min(proof) / min(ours):7.1f}%"
+        f"{edit.rank:7}{edit.k:6}{1 - edit.objective:10.0e}{edit.orthogonality:9.0e}"
+        f"{1 - theirs.objective:10.0e}{theirs.orthogonality:9.0e}",
+        flush=True,
+    )
+
+
+def bench_experts(count: int, m: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randn(count, m, n, generator=generator) * 1e-3
+    k = equalize(experts[0]).k
+    ours = clock(lambda: [equalize(expert) for expert in experts])
+    svd = clock(lambda: [run_svd(expert, k) for expert in experts])
+    print(f"{count} experts of {m}x{n}: {ours:.2f} s, SVD loop {svd:.2f} s, {svd / ours:.2f} times faster")
+
+
+def bench_adapter(m: int, n: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
+    equalize_factors(b, a)
+    thin = min(clock(lambda: equalize_factors(b, a)) for _ in range(5))
+    dense = clock(lambda: equalize(make_delta("rounded-lora", m, n)))
+    print(f"rank-{r} adapter on {m}x{n}: {thin:.3f} s, {100 * thin / dense:.2f} % of the dense {dense:.2f} s")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--shapes", default=SHAPES)
+    options.add_argument("--spectra", default=",".join(SPECTRA))
+    options.add_argument("--repeat", type=int, default=2)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--experts", type=int, default=128)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {given.threads} threads, seconds, best of {given.repeat}\n")
+    print(
+        f"{'shape':>11} {'spectrum':<13} {'solver':<17}{'ours':>7}{'svd':>7}{'floor':>7}{'svd/ours':>9}{'/floor':>9}"
+        f"{'proof':>8}{'rank':>7}{'k':>6}{'1-obj':>10}{'orth':>9}{'svd 1-obj':>10}{'orth':>9}"
+    )
+    for shape in filter(None, given.shapes.split(",")):
+        for kind in given.spectra.split(","):
+            bench_matrix(shape, kind, given.repeat)
+    print()
+    if given.experts:
+        bench_experts(given.experts, 768, 2048)
+        bench_adapter(11008, 4096, 16)
+    unit = 1024 if sys.platform == "linux" else 1
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
