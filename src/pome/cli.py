@@ -140,7 +140,7 @@ def edit_command(
 
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
-    given = {key: context.params[key] for key in EDIT_KEYS if context.params[key] not in (None, [], ())}
+    given = {key: context.params[key] for key in EDIT_KEYS if context.params.get(key) not in (None, [], ())}
     spec = EditSpec.from_mapping(merge_options(read_config(config) if config else {}, given))
     publication = Publication(card, push_to_hub, private)
     console = _console(quiet)
@@ -204,13 +204,15 @@ def inspect_command(
     """
     console = _console(quiet)
     spec = EditSpec(layers=tuple(layers or ROLES), exclude=tuple(exclude or ()), device=device)
-    document = _inspect(base, ft, spec, Reports(html, csv, plots), console)
+    _, document = _inspect(base, ft, spec, Reports(html, csv, plots), console)
     if as_json:
         sys.stdout.writelines(document)
 
 
-def _inspect(base: str, ft: str | None, spec: EditSpec, reports: Reports, console: Console) -> Iterable[str]:
-    """Look, tell people, write the reports; returns the JSON document in pieces."""
+def _inspect(
+    base: str, ft: str | None, spec: EditSpec, reports: Reports, console: Console
+) -> tuple[int, Iterable[str]]:
+    """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
     from pome.manifest import read_manifest
     from pome.progress import describe_kept, describe_notices, describe_survey, make_survey_tables
@@ -242,7 +244,7 @@ def _inspect(base: str, ft: str | None, spec: EditSpec, reports: Reports, consol
     lines += [f"wrote {path}" for path in write_reports(sheet, reports)]
     for line in lines:
         console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
-    return document
+    return len(sheet.rows), document
 
 
 @app.command("batch")
@@ -273,7 +275,7 @@ def _run_job(job: Job, console: Console) -> dict[str, Any]:
     result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
     console.print(printable(job.name), style="bold", highlight=False, markup=False)
     try:
-        result |= _run_verify(job, console) if job.command == "verify" else _run_edit(job, console)
+        result |= RUNNERS[job.command](job, console)
     except (PomeError, OSError, MemoryError) as error:
         _complain(f"{job.name}: {describe_error(error)}")
         result |= {"status": "failed", "error": describe_error(error)}
@@ -306,6 +308,15 @@ def _run_verify(job: Job, console: Console) -> dict[str, Any]:
     if verdict.ok:
         return {"status": "done", "matrices": verdict.edits}
     return {"status": "failed", "error": f"{len(verdict.differences)} differences", "differences": _list(verdict)}
+
+
+def _run_inspect(job: Job, console: Console) -> dict[str, Any]:
+    matrices, _ = _inspect(job.base or job.out, job.fine_tuned, job.spec, job.reports, console)
+    written = ", ".join(path for path in (job.reports.html, job.reports.csv, job.reports.plots) if path)
+    return {"status": "done", "matrices": matrices, "out": written or job.out}
+
+
+RUNNERS = {"edit": _run_edit, "inspect": _run_inspect, "verify": _run_verify}
 
 
 def _report_verdict(verdict: Verdict, out: str, console: Console) -> None:

@@ -146,6 +146,7 @@ def equalize_part(
     unit: Unit, part: Part, delta: tuple[Tensor, ...], floor: float, spec: EditSpec, device: str
 ) -> Equalized | KeptRecord:
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
+    spec = spec.resolve(unit.name)
     operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
     solve = equalize if len(delta) == 1 else equalize_factors
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -170,6 +171,15 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(ft.tensors), layouts)
 
 
+def check_overrides(plan: Plan, spec: EditSpec) -> None:
+    """Raise SelectionError for an override that no edited tensor's name matches: a slip of its pattern."""
+    for override in spec.overrides:
+        if not any(re.search(override.match, unit.name) for unit in plan.units if unit.parts):
+            raise SelectionError(
+                f"overrides: {printable(override.match)!r} matches no edited tensor; --dry-run --json lists their names"
+            )
+
+
 def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     """The plan for an adapter as FT: BASE's tensors that it changes, the selected ones edited, the others merged."""
     quantized = find_quantized(base.tensors, base.config)
@@ -284,6 +294,9 @@ def _find_obstacle(
     if name not in pairs:
         return "BASE has no such tensor"
     _, base_entry = base.tensors[pairs[name]]
+    roles = {part.role for part in layout.parts}
+    if roles == {"other"} and entry.dtype in ("I64", "BOOL"):
+        return f"it holds no weights ({entry.dtype})"  # positions and masks, which some checkpoints store
     for side, dtype in ((where, entry.dtype), (base.where(pairs[name]), base_entry.dtype)):
         if dtype not in EDITABLE:
             raise PairingError(

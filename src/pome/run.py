@@ -25,7 +25,7 @@ from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError, PairingError, printable
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
-from pome.plan import Plan, Unit, make_plan
+from pome.plan import Plan, Unit, check_overrides, make_plan
 from pome.spec import EditSpec
 
 Source = str | os.PathLike[str]
@@ -84,6 +84,7 @@ def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) 
                 "then the one that was trained from it"
             )
         plan = make_plan(sides[0], sides[1], spec)
+        check_overrides(plan, spec)
         beside = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
         yield Opened(pretrained, tuned, plan, *beside, pretrained if merges else tuned)
 
@@ -215,6 +216,8 @@ class _Run:
         self.progress.start("copy", total + sum(file.size for file in opened.side_files))
         for name, weights in source.files.items():
             advance = self._advance("copy")
+            if source.dequantized and not weights.header.tensors:
+                continue  # a shard of scales alone, which no index would name
             if name in layouts:
                 raw, header = layouts[name]
                 staging.lay_out(name, weights.file, weights.header, raw, header, advance)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,40 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 # The options that together choose k. One of them given on the command line sets aside what a file says of the others.
 RANK_OPTIONS = frozenset({"rank_ratio", "rank", "rank_rule", "energy"})
 MAX_YAML_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other options for the tensors whose name `match` finds (a regular expression). None leaves an option as it is.
+
+    Raises SpecError for a pattern that is none, and for an override that changes nothing; its values are checked
+    together with those of the spec that it stands in.
+    """
+
+    match: str
+    rank_ratio: float | None = None
+    rank: int | None = None
+    rank_rule: str | None = None
+    energy: float | None = None
+    scale: str | None = None
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            raise SpecError("overrides: each needs match, a regular expression over tensor names")
+        _compile("overrides", self.match)
+        if not self.options:
+            raise SpecError(f"overrides: {printable(self.match)!r} changes nothing; {_OVERRIDABLE}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it changes, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if key != "match" and value is not None}
+
+
+OVERRIDE_KEYS = tuple(field.name for field in dataclasses.fields(Override))
+_OVERRIDABLE = f"it may set {', '.join(OVERRIDE_KEYS[1:])}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +85,8 @@ class EditSpec:
     out_format: str = "full"  # `adapter`: of an adapter, an adapter again
     dequantize: bool = False
     common_rows: bool = False  # edit the first rows that embeddings of different vocabularies share
+
+    overrides: tuple[Override, ...] = ()  # later ones win
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
@@ -91,6 +127,9 @@ class EditSpec:
             raise SpecError("rank_rule: 'fixed' needs rank, the number of directions to keep")
         if self.rank is not None and self.rank_rule != "fixed":
             raise SpecError(f"rank: a fixed rank and rank_rule {self.rank_rule!r} exclude each other; give one")
+        put(self, "overrides", tuple(_read_override(item) for item in _list("overrides", self.overrides)))
+        for override in self.overrides:
+            self._apply(override)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
@@ -100,16 +139,33 @@ class EditSpec:
             chosen["rank_rule"] = "energy"
         return cls(**chosen)
 
+    def resolve(self, name: str) -> EditSpec:
+        """The spec for one tensor: every override that matches its name applied in turn, and none left."""
+        spec = self
+        for override in self.overrides:
+            if re.search(override.match, name):
+                spec = spec._apply(override)
+        return dataclasses.replace(spec, overrides=()) if self.overrides else self
+
+    def _apply(self, override: Override) -> EditSpec:
+        """Options that choose k set aside all that was said of choosing k before."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        merged = merge_options({**values, "overrides": ()}, override.options)
+        try:
+            return EditSpec.from_mapping(merged)
+        except SpecError as error:
+            raise SpecError(f"overrides: {printable(override.match)!r}: {error}") from None
+
     def to_mapping(self) -> dict[str, Any]:
         """Every option as resolved, in JSON's types."""
         values = dataclasses.asdict(self)
+        values["overrides"] = [{"match": item.match, **item.options} for item in self.overrides]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 EDIT_KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
 SWITCHES = ("overwrite", "fresh", "full", "card", "private")
-JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES, "push_to_hub")
-COMMANDS = ("edit", "verify")
+COMMANDS = ("edit", "inspect", "verify")
 
 
 @dataclass(frozen=True)
@@ -152,7 +208,8 @@ class Reports:
 
 @dataclass(frozen=True)
 class Job:
-    """One line of work of a batch file. `base` and `fine_tuned` may be None for `verify` alone."""
+    """One line of work of a batch file. `base` and `fine_tuned` may be None for `verify`; for `inspect` they are, or
+    `out` is empty: it looks at an output, or at a pair."""
 
     name: str
     command: str
@@ -164,6 +221,11 @@ class Job:
     fresh: bool = False
     full: bool = False
     publication: Publication = Publication()
+    reports: Reports = Reports()
+
+
+REPORT_KEYS = tuple(field.name for field in dataclasses.fields(Reports))
+JOB_KEYS = ("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES, "push_to_hub", *REPORT_KEYS)
 
 
 def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +272,11 @@ def _job(values: dict[str, Any]) -> Job:
     command = values.pop("command", "edit")
     if command not in COMMANDS:
         raise SpecError(f"command: {command!r} is not one of {', '.join(COMMANDS)}{nearest(str(command), COMMANDS)}")
+    reports = Reports(**{key: values.pop(key, None) for key in REPORT_KEYS})
+    if command == "inspect":
+        return _inspection(values, reports)
+    if reports != Reports():
+        raise SpecError(f"{command}: {', '.join(REPORT_KEYS)} are what the command inspect writes")
     out = _text("out", values.pop("out", None))
     base, fine_tuned = (
         None if command == "verify" and values.get(key) is None else _text(key, values.get(key))
@@ -220,6 +287,16 @@ def _job(values: dict[str, Any]) -> Job:
     publication = Publication(card, values.pop("push_to_hub", None), private)
     spec = EditSpec.from_mapping({key: value for key, value in values.items() if key in EDIT_KEYS})
     return Job(name, command, base, fine_tuned, out, spec, overwrite, fresh, full, publication)
+
+
+def _inspection(values: dict[str, Any], reports: Reports) -> Job:
+    """An output looked at where `out` is given, else a pair, all of its roles unless `layers` says otherwise."""
+    out = values.pop("out", None)
+    base, fine_tuned = (_text(key, values.get(key)) if out is None else None for key in ("base", "fine_tuned"))
+    name = _text("name", values.pop("name", f"inspect {out or fine_tuned}"))
+    options = {key: value for key, value in values.items() if key in EDIT_KEYS}
+    spec = EditSpec.from_mapping({"layers": ROLES, **options})
+    return Job(name, "inspect", base, fine_tuned, _text("out", out) if out is not None else "", spec, reports=reports)
 
 
 def _refuse_twins(path: Path, key: str, values: list[str]) -> None:
@@ -291,6 +368,9 @@ def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, A
     values = {}
     loader = yaml.SafeLoader("")
     for key, (line, value_node) in _children(node, path, allowed).items():
+        if key == "overrides" and isinstance(value_node, yaml.SequenceNode):
+            for item in value_node.value:
+                _children(item, path, OVERRIDE_KEYS)
         try:
             value = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -303,6 +383,25 @@ def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, A
             raise SpecError(f"{path}:{line}: {error}") from None
         values[key] = value
     return values
+
+
+def _list(key: str, value: object) -> Sequence[Any]:
+    if not isinstance(value, (tuple, list)):
+        raise SpecError(f"{key}: not a list; write '- match: PATTERN' lines")
+    return value
+
+
+def _read_override(item: object) -> Override:
+    """An override as such or as a mapping, from YAML, Python or a manifest."""
+    if isinstance(item, Override):
+        return item
+    if not isinstance(item, Mapping):
+        raise SpecError("overrides: each must be 'key: value' lines, one of them match")
+    for key in item:
+        if key not in OVERRIDE_KEYS:
+            hint = nearest(str(key), OVERRIDE_KEYS) or f"; {_OVERRIDABLE}"
+            raise SpecError(f"overrides: unknown key {printable(str(key))!r}{hint}")
+    return Override(**{"match": "", **item})
 
 
 def _names(key: str, value: object) -> tuple[str, ...]:
