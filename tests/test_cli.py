@@ -118,8 +118,8 @@ def test_warnings_and_kept_tensors_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = random_llama()
-    ft = base | {UP[1]: base[UP[1]] + torch.eye(40, 16)}  # every singular value is 1: the cut falls into a cluster
+    base = random_llama() | {UP[1]: torch.zeros(40, 16)}
+    ft = base | {UP[1]: torch.eye(40, 16)}  # every singular value is 1, exactly: the cut falls into a cluster
     write_checkpoint(tmp_path / "base", base, config=LLAMA)
     write_checkpoint(tmp_path / "ft", ft, config=LLAMA)
     status, _, err = run(capsys, "edit", "base", "ft", "out")
@@ -140,6 +140,7 @@ def test_every_option_reaches_the_manifest(pair: tuple[str, str], capsys: pytest
     assert read_manifest(Path("out"))["spec"] == {
         "layers": ["up", "re:down"], "exclude": ["layers.1"], "rank_ratio": 0.25, "rank": None, "rank_rule": "ratio",
         "energy": 0.9, "scale": "rms", "beta": 1.5, "device": "cpu", "dtype": "float16", "engine": "local",
+        "out_format": "full", "dequantize": False, "common_rows": False, "overrides": [],
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import (
@@ -23,7 +23,7 @@ from checkpoints import (
     read_ranges,
     write_checkpoint,
 )
-from pome import EditSpec, PairingError, SelectionError, edit
+from pome import EditSpec, PairingError, SelectionError, edit, verify
 from pome.checkpoint.source import Checkpoint
 from pome.plan import Plan
 from pome.run import open_pair
@@ -171,6 +171,31 @@ def test_another_vocabulary_keeps_embedding_and_head(tmp_path: Path) -> None:
     assert sorted(kept.name for kept in made.kept) == ["lm_head.weight", "model.embed_tokens.weight"]
     edit(base, ft_folder, tmp_path / "out", EditSpec(layers=("up", "embed", "head")))
     assert_only_edited(ft_folder, tmp_path / "out", UP)
+
+
+@pytest.mark.parametrize("rows", [(23, 26), (26, 23)])
+def test_common_rows_of_another_vocabulary_are_edited_when_the_user_says_so(
+    tmp_path: Path, rows: tuple[int, int]
+) -> None:
+    """Both a grown and a shrunk vocabulary: the rows that both have are a matrix, those that one has stay FT's."""
+    name = "model.embed_tokens.weight"
+    base = random_llama() | {name: torch.randn(rows[0], HIDDEN)}
+    ft = perturb(base) | {name: torch.randn(rows[1], HIDDEN)}
+    base_folder, ft_folder = write_pair(tmp_path, base, ft)
+    manifest = edit(base_folder, ft_folder, tmp_path / "out", EditSpec(layers=("embed",), common_rows=True))
+    (record,) = manifest.tensors
+    assert (record.name, record.shape) == (name, (23, HIDDEN))
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(out[name][23:], ft[name][23:])
+    D = ft[name][:23].double() - base[name][:23].double()
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    k = round(0.5 * len(S))
+    exact = base[name][:23].double() + D.norm() / k**0.5 * U[:, :k] @ Vh[:k]
+    assert torch.allclose(out[name][:23].double(), exact, rtol=0, atol=1e-6)  # float32 of entries around one
+    assert all(torch.equal(out[n], ft[n]) for n in ft if n != name)
+    assert verify(tmp_path / "out", base_folder, ft_folder, full=True).ok
+    with pytest.raises(PairingError, match="only its common rows"):
+        plan(base_folder, ft_folder, layers=("embed",), common_rows=True, dtype="bfloat16")
 
 
 def test_square_weights_stored_in_two_orientations_are_refused(tmp_path: Path) -> None:

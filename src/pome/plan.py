@@ -152,7 +152,7 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     kept: list[Kept] = []
     edits: list[tuple[str, Layout]] = []
     for name, layout in chosen:
-        reason = _find_obstacle(name, layout, base, ft, pairs)
+        reason = _find_obstacle(name, layout, base, ft, pairs, spec)
         if reason is None:
             edits.append((name, layout))
         else:
@@ -165,6 +165,9 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
             f"is {printable(base.source)} the model that this one was trained from?"
         )
     out_dtypes = {} if spec.dtype == "keep" else {name: STORED_NAMES[spec.dtype] for name, _ in edits}
+    for name in out_dtypes:
+        if ft.tensors[name][1].shape != base.tensors[pairs[name]][1].shape:
+            raise PairingError(f"{ft.where(name)}: only its common rows are edited; leave --dtype at keep for that")
     layouts = _lay_out(ft, out_dtypes)
     units = [unit for name, layout in edits for unit in _split(name, layout, pairs[name], base, ft, layouts)]
     units.sort(key=lambda unit: (unit.file, unit.start))
@@ -206,7 +209,7 @@ def _plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     for name, layout in chosen:
         reason = "the adapter does not change it"
         if name in changes:
-            reason = _find_obstacle(name, layout, base, base, pairs) or ""
+            reason = _find_obstacle(name, layout, base, base, pairs, spec) or ""
         if not reason and spec.out_format == "adapter":
             reason = _find_obstacle_in_adapter(changes[name], ft) or ""
         if reason:
@@ -282,7 +285,7 @@ def _plan_edited_adapter(
 
 
 def _find_obstacle(
-    name: str, layout: Layout, base: Checkpoint, ft: Checkpoint, pairs: dict[str, str]
+    name: str, layout: Layout, base: Checkpoint, ft: Checkpoint, pairs: dict[str, str], spec: EditSpec
 ) -> str | None:
     """Why a selected tensor cannot be edited, or None. A pair that must fit and does not is an error."""
     _, entry = ft.tensors[name]
@@ -305,7 +308,14 @@ def _find_obstacle(
             )
     if entry.shape != base_entry.shape:
         if {part.role for part in layout.parts} <= {"embed", "head"}:
-            return f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)} (another vocabulary)"
+            if spec.common_rows and len(entry.shape) == 2 and entry.shape[1] == base_entry.shape[1]:
+                return None
+            return (
+                f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)} (another vocabulary; --common-rows "
+                "edits the rows that both have)"
+            )
+        if roles == {"other"}:
+            return f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)}"
         raise PairingError(
             f"{where}: its shape {list(entry.shape)} is not BASE's {list(base_entry.shape)}; is "
             f"{printable(base.source)} the model it was trained from? leave it out with --exclude to edit the others"
@@ -336,7 +346,9 @@ def _split(
     count = entry.shape[0] if layout.stacked else 1
     shape = entry.shape[1:] if layout.stacked else entry.shape
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
-    sizes = [e.nbytes // count for e in (entry, base_entry, out_entry)]
+    # Resized embeddings share their first rows, and rows lie one after the other.
+    rows = rows if entry.shape == base_entry.shape else min(rows, base_entry.shape[0])
+    sizes = [rows * columns * DTYPE_BITS[e.dtype] // 8 for e in (entry, base_entry, out_entry)]
     for i in range(count):
         yield Unit(
             name=name,

@@ -16,7 +16,7 @@ from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint, open_checkpoint
-from pome.errors import PomeError, VerificationError, printable
+from pome.errors import PomeError, SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.plan import Plan, Unit, make_plan
 from pome.spec import EditSpec
@@ -192,6 +192,7 @@ def _check_against_inputs(
         plan = make_plan(sides[2], tuned, _read_spec(manifest))
         edited = {unit.name for unit in plan.units}
         compared = _compare_untouched(made, tuned, edited, found, advance)
+        compared += _compare_other_rows(made, tuned, plan, found)
         return compared, _recompute(made, tuned, sides[2], plan, manifest, full, found, advance)
     finally:
         for side in sides:
@@ -201,7 +202,7 @@ def _check_against_inputs(
 def _read_spec(manifest: Manifest) -> EditSpec:
     try:
         return EditSpec(**manifest.spec)
-    except TypeError as error:
+    except (TypeError, SpecError) as error:
         raise VerificationError(f"{MANIFEST_NAME}: its spec is not one of pome: {printable(str(error))}") from None
 
 
@@ -224,6 +225,8 @@ def _compare_rest(
     for name, record in manifest.files.items():
         if name in made.files or name == MODEL_CARD or (name == tuned.index and not kept):
             continue
+        if tuned.dequantized and name in (tuned.index, "config.json"):
+            continue  # written anew, without the scales and without the word of them
         theirs_now = manifest.fine_tuned.files.get(name)
         if theirs_now is not None and tuned.folder is not None and (tuned.folder / name).is_file():
             theirs_now = FileRecord(*hash_file(tuned.folder / name, advance))
@@ -265,6 +268,20 @@ def _compare_untouched(
             advance(entry.nbytes)
     for name in made.tensors.keys() - tuned.tensors.keys():
         found.append(Difference(made.tensors[name][0], name, "FT has no such tensor"))
+    return compared
+
+
+def _compare_other_rows(made: Checkpoint, tuned: Checkpoint, plan: Plan, found: list[Difference]) -> int:
+    """The rows of resized embeddings that BASE does not have are FT's; the number of bytes compared."""
+    compared = 0
+    for unit in plan.units:
+        rest = tuned.tensors[unit.name][1].end - unit.start - unit.nbytes
+        if unit.expert is not None or rest == 0:
+            continue
+        ends = unit.out_start + unit.out_nbytes, unit.start + unit.nbytes
+        compared += rest
+        if not _same_bytes(made.files[unit.file].file, ends[0], tuned.files[unit.file].file, ends[1], rest):
+            found.append(Difference(unit.file, unit.name, "its rows beyond BASE's are not FT's"))
     return compared
 
 
