@@ -43,6 +43,8 @@ def roles_of(layout: Layout) -> list[str]:
         ("layers.3.mlp.gate", (8, H), "router"),
         ("layers.3.mlp.gate.down_proj", (8, H), "other"),
         ("layers.3.self_attn.rel_logits_proj.proj", (8, H), "other"),
+        ("layers.3.mlp.w1", (F, H), "other"),  # the gate in some remote code, the up projection in other
+        ("layers.3.mlp.head", (99, H), "other"),
         ("layers.3.self_attn.indexer.wk", (8, H), "other"),
         ("layers.3.linear_attn.out_proj", (H, H), "other"),
         ("layers.3.input_layernorm.mlp.fc1", (8, H), "other"),
@@ -230,6 +232,45 @@ def test_square_stacked_experts_of_an_unheard_of_model_are_left_alone():
     assert roles_of(describe("model.layers.0.mlp.experts.gate_up_proj", (4, 2 * F, H), None)) == ["other"]
     olmoe = {"model_type": "olmoe", "hidden_size": H}
     assert roles_of(describe("model.layers.0.mlp.experts.gate_up_proj", (4, H, H), olmoe)) == ["gate", "up"]
+
+
+def test_in_out_experts_of_an_unheard_of_model_are_left_alone():
+    # Side by side as in Llama 4 or interleaved as in gpt-oss: nothing tells.
+    config = {"model_type": "unheard_of", "hidden_size": H}
+    assert roles_of(describe("model.layers.0.mlp.experts.gate_up_proj", (4, H, 2 * F), config)) == ["other"]
+    assert roles_of(describe("model.layers.0.mlp.experts.down_proj", (4, F, H), config)) == ["down"]
+
+
+def test_one_name_for_two_halves_is_split_only_where_the_order_is_known():
+    name = "model.decoder.layers.0.mlp.fc1.weight"
+    for model_type, roles in (("moonshine", ["up", "gate"]), ("unheard_of", ["other"])):
+        config = {"model_type": model_type, "hidden_size": H, "intermediate_size": F}
+        assert roles_of(describe(name, (2 * F, H), config)) == roles
+        assert roles_of(describe(name, (F, H), config)) == ["up"]
+    moshi = {"model_type": "moshi", "hidden_size": H, "ffn_dim": 2 * F}
+    assert roles_of(describe(name, (2 * F, H), moshi)) == ["gate", "up"]
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "unheard_of", "hidden_size": H}, {"model_type": "unheard_of"}])
+def test_an_fc1_that_leads_back_to_the_stream_is_no_up_projection(config):
+    # Some vision towers number from zero: fc0 leads out and fc1 back.
+    name = "vision_tower.encoder.blocks.0.mlp.fc1.weight"
+    assert roles_of(describe(name, (H, F), config)) == ["other"]
+    assert roles_of(describe(name, (F, H), config)) == ["up"]
+
+
+def test_dbrx_keeps_its_experts_below_each_other():
+    config = {"model_type": "dbrx", "d_model": H, "ffn_config": {"moe_num_experts": 2}}
+    layout = describe("transformer.blocks.0.ffn.experts.mlp.w2", (2 * F, H), config)
+    blocks = (Block(0, 1, 2 * F, 0, F), Block(0, 1, 2 * F, F, F))
+    assert layout.parts == (Part("down", "expert=0", blocks[0]), Part("down", "expert=1", blocks[1]))
+    assert [matrix_shape(layout, part, (2 * F, H)) for part in layout.parts] == [(H, F)] * 2
+
+
+def test_metas_short_names_mean_nothing_in_a_vision_tower():
+    config = {"model_type": "unheard_of", "hidden_size": H}
+    name = "vision_model.transformer.resblocks.0.feed_forward.w1.weight"
+    assert roles_of(describe(name, (F, H), config)) == ["other"]
 
 
 def test_a_vision_tower_is_read_by_its_own_config():

@@ -31,6 +31,8 @@ EXPERTS_OUT_IN = frozenset(
         )
     ).split()
 )
+# Of those stored (E, in, out), the ones of which it is known how gate and up lie: side by side, if not interleaved.
+EXPERTS_IN_OUT_HALVES = EXPERTS_IN_OUT | {"qwen3_vl_moe", "qwen3_vl_moe_text"}
 # Gate and up alternate column by column instead of lying side by side.
 EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
 
@@ -38,7 +40,6 @@ EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
 # the FFN's width, but for moshi, whose config counts both halves) and the order of its halves.
 FUSED_FC1 = {
     "moshi": ("gate", "up"),
-    "chatglm": ("gate", "up"),
     "moonshine": ("up", "gate"),
     "moonshine_streaming": ("up", "gate"),
 }
@@ -177,3 +178,15 @@ def split_qkv(config: Config | None, fused: int, axis: int) -> tuple[Part, ...]:
     if groups * sum(entries.values()) != fused:
         return ()
     return cut_runs(axis, groups, {role: entries[role] for role in order}, "qkv")
+
+
+def is_stored_in_out(role: str, shape: tuple[int, int], config: Config | None) -> bool:
+    """Whether a tensor of GPT-2's names is a Conv1D, by the hidden size, the model type or the longer side."""
+    rows, columns = shape
+    hidden = hidden_size_of(config)
+    if hidden is not None and (rows == hidden) != (columns == hidden):
+        return (columns if role in ("down", "o") else rows) == hidden
+    model_type = model_type_of(config)
+    if model_type is not None:
+        return model_type in CONV1D
+    return rows > columns if role in ("down", "o") else rows < columns
