@@ -307,14 +307,14 @@ def _find_obstacle(
                 "the tensor out with --exclude"
             )
     if entry.shape != base_entry.shape:
-        if {part.role for part in layout.parts} <= {"embed", "head"}:
+        if roles <= {"embed", "head"}:
             if spec.common_rows and len(entry.shape) == 2 and entry.shape[1] == base_entry.shape[1]:
                 return None
             return (
                 f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)} (another vocabulary; --common-rows "
                 "edits the rows that both have)"
             )
-        if roles == {"other"}:
+        if roles == {"other"} and "other" in spec.layers:  # everything was asked for, not this tensor by a pattern
             return f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)}"
         raise PairingError(
             f"{where}: its shape {list(entry.shape)} is not BASE's {list(base_entry.shape)}; is "
