@@ -33,8 +33,8 @@ _INDEX = re.compile(r"(?:expert_|layer_|block_)?\d+")
 _FFN_ROLE = invert(
     {
         "gate": "gate_proj fc12 wi_0 w_in.w_0 proj_up_gate linear_gate",
-        "up": "up_proj fc1 fc_1 fc11 linear_1 linear_fc1 ffn c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 proj_up "
-        "intermediate_dense intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate "
+        "up": "up_proj fc1 fc_1 fc11 linear_1 linear_fc1 ffn c_fc fc_in dense_h_to_4h lin1 linear1 wi wi_1 w_in.w_1 "
+        "proj_up intermediate_dense intermediate.dense intermediate_query.dense ff.layer_1 feed_forward.intermediate "
         "dense.dense",
         "down": "down_proj fc2 fc_2 linear_2 linear_fc2 ffn_output c_proj fc_out dense_4h_to_h lin2 linear2 wo w_out "
         "proj_down output_dense output.dense output_query.dense ff.layer_2 feed_forward.output",
