@@ -97,7 +97,7 @@ class Launcher:
         """One `pome ARGUMENTS`; only calls on files below `root` are counted, traced and broken.
 
         Settings: commit_units (how many units a journal group holds), ignore_space (do not look at free space before
-        the run), file_limit (bytes: the system's limit on file sizes), unsafe (no syncs, no hashes).
+        the run), file_limit (bytes: the system's limit on file sizes), unsafe (no syncs, no hashes), limit (seconds).
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         request = {
@@ -488,7 +488,8 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             _serve(request, report)
-        limit = request["kill_after"] if request["kill_after"] is not None else LIMIT_SECONDS
+        after = request["kill_after"]
+        limit = after if after is not None else request["settings"].get("limit", LIMIT_SECONDS)
         done, status = os.waitpid(pid, os.WNOHANG)
         while not done and time.perf_counter() - begun < limit:
             time.sleep(0.0005)

@@ -18,6 +18,11 @@ TOWERS = frozenset(
 )  # fmt: skip
 
 
+# An ending that so many names of BASE share tells nothing of where FT's belongs, and comparing all with all would take
+# the square of their number.
+CROWD = 64
+
+
 def pair_names(base: Shapes, ft: Shapes) -> dict[str, str]:
     """FT name -> BASE name, one to one. Equal names pair; the others through the one change of prefix that fits most.
 
@@ -48,7 +53,10 @@ def _vote(base: Shapes, ft: Shapes, free_ft: list[str], free_base: set[str]) -> 
             continue
         seen = set()
         for suffix in _suffixes(name):
-            for other in by_suffix.get(suffix, ()):
+            others = by_suffix.get(suffix, [])
+            if len(others) > CROWD:
+                continue
+            for other in others:
                 change = name[: len(name) - len(suffix)], other[: len(other) - len(suffix)]
                 # The longest common suffix alone says what changed; shorter ones repeat it with more words.
                 if other in seen or base[other] != ft[name]:
