@@ -485,9 +485,11 @@ def main() -> None:
         request = json.loads(line)
         report = os.path.join(folder, str(number))
         begun = time.perf_counter()
+        errors = os.open(report + ".err", os.O_WRONLY | os.O_CREAT)  # here: a child may be killed before its first call
         pid = os.fork()
         if pid == 0:
-            _serve(request, report)
+            _serve(request, report, errors)
+        os.close(errors)
         after = request["kill_after"]
         limit = after if after is not None else request["settings"].get("limit", LIMIT_SECONDS)
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -508,7 +510,7 @@ def main() -> None:
     os.rmdir(folder)
 
 
-def _serve(request: dict[str, Any], report: str) -> None:
+def _serve(request: dict[str, Any], report: str, errors: int) -> None:
     """In the child: set the faults up, run, leave."""
     import pome.checkpoint.clone
     import pome.checkpoint.output
@@ -516,7 +518,6 @@ def _serve(request: dict[str, Any], report: str) -> None:
     from pome.cli import run_command
 
     settings = request["settings"]
-    errors = os.open(report + ".err", os.O_WRONLY | os.O_CREAT)
     null = os.open(os.devnull, os.O_RDWR)
     for fd, to in ((null, 0), (null, 1), (errors, 2)):
         os.dup2(fd, to)
