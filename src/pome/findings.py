@@ -79,9 +79,9 @@ class Survey:
 
 
 def find_place(name: str) -> str:
-    """`model.layers.7` of `model.layers.7.mlp.up_proj.weight`; of a name without a number all but its last word."""
+    """`model.layers.7` of `model.layers.7.mlp.up_proj.weight`; a name without a number is its own place."""
     match = re.match(r"(.*?(?:^|[._])\d+)(?=[._]|$)", name)
-    return match[1] if match else name.removesuffix(".weight").rpartition(".")[0]
+    return match[1] if match else name.removesuffix(".weight")
 
 
 def sort_places(places: Sequence[str]) -> list[str]:
