@@ -21,6 +21,22 @@ install() {
     "$PYTHON" -m pip install -qq --no-input --disable-pip-version-check --constraint "$ROOT/constraints.txt" "$@"
 }
 
+# The report is tested in a browser. It is installed where that takes no password; elsewhere the message says how.
+find_browser() {
+    local candidate
+    for candidate in chromium chromium-browser google-chrome; do
+        if command -v "$candidate" >/dev/null; then
+            return
+        fi
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing chromium" >&2
+        apt-get -qq update >&2 && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >&2 && return
+    fi
+    echo "no chromium on PATH, in which the report is tested: install it (Debian: apt-get install chromium)" >&2
+    return 1
+}
+
 make_environment() {
     local stamp=$ROOT/.venv/made-from wanted python
     # The path is part of it: a copied or moved environment points at the checkout that it was made in.

@@ -235,13 +235,15 @@ def test_layer_ten_comes_after_layer_two():
 
 def test_the_command_writes_json_and_a_table_and_keeps_the_streams_apart(tmp_path):
     base, ft = llama_pair(tmp_path)
-    run = run_python("-m", "pome", "inspect", str(base), str(ft), "--layers", "up,q", "--json", "--csv", f"{tmp_path}/t.csv")
+    words = ["inspect", str(base), str(ft), "--layers", "up,q", "--json", "--csv", f"{tmp_path}/t.csv"]
+    run = run_python("-m", "pome", *words)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     assert [(t["role"], t["shape"], len(t["sigma"])) for t in document["tensors"]] == [
         ("up", [40, 16], 16), ("q", [16, 16], 16), ("up", [40, 16], 16), ("q", [16, 16], 16)
     ]  # fmt: skip
-    assert {"name", "part", "stable_rank", "effective_rank", "noise_floor", "above_noise", "k"} <= set(document["tensors"][0])
+    promised = {"name", "part", "stable_rank", "effective_rank", "noise_floor", "above_noise", "k"}
+    assert promised <= set(document["tensors"][0])
     assert "suggested: An ordinary full fine-tune" in run.stderr
     lines = (tmp_path / "t.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("name,part,role,layer,fan_out,fan_in,relative_norm")
