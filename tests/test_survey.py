@@ -57,7 +57,8 @@ def test_planted_ranks_are_recovered(rank, weakest, missed, noise):
 def test_noise_alone_is_not_taken_for_signal():
     # Without the margin for the fluctuation of the edge every sixth matrix would show a direction.
     edge = math.sqrt(120) + math.sqrt(80)
-    assert [count_signal(torch.linalg.svdvals(draw((120, 80), seed)), edge, (120, 80)) for seed in range(40)] == [0] * 40
+    spectra = [torch.linalg.svdvals(draw((120, 80), seed)) for seed in range(40)]
+    assert [count_signal(sigma, edge, (120, 80)) for sigma in spectra] == [0] * 40
 
 
 def test_effective_and_energy_follow_their_formulas_on_a_geometric_spectrum():

@@ -70,7 +70,7 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
             lambda m: m.changed is not None and m.changed < SPARSE,
             "Most entries did not change at all, as after reinforcement learning with small steps or in rows that no "
             "example touched.",
-            "--rank-rule effective",
+            "--rank-rule noise-floor",
         ),
         (
             lambda m: m.relative_norm > FAR,
