@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pome.kernel import deflate, precision
 from pome.kernel import equalize as kernel
-from pome.kernel.certificate import certify, inner_product, probe_orthogonality
+from pome.kernel.certificate import certify, inner_dense
 from pome.kernel.deflate import solve_deflated
 from pome.kernel.equalize import Unsolved, equalize, equalize_factors
 from pome.kernel.gram import solve_gram
@@ -211,8 +211,8 @@ def test_a_wrong_answer_fails_the_certificate_and_the_next_rung_takes_over(monke
     spoil.delta = delta
     wrong = spoil(kept, how)
     attainable = float(kept.sigma[: kept.k].sum())
-    assert certify(kept.P, kept.k, inner_product(delta, kept.P), attainable).find_fault() is None
-    assert certify(wrong, kept.k, inner_product(delta, wrong), attainable).find_fault() is not None
+    assert certify(kept.P, kept.k, attainable, inner_dense(delta)).find_fault() is None
+    assert certify(wrong, kept.k, attainable, inner_dense(delta)).find_fault() is not None
 
     broken = (("broken", lambda D, rule: type(kept)(wrong, kept.sigma, kept.rank, kept.k, 0.0)), *kernel.RUNGS)
     monkeypatch.setattr(kernel, "RUNGS", broken)
@@ -228,11 +228,15 @@ def test_probes_estimate_the_orthogonality(m, n, size, seed):
     generator = torch.Generator().manual_seed(seed)
     P = plant(torch.ones(min(m, n)), m, n, seed, torch.float64)
     P += size * torch.randn(m, n, generator=generator, dtype=torch.float64) / math.sqrt(max(m, n))
-    true = float((P @ P.T @ P - P).norm())
+    delta = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    proof = certify(P, min(m, n), 2.0, inner_dense(delta))
+    assert proof.norm == pytest.approx(float(P.norm()), rel=1e-12)
+    assert proof.objective == pytest.approx(float((delta * P).sum()) / 2.0, rel=1e-9, abs=1e-12)
+    true = float((P @ P.T @ P - P).norm() / P.norm())
     # 8 Gaussian probes: chi-square of 8 degrees in the worst case, within these factors in all but 1e-5 of the draws
-    assert true / 6 <= probe_orthogonality(P) <= 2.5 * true
+    assert true / 6 <= proof.orthogonality <= 2.5 * true
     if min(m, n) <= 8:
-        assert probe_orthogonality(P) == pytest.approx(true, rel=1e-6)
+        assert proof.orthogonality == pytest.approx(true, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["noise", "strong", "geometric", "deficient"])

@@ -7,6 +7,7 @@ when its non-zero singular values are 1, there are k of them, and <D, P> attains
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ TOLERANCE = 1e-5
 # three times over with 0.1 %. An E of higher rank, which is what rounding leaves, is estimated far more sharply.
 PROBES = 8
 SEED = 20251006
-CHUNK = 1 << 18  # entries multiplied in one go, small enough to stay in the cache
+BLOCK = 1 << 17  # entries looked at in one go: they stay in the cache, and float32 sums of so many are good to 1e-7
+# <D, P> of the rows in a slice, P given as the block of those rows.
+Inner = Callable[[slice, Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -41,39 +44,54 @@ class Certificate:
         return None
 
 
-def certify(P: Tensor, k: int, inner: float, attainable: float) -> Certificate:
-    """Certificate of P (m x n): `inner` is <D, P>, `attainable` is s_1 + ... + s_k of D."""
-    norm = math.sqrt(squared_norm(P))
-    return Certificate(inner / attainable, probe_orthogonality(P) / norm if norm else math.nan, norm, k)
+def certify(P: Tensor, k: int, attainable: float, inner: Inner) -> Certificate:
+    """Certificate of P (m x n) against a D with s_1 + ... + s_k = `attainable`.
+
+    P P^T P - P is seen through Gaussian probes, or as a whole where one side has no more than PROBES. Two passes over
+    P, in blocks of rows that stay in the cache.
+    """
+    m, n = P.shape
+    if m <= PROBES < n:
+        return certify(P.mT, k, attainable, lambda rows, block: inner(slice(None), P) if rows.start == 0 else 0.0)
+    probes = torch.eye(n).to(P) if n <= PROBES else draw_gaussian(n, PROBES, P) / math.sqrt(PROBES)
+    once, again = P.new_empty(m, probes.shape[1]), torch.zeros_like(probes)
+    product, square = 0.0, 0.0
+    for rows in split_rows(P):
+        block = P[rows]
+        torch.mm(block, probes, out=once[rows])
+        again.addmm_(block.mT, once[rows])
+        product += inner(rows, block)
+        square += dot(block, block)
+    defect = P @ again - once
+    norm = math.sqrt(square)
+    return Certificate(product / attainable, math.sqrt(dot(defect, defect)) / norm if norm else math.nan, norm, k)
 
 
-def inner_product(D: Tensor, P: Tensor) -> float:
-    """<D, P>, both m x n: rows in their own precision, their sum in float64."""
-    pairs = zip(split_rows(D), split_rows(P), strict=True)
-    return sum(float((d * p).sum(dim=1).cpu().double().sum()) for d, p in pairs)
+def inner_dense(D: Tensor) -> Inner:
+    """<D, P>, by blocks of rows, for D m x n."""
+    return lambda rows, block: dot(D[rows], block)
 
 
-def inner_factors(b: Tensor, a: Tensor, P: Tensor) -> float:
-    """<b @ a, P> for b m x r and a r x n, without the product."""
-    return inner_product(a, b.mT @ P)
+def inner_factors(b: Tensor, a: Tensor) -> Inner:
+    """<b @ a, P>, by blocks of rows, for b m x r and a r x n; without the product."""
+    return lambda rows, block: dot(b[rows], block @ a.mT)
 
 
 def squared_norm(matrix: Tensor) -> float:
     """norm_F(matrix)^2."""
-    return inner_product(matrix, matrix)
+    return sum(dot(matrix[rows], matrix[rows]) for rows in split_rows(matrix))
 
 
-def probe_orthogonality(P: Tensor) -> float:
-    """norm_F(P P^T P - P): estimated by seeded Gaussian probes, exact where the short side has no more than those."""
-    tall = P if P.shape[0] >= P.shape[1] else P.mT
-    n = tall.shape[1]
-    if n <= PROBES:
-        probes = torch.eye(n, dtype=P.dtype, device=P.device)
-    else:
-        probes = draw_gaussian(n, PROBES, P) / math.sqrt(PROBES)
-    once = tall @ probes
-    again = tall @ (tall.mT @ once)
-    return math.sqrt(squared_norm(again - once))
+def dot(left: Tensor, right: Tensor) -> float:
+    """Sum of the entrywise product, in the tensors' own precision: for a block, not for a matrix."""
+    return float(torch.dot(left.reshape(-1), right.reshape(-1)))
+
+
+def split_rows(matrix: Tensor) -> list[slice]:
+    """The rows in blocks that stay in a CPU's cache; an accelerator is better off with few large ones."""
+    entries = BLOCK if matrix.device.type == "cpu" else 512 * BLOCK
+    step = max(1, entries // matrix.shape[1])
+    return [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
 
 
 def draw_gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -82,8 +100,3 @@ def draw_gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(SEED)
     drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
     return drawn.to(like.device, like.dtype)
-
-
-def split_rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """The matrix in blocks of rows of about CHUNK entries."""
-    return torch.split(matrix, max(1, CHUNK // matrix.shape[1]))

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian, squared_norm
 from pome.kernel.products import (
+    add_lower,
     estimate_norm,
     gram,
-    gram_eigenvalues,
     gram_of_rest,
     image_of,
     polar,
@@ -34,9 +34,11 @@ from pome.kernel.rank import RankRule, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
 
 EPS = 2.0**-24  # rounding of float32
-SKETCHES = (32, 128)  # sizes of U tried: the larger one when the smaller is mostly filled with strong directions
+SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
+SPENT = 3.0  # ... even the least that the last one caught stands this many times over the rms of the rest
 STRONG = 6.0  # a direction this many times over the rms of the rest is taken out before squaring
 POWERS = 4  # steps of subspace iteration, each on the n x n sum
+LIFT = 1.3  # where Q is put above the bulk, over the largest Ritz value of the bulk
 # Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
 # eigenvalues by 0.1 to 2 EPS; 32 is the margin that lets the rank be called proved.
 FLOOR = 32.0 * EPS
@@ -83,27 +85,29 @@ def solve_deflated(D: Tensor, rule: RankRule) -> Kept:
 
 
 def split_strong(D: Tensor) -> Split:
-    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none."""
-    m, n = D.shape
+    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none.
+
+    A sketch of b columns catches what stands some sqrt(n / b) over the rms of the rest. Where more than b directions
+    do, even its weakest is strong; where fewer do, the weakest sinks below the rms.
+    """
+    n = D.shape[1]
     total = squared_norm(D)
-    for b in SKETCHES:
-        if b > n // 4:
-            break
+    sketches = [b for b in SKETCHES if b <= n // 4]
+    for b in sketches:
         U = torch.linalg.qr(D @ draw_gaussian(n, b, D)).Q
         F = U.mT @ D
-        values = gram_eigenvalues(F)
-        rms = math.sqrt(max(total - float(values.sum()), EPS * total) / (n - b))
-        p = int((values > (STRONG * rms) ** 2).sum())
-        if p == 0:
+        values = torch.linalg.eigvalsh((F.double() @ F.double().mT).cpu())
+        rest = max(total - float(values.sum()), EPS * total) / (n - b)
+        if not bool((values > STRONG**2 * rest).any()):
             break
-        if 2 * p <= b or b == SKETCHES[-1] or 4 * b > n // 4:
-            return separate(D, U, F, rms)
+        if float(values[0]) <= SPENT**2 * rest or b == sketches[-1]:
+            return separate(D, U, F, STRONG**2 * rest)
     none = D.new_zeros(n, 0)
     return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
 
 
-def separate(D: Tensor, U: Tensor, F: Tensor, rms: float) -> Split:
-    """Take the strong right directions out of D^T D = F^T F + G, G = R^T R; b columns in U, p of them strong.
+def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
+    """Take the directions with squared singular values over `strong` out of D^T D = F^T F + G, G = R^T R.
 
     All but the first line is n x n or thinner. Q spans an invariant subspace to a high power of bulk over strong
     singular value, so what couples it to the bulk is dropped: V = [Q, W] makes V^T (D^T D) V block diagonal.
@@ -114,17 +118,15 @@ def separate(D: Tensor, U: Tensor, F: Tensor, rms: float) -> Split:
         Q = torch.linalg.qr(F.mT @ (F @ Q) + G @ Q).Q
     FQ, GQ = F @ Q, G @ Q
     values, X = torch.linalg.eigh((FQ.mT.double() @ FQ.double() + Q.mT.double() @ GQ.double()).cpu())
-    p = int((values > (STRONG * rms) ** 2).sum())
-    theta, X = values.flip(0)[:p].sqrt(), X.flip(1)[:, :p].to(Q)
-    Q, FQ, GQ = Q @ X, FQ @ X, GQ @ X
-    residual = F.mT @ FQ + GQ
-    residual -= Q * theta.square().to(Q)
+    values = values.flip(0)
+    p = int((values > strong).sum())
+    X = X.flip(1)[:, :p].to(Q)
+    Q, FQ, GQ, theta = Q @ X, FQ @ X, GQ @ X, values[:p].sqrt()
+    residual = F.mT @ FQ + GQ - Q * values[:p].to(Q)
+    lift = LIFT * float(values[p] if p < values.numel() else values[-1])
     F = F - FQ @ Q.mT  # F and G as seen from W, the complement of Q
     T = GQ - Q @ (Q.mT @ GQ) / 2
-    G -= torch.cat((Q, T), 1) @ torch.cat((T, Q), 1).mT
-    G += F.mT @ F
-    lift = SURE * estimate_norm(G)
-    G += (lift * Q) @ Q.mT
+    add_lower(G, torch.cat((-Q, -T, F.mT, lift * Q), 1), torch.cat((T, Q, F.mT, Q), 1))
     return Split(Q, theta, residual, G, lift)
 
 
@@ -160,14 +162,16 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> Non
     in which they cancel. Raises Undecided when that comes to more than SUBSPACE and the data determine P.
     """
     n, p = V.shape[1], split.Q.shape[1]
-    low, high = (max(p, k - WINDOW), min(n, k + WINDOW)) if k > p else (0, p)
+    determined = k == n or float(sigma[k - 1] - sigma[k]) > GAP * float(sigma[k - 1])
+    half = WINDOW if determined else WINDOW // 4  # in a bulk there is nothing to gain but the digits of s_k
+    low, high = (max(p, k - half), min(n, k + half)) if k > p else (0, p)
     image = image_of(D, V[:, low:high])
     H = image.mT @ image
     coupling = float((H - H.diag().diag()).square().mean().sqrt())
     values, X = torch.linalg.eigh(H)
     V[:, low:high] = (V[:, low:high].double() @ X.flip(1)).to(V.dtype)
     sigma[low:high] = values.flip(0).clamp_min(0.0).sqrt().cpu()
-    if k < n and float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
+    if not determined or (k < n and float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1])):
         return
     square = sigma.square()
     turns = (square[p:k, None] - square[k:]).reciprocal().square()

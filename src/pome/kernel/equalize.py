@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pome.kernel.certificate import Certificate, certify, inner_factors, inner_product, squared_norm
+from pome.kernel.certificate import Certificate, Inner, certify, inner_dense, inner_factors, squared_norm
 from pome.kernel.deflate import solve_deflated
 from pome.kernel.gram import solve_gram
 from pome.kernel.lowrank import solve_factors
@@ -94,7 +94,7 @@ def equalize(
     check_shape(delta, "delta")
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
-        found = climb(list_rungs(D), partial(inner_product, D), D.device, rule.shift(-exponent))
+        found = climb(list_rungs(D), inner_dense(D), D.device, rule.shift(-exponent))
         return finish(found, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
 
 
@@ -122,8 +122,7 @@ def equalize_factors(
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        inner = partial(inner_factors, B, A)
-        found = climb(list_product_rungs(B, A), inner, B.device, rule.shift(-exponent))
+        found = climb(list_product_rungs(B, A), inner_factors(B, A), B.device, rule.shift(-exponent))
         square = float(found.kept.sigma.square().sum())
         return finish(found, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
 
@@ -141,14 +140,14 @@ class Found:
 Attempt = tuple[str, Callable[[RankRule], Kept]]
 
 
-def climb(attempts: Iterable[Attempt], inner: Callable[[Tensor], float], device: torch.device, rule: RankRule) -> Found:
+def climb(attempts: Iterable[Attempt], inner: Inner, device: torch.device, rule: RankRule) -> Found:
     """Try one solver after the other until an answer is certified; `inner` measures <D, P>."""
     notes: list[str] = []
     for name, solve in attempts:
         try:
             kept = solve(rule)
             kept = replace(kept, P=kept.P.to(device))
-            certificate = certify(kept.P, kept.k, inner(kept.P), float(kept.sigma[: kept.k].sum()))
+            certificate = certify(kept.P, kept.k, float(kept.sigma[: kept.k].sum()), inner)
         except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
             notes.append(f"{name} handed over: {summarise(failure)}")
             continue

@@ -9,31 +9,33 @@ from pome.kernel.certificate import draw_gaussian
 from pome.kernel.spectrum import Undecided
 
 BLOCKS = 4  # a Gram matrix needs its lower half only: with 4 blocks 5/8 of the product, each still large
-ROWS = 2048  # rows of a tall matrix formed or converted at a time
+ROWS = 1408  # rows of a tall matrix formed or converted at a time
 
 
 def gram(A: Tensor) -> Tensor:
-    """A^T A (n x n) of A (m x n): blocks at and below the diagonal, mirrored above it."""
+    """A^T A (n x n) of A (m x n), every entry of it."""
     G = A.new_zeros(A.shape[1], A.shape[1])
-    add_gram(G, A)
+    add_lower(G, A.mT, A.mT)
     return mirror(G)
 
 
 def gram_of_rest(D: Tensor, U: Tensor, F: Tensor) -> Tensor:
     """R^T R (n x n) of R = D - U F, which never exists as a whole."""
     G = D.new_zeros(D.shape[1], D.shape[1])
+    rest = D.new_empty(min(ROWS, D.shape[0]), D.shape[1])
     for start in range(0, D.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
-        add_gram(G, torch.addmm(D[rows], U[rows], F, alpha=-1.0))
+        rows = slice(start, min(start + ROWS, D.shape[0]))
+        R = torch.addmm(D[rows], U[rows], F, alpha=-1.0, out=rest[: rows.stop - start])
+        add_lower(G, R.mT, R.mT)
     return mirror(G)
 
 
-def add_gram(G: Tensor, A: Tensor) -> None:
-    """G += A^T A in the blocks at and below the diagonal."""
+def add_lower(G: Tensor, X: Tensor, Y: Tensor) -> None:
+    """G += X Y^T (all n x n), a symmetric sum, in the blocks at and below the diagonal."""
     step = -(-G.shape[0] // BLOCKS)
     for start in range(0, G.shape[0], step):
         stop = start + step
-        G[start:stop, :stop].addmm_(A[:, start:stop].mT, A[:, :stop])
+        G[start:stop, :stop].addmm_(X[start:stop], Y[:stop].mT)
 
 
 def mirror(G: Tensor) -> Tensor:
@@ -67,22 +69,36 @@ def measure_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int) -> None:
 def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool) -> Tensor:
     """Orthonormal polar factor of B = D V times V^T, for V (n x k) nearly the leading singular vectors of D (m x n).
 
-    B scaled by 1 / sigma is nearly orthonormal already: (I + E)^(-1/2) = I - E/2 + 3/8 E^2 + O(E^3) puts it right.
+    B scaled by 1 / sigma is nearly orthonormal already; what is missing is (B^T B)^(-1/2), k x k, on the thin side.
     """
     B = (D @ V).mul_(sigma.reciprocal().to(D))
-    E = gram(B)
-    E.diagonal().sub_(1.0)
-    size = float(torch.linalg.matrix_norm(E))
     W = V.mT
-    if size > 0.05:
-        raise Undecided("the kept directions are not orthogonal enough")
-    if size > 8.0 * torch.finfo(E.dtype).eps * E.shape[0] ** 0.5:
-        correction = torch.addmm(E, E, E, beta=-0.5, alpha=0.375)
-        W = torch.addmm(W, correction, W)
+    if measure_defect(B) > 16.0 * torch.finfo(B.dtype).eps:
+        W = correct_root(gram(B), W)
     return W.mT @ B.mT if flipped else B @ W
 
 
-def gram_eigenvalues(F: Tensor) -> Tensor:
-    """Squared singular values of a thin F (b x n), float64, CPU."""
-    values: Tensor = torch.linalg.eigvalsh((F.double() @ F.double().mT).cpu())
-    return values
+def correct_root(C: Tensor, W: Tensor) -> Tensor:
+    """C^(-1/2) W for C (k x k) near the identity.
+
+    T = I - E/2 + 3/8 E^2 with E = C - I leaves T C T = I + O(E^3); once more where E was not small.
+    """
+    for _ in range(3):
+        E = C.clone()
+        E.diagonal().sub_(1.0)
+        size = float(torch.linalg.matrix_norm(E))
+        if not size < 0.7:
+            break
+        T = torch.addmm(E, E, E, beta=-0.5, alpha=0.375)
+        T.diagonal().add_(1.0)
+        W = T @ W
+        if size < 0.05:
+            return W
+        C = T @ C @ T
+    raise Undecided("the kept directions are not orthogonal enough")
+
+
+def measure_defect(B: Tensor) -> float:
+    """norm_F(B^T B - I) / sqrt(k), about, for B (m x k): by a few Gaussian probes."""
+    probes = draw_gaussian(B.shape[1], 4, B)
+    return float(torch.linalg.vector_norm(B.mT @ (B @ probes) - probes) / torch.linalg.vector_norm(probes))
