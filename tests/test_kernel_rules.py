@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pome.kernel.edge import find_edge
 from pome.kernel.equalize import equalize
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import (
@@ -176,3 +177,35 @@ def test_noise_floor_refuses_what_is_no_matrix_of_floats():
     for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int8)):
         with pytest.raises(ValueError):
             storage_noise_floor(wrong)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("heavy", [1, 5, 60])
+def test_noise_floor_follows_outlier_rows_and_columns(axis, heavy):
+    exact = torch.randn(500, 300, generator=torch.Generator().manual_seed(heavy), dtype=torch.float64)
+    exact.narrow(axis, 0, heavy).mul_(40)
+    stored = exact.bfloat16()
+    actual = float(torch.linalg.svdvals(stored.double() - exact)[0])
+    # 5 % as above for the edge. A row of Gaussian weights, few of them large, varies like some sixty equal entries:
+    # the floor includes 30 % for one such row. Even noise of the same norm would end far lower.
+    assert 0.95 * actual <= storage_noise_floor(stored) <= 1.35 * actual
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 3), (12, 12), (30, 9)])
+def test_edge_for_variances_that_are_products_is_that_of_the_dyson_equation(shape):
+    generator = torch.Generator().manual_seed(shape[0])
+    r, c = (torch.rand(side, generator=generator, dtype=torch.float64).pow(3) + 1e-3 for side in shape)
+    v = r[:, None] * c
+    edge, _ = find_edge(*(torch.stack([v.sum(axis), v.square().sum(axis)]) for axis in (1, 0)))
+
+    def is_above(z):  # whether 1 / x = z - v y, 1 / y = z - v^T x has a positive solution
+        x, y = torch.zeros_like(r), torch.zeros_like(c)
+        for _ in range(1000):
+            left, below = z - v @ y, z - v.T @ x
+            if not (bool((left > 0).all()) and bool((below > 0).all())):
+                return False
+            x, y = 1 / left, 1 / below
+        return True
+
+    # Below the edge by a share e the iteration fails after some pi / sqrt(e) steps.
+    assert is_above(1.001 * edge) and not is_above(0.999 * edge)

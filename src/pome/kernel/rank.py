@@ -85,17 +85,22 @@ def count_above(sigma: Tensor, floor: float, slack: float = 0.0) -> int:
     return int((sigma > floor * (1.0 + slack)).sum())
 
 
-def count_signal(sigma: Tensor, floor: float, shape: tuple[int, int], slack: float = 0.0) -> int:
-    """Singular values that noise whose spectrum ends at `floor`, such as that of storage rounding, does not explain.
+def count_signal(sigma: Tensor, floor: float, shape: tuple[float, float], slack: float = 0.0) -> int:
+    """Singular values that noise whose spectrum ends at `floor`, such as that of storage rounding, does not explain."""
+    return count_above(sigma, floor * noise_margin(shape), slack)
 
-    The largest eigenvalue of such noise fluctuates around the Marchenko-Pastur edge (sqrt(m) + sqrt(n))^2 by
-    (sqrt(m) + sqrt(n)) (1 / sqrt(m) + 1 / sqrt(n))^(1/3) times a Tracy-Widom variable of order 1: Johnstone, "On the
-    distribution of the largest eigenvalue in principal components analysis", Ann. Statist. 29(2), 2001. The threshold
-    lies at its 99.9 % quantile, 1 % above the edge of a 1000 x 1000 matrix.
+
+def noise_margin(shape: tuple[float, float]) -> float:
+    """How far above the edge of its spectrum the largest singular value of m x n noise may lie, as a factor.
+
+    Its square fluctuates around the Marchenko-Pastur edge (sqrt(m) + sqrt(n))^2 by (sqrt(m) + sqrt(n))
+    (1 / sqrt(m) + 1 / sqrt(n))^(1/3) times a Tracy-Widom variable of order 1: Johnstone, "On the distribution of the
+    largest eigenvalue in principal components analysis", Ann. Statist. 29(2), 2001. The factor is that of the 99.9 %
+    quantile, 1 % for a 1000 x 1000 matrix.
     """
     m, n = (math.sqrt(side) for side in shape)
     width = (1.0 / m + 1.0 / n) ** (1.0 / 3.0) / (m + n)
-    return count_above(sigma, floor * math.sqrt(1.0 + TRACY_WIDOM * width), slack)
+    return math.sqrt(1.0 + TRACY_WIDOM * width)
 
 
 def count_gavish_donoho(sigma: Tensor, shape: tuple[int, int], slack: float = 0.0) -> int:
