@@ -22,7 +22,7 @@ from pome.kernel.gram import solve_gram
 from pome.kernel.lowrank import solve_factors
 from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
-from pome.kernel.rank import RankRule
+from pome.kernel.rank import RankRule, count_signal
 from pome.kernel.scale import SCALES, choose_scale
 from pome.kernel.spectrum import Kept, Solver, Undecided
 from pome.kernel.svd import solve_svd
@@ -95,7 +95,7 @@ def equalize(
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
         found = climb(list_rungs(D), inner_dense(D), D.device, rule.shift(-exponent))
-        return finish(found, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
+        return finish(found, rule, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
 
 
 def equalize_factors(
@@ -124,7 +124,7 @@ def equalize_factors(
         B, A, exponent = B.to(wide), A.to(wide), up + down
         found = climb(list_product_rungs(B, A), inner_factors(B, A), B.device, rule.shift(-exponent))
         square = float(found.kept.sigma.square().sum())
-        return finish(found, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
+        return finish(found, rule, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def list_product_rungs(B: Tensor, A: Tensor) -> Iterator[Attempt]:
 
 
 def finish(
-    found: Found, shape: tuple[int, int], square: float, exponent: int, scale: str, beta: float
+    found: Found, rule: RankRule, shape: tuple[int, int], square: float, exponent: int, scale: str, beta: float
 ) -> Equalized:
     """Scale what was found for D back to the delta = 2^exponent * D, and by alpha. `square` is norm_F(D)^2."""
     kept, certificate = found.kept, found.certificate
@@ -198,7 +198,7 @@ def finish(
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
         solver=found.solver,
-        warnings=found.warnings,
+        warnings=(*found.warnings, *warn_of_noise(sigma, k, rule, shape)),
     )
 
 
@@ -273,3 +273,15 @@ def warn_of_cluster(kept: Kept) -> tuple[str, ...]:
     if s_next <= 0.0 or (s_k - s_next) / s_k >= kept.resolution:
         return ()
     return (f"the cut at k={kept.k} falls into a cluster: s_k and s_k+1 differ by less than {kept.resolution:.0e}",)
+
+
+def warn_of_noise(sigma: Tensor, k: int, rule: RankRule, shape: tuple[int, int]) -> tuple[str, ...]:
+    """A warning when most of the kept directions are no larger than what storage rounding makes of nothing."""
+    floor = rule.noise_floor or 0.0
+    signal = count_signal(sigma, floor, shape)
+    if 2 * signal >= k:
+        return ()
+    said = f"only {signal} of the {k} kept singular values lie above the noise of storage ({floor:.2e})"
+    if signal == 0:
+        return (f"{said}: the whole delta may be rounding",)
+    return (f"{said}: the others equalize rounding; --rank-rule noise-floor keeps k={signal}",)
