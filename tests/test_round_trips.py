@@ -218,8 +218,8 @@ def vit(i: int) -> list[Matrix]:
 
 
 def whisper(i: int) -> list[Matrix]:
-    layers = [f"model.{side}.layers.{i}" for side in ("encoder", "decoder")]
-    return [plain(f"{layer}.{leaf}.weight", role) for layer in layers for leaf, role in (("fc1", "up"), ("fc2", "down"))]
+    places = [f"model.{side}.layers.{i}" for side in ("encoder", "decoder")]
+    return [plain(f"{at}.{leaf}.weight", role) for at in places for leaf, role in (("fc1", "up"), ("fc2", "down"))]
 
 
 def dense(i: int) -> list[Matrix]:

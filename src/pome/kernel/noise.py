@@ -102,7 +102,7 @@ def storage_noise_floor(weight: Tensor) -> float:
 
 
 def check_floats(weight: Tensor) -> tuple[int, int]:
-    """(binary digits after the point, exponent of the least normal number) of the dtype of an m x n tensor of floats."""
+    """(binary digits after the point, exponent of the least normal number) of the dtype of a float matrix."""
     known = weight.is_floating_point() and weight.dtype.itemsize in INTEGERS
     if weight.ndim != 2 or weight.numel() == 0 or not known:
         raise ValueError(f"a noise floor needs a non-empty m x n float tensor, not {describe(weight)}")
