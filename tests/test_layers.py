@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.files": {"errors", "checkpoint.header"},
     "checkpoint.hub_calls": {"errors"},
     "checkpoint.hub": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub_calls"},
-    "checkpoint.source": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub"},
+    "checkpoint.fp8": {"errors", "checkpoint.header", "checkpoint.files"},
+    "checkpoint.source": {"errors", "checkpoint.header", "checkpoint.files", "checkpoint.hub", "checkpoint.fp8"},
     "checkpoint.adapter": {"errors", "checkpoint.header", "checkpoint.source"},
     "checkpoint.fitting": {
         "errors", "architectures", "roles", "pairing", "checkpoint.header", "checkpoint.source", "checkpoint.adapter"
@@ -37,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.lock": {"errors", "checkpoint.clone"},
     "checkpoint.sidefiles": {"errors", "checkpoint.source"},
     "checkpoint.output": {
-        "errors", "checkpoint.header", "checkpoint.clone", "checkpoint.lock", "checkpoint.sidefiles"
+        "errors", "checkpoint.files", "checkpoint.header", "checkpoint.clone", "checkpoint.lock",
+        "checkpoint.sidefiles"
     },
     "kernel": set(),
     "manifest": {"errors"},

@@ -73,9 +73,7 @@ def test_a_killed_run_does_not_block(tmp_path: Path, other_process: subprocess.P
 
 
 @pytest.mark.usefixtures("lying_locks")
-def test_where_locks_lie_the_living_process_is_found(
-    tmp_path: Path, other_process: subprocess.Popen[str]
-) -> None:
+def test_where_locks_lie_the_living_process_is_found(tmp_path: Path, other_process: subprocess.Popen[str]) -> None:
     with pytest.raises(OutputError, match=f"process {other_process.pid} on"):
         take_lock(tmp_path)
     other_process.kill()
