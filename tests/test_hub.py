@@ -180,7 +180,8 @@ def test_a_private_repository_needs_the_token(
         hub.repos[name].private = True
     status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out")
     assert status == 1
-    assert said.replace("/ft", "/base").startswith("error: org/base: neither a local file or folder nor a repository that the Hub shows you")
+    wanted = "error: org/base: neither a local file or folder nor a repository that the Hub shows you"
+    assert said.replace("/ft", "/base").startswith(wanted)
     assert "`hf auth login` if it is private" in said
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.seen.clear()
@@ -191,7 +192,8 @@ def test_a_private_repository_needs_the_token(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out2")
     assert status == 1
-    assert said.replace("/ft", "/base").startswith("error: org/base: the Hub does not know the token; log in again with `hf auth login`, or")
+    wanted = "error: org/base: the Hub does not know the token; log in again with `hf auth login`, or"
+    assert said.replace("/ft", "/base").startswith(wanted)
 
 
 def test_a_gated_repository_names_what_to_do(

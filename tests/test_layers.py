@@ -90,7 +90,7 @@ KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge", "adapt", "measure", "verification"},
+    "torch": {"kernel", "patch", "merge", "adapt", "measure", "verification", "checkpoint.fp8"},
     "matplotlib": {"plots"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
