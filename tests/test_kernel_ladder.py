@@ -1,5 +1,6 @@
 """Every rung on its own, and what happens when one fails: the certificate decides, the next rung takes over."""
 
+import functools
 import math
 
 import pytest
@@ -141,7 +142,6 @@ def fail_with(error):
         torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"),
         RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"),
         NotImplementedError("The operator 'aten::linalg_eigh' is not implemented for the MPS device"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         Undecided("the kept subspace is known to 1e-03 only"),
     ],
     ids=lambda error: type(error).__name__,
@@ -155,6 +155,41 @@ def test_a_driver_that_fails_hands_over_and_the_record_says_so(monkeypatch, erro
     assert [note.split(" ")[0] for note in edit.warnings] == ["first", "second"]
     assert all(str(error)[:30] in note for note in edit.warnings)
     assert_as_reference(edit, delta)
+
+
+def pretend_rungs(*rungs):
+    """Attempts on an accelerator, for a delta that lies on the CPU: (name, device, solver) each."""
+    return lambda D: [
+        kernel.Attempt(name, torch.device(device), functools.partial(solve, D)) for name, device, solve in rungs
+    ]
+
+
+def test_an_accelerator_out_of_memory_is_left_for_the_cpu(monkeypatch):
+    delta = make_delta("noise", 200, 120, 0)
+    spent = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    rungs = [("small", "cuda:0", fail_with(spent)), ("large", "cuda:0", fail_with(AssertionError("not to be tried")))]
+    monkeypatch.setattr(kernel, "list_rungs", pretend_rungs(*rungs, ("svd-float64 on cpu", "cpu", solve_svd)))
+    edit = equalize(delta)
+    assert edit.solver == "svd-float64 on cpu"
+    assert edit.warnings == ("small handed over: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_the_cpu_comes_after_every_rung_of_an_accelerator(device):
+    class Elsewhere:
+        """A float32 matrix that claims to lie on another device, of which it can only be copied away."""
+
+        shape, dtype, device = (300, 200), torch.float32, None
+
+        def cpu(self):
+            return torch.ones(self.shape)
+
+    delta = Elsewhere()
+    delta.device = torch.device(device)
+    names = [name for name, _ in kernel.RUNGS]
+    attempts = list(kernel.list_rungs(delta))
+    assert [attempt.name for attempt in attempts] == names + [f"{name} on cpu" for name in names]
+    assert [attempt.device.type for attempt in attempts] == [torch.device(device).type] * 3 + ["cpu"] * 3
 
 
 def test_when_every_rung_fails_each_is_named(monkeypatch):

@@ -29,6 +29,7 @@ from pome.kernel.products import (
     gram_of_rest,
     image_of,
     polar,
+    widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
@@ -37,7 +38,7 @@ EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
 SPENT = 3.0  # ... even the least that the last one caught stands this many times over the rms of the rest
 STRONG = 6.0  # a direction this many times over the rms of the rest is taken out before squaring
-POWERS = 4  # steps of subspace iteration, each on the n x n sum
+POWERS = 5  # steps of subspace iteration, each on the n x n sum
 LIFT = 1.3  # where Q is put above the bulk, over the largest Ritz value of the bulk
 # Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
 # eigenvalues by 0.1 to 2 EPS; 32 is the margin that lets the rank be called proved.
@@ -96,7 +97,7 @@ def split_strong(D: Tensor) -> Split:
     for b in sketches:
         U = torch.linalg.qr(D @ draw_gaussian(n, b, D)).Q
         F = U.mT @ D
-        values = torch.linalg.eigvalsh((F.double() @ F.double().mT).cpu())
+        values = torch.linalg.eigvalsh(widen(F) @ widen(F).mT).cpu()
         rest = max(total - float(values.sum()), EPS * total) / (n - b)
         if not bool((values > STRONG**2 * rest).any()):
             break
@@ -117,9 +118,10 @@ def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
     for _ in range(POWERS):
         Q = torch.linalg.qr(F.mT @ (F @ Q) + G @ Q).Q
     FQ, GQ = F @ Q, G @ Q
-    values, X = torch.linalg.eigh((FQ.mT.double() @ FQ.double() + Q.mT.double() @ GQ.double()).cpu())
+    values, X = torch.linalg.eigh((widen(FQ).mT @ widen(FQ) + widen(Q).mT @ widen(GQ)).cpu())
     values = values.flip(0)
-    p = int((values > strong).sum())
+    # Iteration has parted Q from what lies outside the sketch by the power 2 POWERS of the ratio, 1e-3 at a half.
+    p = int((values > max(strong, 4.0 * float(values[-1]))).sum())
     X = X.flip(1)[:, :p].to(Q)
     Q, FQ, GQ, theta = Q @ X, FQ @ X, GQ @ X, values[:p].sqrt()
     residual = F.mT @ FQ + GQ - Q * values[:p].to(Q)
@@ -169,7 +171,7 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> Non
     H = image.mT @ image
     coupling = float((H - H.diag().diag()).square().mean().sqrt())
     values, X = torch.linalg.eigh(H)
-    V[:, low:high] = (V[:, low:high].double() @ X.flip(1)).to(V.dtype)
+    V[:, low:high] = (widen(V[:, low:high]) @ X.flip(1)).to(V)
     sigma[low:high] = values.flip(0).clamp_min(0.0).sqrt().cpu()
     if not determined or (k < n and float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1])):
         return

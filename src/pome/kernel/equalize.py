@@ -137,24 +137,38 @@ class Found:
     warnings: tuple[str, ...]
 
 
-Attempt = tuple[str, Callable[[RankRule], Kept]]
+@dataclass(frozen=True)
+class Attempt:
+    """One rung, ready to be tried, and the device whose memory it needs."""
+
+    name: str
+    device: torch.device
+    solve: Callable[[RankRule], Kept]
 
 
 def climb(attempts: Iterable[Attempt], inner: Inner, device: torch.device, rule: RankRule) -> Found:
-    """Try one solver after the other until an answer is certified; `inner` measures <D, P>."""
+    """Try one solver after the other until an answer is certified; `inner` measures <D, P>, on `device`.
+
+    A rung that runs out of an accelerator's memory ends the attempts there: those after it need more, and the CPU is
+    next.
+    """
     notes: list[str] = []
-    for name, solve in attempts:
+    full = None
+    for attempt in attempts:
+        if attempt.device == full:
+            continue
         try:
-            kept = solve(rule)
+            kept = attempt.solve(rule)
             kept = replace(kept, P=kept.P.to(device))
             certificate = certify(kept.P, kept.k, float(kept.sigma[: kept.k].sum()), inner)
+            fault = certificate.find_fault()
         except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
-            notes.append(f"{name} handed over: {summarise(failure)}")
-            continue
-        fault = certificate.find_fault()
+            fault = summarise(failure)
+            if isinstance(failure, torch.cuda.OutOfMemoryError):
+                full = attempt.device
         if fault is None:
-            return Found(name, kept, certificate, (*notes, *warn_of_cluster(kept)))
-        notes.append(f"{name} handed over: {fault}")
+            return Found(attempt.name, kept, certificate, (*notes, *warn_of_cluster(kept)))
+        notes.append(f"{attempt.name} handed over: {fault}")
     raise Unsolved("no solver could be certified: " + "; ".join(notes))
 
 
@@ -163,15 +177,16 @@ def list_rungs(D: Tensor) -> Iterator[Attempt]:
     once, in a millisecond; a float64 one skips the first."""
     first = 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
     for name, solve in RUNGS[first:]:
-        yield name, partial(solve, D)
+        yield Attempt(name, D.device, partial(solve, D))
     if D.device.type != "cpu":
+        D = D.cpu()
         for name, solve in RUNGS[first:]:
-            yield f"{name} on cpu", partial(solve, D.cpu())
+            yield Attempt(f"{name} on cpu", D.device, partial(solve, D))
 
 
 def list_product_rungs(B: Tensor, A: Tensor) -> Iterator[Attempt]:
     """The thin route, and the dense ladder should it fail."""
-    yield "factors", partial(solve_factors, B, A)
+    yield Attempt("factors", B.device, partial(solve_factors, B, A))
     yield from list_rungs(B @ A)
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pome.kernel.products import gram, measure_cut, polar
+from pome.kernel.products import gram, measure_cut, polar, widen
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
 
@@ -22,7 +22,7 @@ BLURRED = 1e-7  # relative error of s_k^2 from which on the directions around it
 def solve_gram(D: Tensor, rule: RankRule) -> Kept:
     """P of D (m x n, float32 or float64). Raises Undecided when float64 squares cannot settle rank, k or subspace."""
     shape = (D.shape[0], D.shape[1])
-    tall = (D if shape[0] >= shape[1] else D.mT).double()
+    tall = widen(D if shape[0] >= shape[1] else D.mT)
     lam, V = torch.linalg.eigh(gram(tall))
     lam, V = lam.flip(0).clamp_min(0.0), V.flip(1)
     noise = NOISE * float(lam[0])
@@ -42,7 +42,7 @@ def solve_gram(D: Tensor, rule: RankRule) -> Kept:
     if k < start:
         measure_cut(tall, V, sigma, k)
     P = polar(tall, V[:, :k], sigma[:k], flipped=shape[0] < shape[1])
-    return Kept(P.to(D.dtype), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
+    return Kept(P.to(D), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
 
 
 def sharpen_tail(D: Tensor, V: Tensor, sigma: Tensor, below: float) -> int:

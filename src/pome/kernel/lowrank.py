@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
 from pome.kernel.spectrum import Kept
 
@@ -16,8 +17,8 @@ def solve_factors(b: Tensor, a: Tensor, rule: RankRule) -> Kept:
     but the product that writes P is float64: r is small, and it costs milliseconds.
     """
     shape = (b.shape[0], a.shape[1])
-    Qb, Rb = torch.linalg.qr(b.double())
-    Qa, Ra = torch.linalg.qr(a.double().mT)
+    Qb, Rb = torch.linalg.qr(widen(b))
+    Qa, Ra = torch.linalg.qr(widen(a).mT)
     U, s, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     sigma = torch.zeros(min(shape), dtype=torch.float64, device="cpu")
     sigma[: s.numel()] = s.cpu()
@@ -25,4 +26,4 @@ def solve_factors(b: Tensor, a: Tensor, rule: RankRule) -> Kept:
     k = rule.choose(sigma, rank, shape)
     left, right = Qb @ U[:, :k], Vh[:k] @ Qa.mT
     resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Kept(left.to(b.dtype) @ right.to(b.dtype), sigma, rank, k, resolution)
+    return Kept(left.to(b) @ right.to(b), sigma, rank, k, resolution)

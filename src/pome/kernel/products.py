@@ -54,10 +54,15 @@ def estimate_norm(A: Tensor) -> float:
     return float(torch.linalg.matrix_norm(A @ X, 2))
 
 
+def widen(A: Tensor) -> Tensor:
+    """A in float64: where it is, or on the CPU where its device (mps) has no float64."""
+    return A.cpu().double() if A.device.type == "mps" else A.double()
+
+
 def image_of(D: Tensor, V: Tensor) -> Tensor:
     """D V in float64 (m x j) for D (m x n) of any precision and a thin V (n x j)."""
-    V = V.double()
-    return torch.cat([rows.double() @ V for rows in torch.split(D, ROWS)])
+    V = widen(V)
+    return torch.cat([widen(rows) @ V for rows in torch.split(D, ROWS)])
 
 
 def measure_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
 from pome.kernel.spectrum import Kept
 
@@ -15,9 +16,9 @@ def solve_svd(D: Tensor, rule: RankRule) -> Kept:
     Raises torch.linalg.LinAlgError when the driver does not converge.
     """
     shape = (D.shape[0], D.shape[1])
-    U, s, Vh = torch.linalg.svd(D.double(), full_matrices=False)
+    U, s, Vh = torch.linalg.svd(widen(D), full_matrices=False)
     sigma = s.cpu()
     rank = count_rank(sigma, shape)
     k = rule.choose(sigma, rank, shape)
     resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Kept((U[:, :k] @ Vh[:k]).to(D.dtype), sigma, rank, k, resolution)
+    return Kept((U[:, :k] @ Vh[:k]).to(D), sigma, rank, k, resolution)
