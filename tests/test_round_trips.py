@@ -362,3 +362,18 @@ def test_experts_written_in_bfloat16(pair: Pair, tmp_path: Path) -> None:
     # The few such values may move a logit by a unit of bfloat16, 2^-8, of one term among many.
     assert made <= 1e-3
     assert before >= 1e-2
+
+
+@pytest.mark.parametrize("pair", ["llama4", "gpt-oss", "phi3"], indirect=True)
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+def test_the_half_that_is_not_selected_stays(pair: Pair, tmp_path: Path, dtype: str) -> None:
+    """Gate and up share a tensor: with up alone edited, gate is the fine-tuned one, rounded where the tensor is."""
+    out = tmp_path / "out"
+    manifest = pome.edit(pair.base, pair.ft, out, pome.EditSpec(dtype=dtype))
+    wanted = {(matrix.name, matrix.part) for matrix in pair.case.matrices if matrix.role == "up"}
+    assert {(record.name, record.part) for record in manifest.tensors} == wanted
+    made, ft = read_tensors(out), read_tensors(pair.ft)
+    for matrix in pair.case.matrices:
+        rounded = ft[matrix.name].to(made[matrix.name].dtype)
+        same = matrix.view(made[matrix.name]).equal(matrix.view(rounded))
+        assert same == (matrix.role != "up")
