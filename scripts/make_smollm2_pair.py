@@ -33,7 +33,7 @@ def fine_tune(base: Path, target: Path, text: str, steps: int, rate: float) -> N
         starts = torch.randint(len(tokens) - LENGTH, (BATCH,)).tolist()
         batch = torch.stack([tokens[start : start + LENGTH] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
-        print(f"step {step}: loss {float(loss):.3f}", flush=True)
+        print(f"step {step}: loss {loss.item():.3f}", flush=True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
