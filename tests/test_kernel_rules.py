@@ -170,7 +170,8 @@ def test_noise_floor_of_subnormals_and_zeros_is_the_least_ulp():
 def test_noise_floor_takes_the_ulp_of_each_exponent(exponent, m, n):
     weight = torch.full((m, n), 1.5 * 2.0**exponent, dtype=torch.float16)
     ulp = 2.0 ** (exponent - 10)
-    assert storage_noise_floor(weight) == pytest.approx(ulp / math.sqrt(12) * (math.sqrt(m) + math.sqrt(n)), rel=1e-12)
+    # The edge is the minimum of a function found by iteration: good to the root of float64's rounding, 1.5e-8.
+    assert storage_noise_floor(weight) == pytest.approx(ulp / math.sqrt(12) * (math.sqrt(m) + math.sqrt(n)), rel=1e-6)
 
 
 def test_noise_floor_refuses_what_is_no_matrix_of_floats():
