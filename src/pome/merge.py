@@ -49,9 +49,9 @@ def see_ft(unit: Unit, data: Data) -> bytes:
         return bytes(mine)  # type: ignore[arg-type]
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     _, stored = merge_as_peft(unit.change, load_pieces(mine), unit.expert, base)
-    data = bytearray(stored.numel() * stored.element_size())  # not through numpy, which pome does not depend on
-    torch.frombuffer(data, dtype=stored.dtype).copy_(stored.reshape(-1))
-    return bytes(data)
+    seen = bytearray(stored.numel() * stored.element_size())  # not through numpy, which pome does not depend on
+    torch.frombuffer(seen, dtype=stored.dtype).copy_(stored.reshape(-1))
+    return bytes(seen)
 
 
 def load_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
