@@ -11,10 +11,13 @@ two products with the long side. Each is the best of --repeat. Then many experts
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
 import torch
 from torch import Tensor
@@ -109,6 +112,14 @@ def bench_experts(count: int, m: int, n: int) -> None:
     ours = clock(lambda: [equalize(expert) for expert in experts])
     svd = clock(lambda: [run_svd(expert, k) for expert in experts])
     print(f"{count} experts of {m}x{n}: {ours:.2f} s, SVD loop {svd:.2f} s, {svd / ours:.2f} times faster")
+    some = experts[:8]
+    squares = some @ some.mT
+    for name, loop, batch in (
+        ("Gram products", lambda: [matrix @ matrix.mT for matrix in some], lambda: some @ some.mT),
+        ("eigh", lambda: [torch.linalg.eigh(square) for square in squares], lambda: torch.linalg.eigh(squares)),
+    ):
+        one, all_at_once = (min(clock(work) for _ in range(3)) for work in (loop, batch))
+        print(f"  {name} of 8 experts: loop {one:.3f} s, batch {all_at_once:.3f} s")
 
 
 def bench_adapter(m: int, n: int, r: int) -> None:
@@ -117,7 +128,7 @@ def bench_adapter(m: int, n: int, r: int) -> None:
     equalize_factors(b, a)
     thin = min(clock(lambda: equalize_factors(b, a)) for _ in range(5))
     dense = clock(lambda: equalize(make_delta("rounded-lora", m, n)))
-    print(f"rank-{r} adapter on {m}x{n}: {thin:.3f} s, {100 * thin / dense:.2f} % of the dense {dense:.2f} s")
+    print(f"rank-{r} adapter on {m}x{n}: {thin:.4f} s, {100 * thin / dense:.2f} % of the dense {dense:.2f} s")
 
 
 def main() -> None:

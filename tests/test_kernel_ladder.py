@@ -1,5 +1,6 @@
 """Every rung on its own, and what happens when one fails: the certificate decides, the next rung takes over."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pome.kernel import deflate, precision
 from pome.kernel import equalize as kernel
-from pome.kernel.certificate import certify, inner_dense
+from pome.kernel.certificate import certify, certify_factored, inner_dense
 from pome.kernel.deflate import solve_deflated
 from pome.kernel.equalize import Unsolved, equalize, equalize_factors
 from pome.kernel.gram import solve_gram
@@ -188,8 +189,25 @@ def test_the_cpu_comes_after_every_rung_of_an_accelerator(device):
     delta.device = torch.device(device)
     names = [name for name, _ in kernel.RUNGS]
     attempts = list(kernel.list_rungs(delta))
-    assert [attempt.name for attempt in attempts] == names + [f"{name} on cpu" for name in names]
-    assert [attempt.device.type for attempt in attempts] == [torch.device(device).type] * 3 + ["cpu"] * 3
+    smaller = f"deflated-float32 on cpu, eigh on {device}"
+    assert [attempt.name for attempt in attempts] == [*names, smaller, *(f"{name} on cpu" for name in names)]
+    assert [attempt.device.type for attempt in attempts] == [torch.device(device).type] * 3 + ["cpu"] * 4
+
+
+def test_the_smaller_form_sends_the_short_side_only():
+    sent = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.to and args[1:] == (helper,):
+                sent.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    delta, helper = make_delta("inverse-root", 500, 160, 0), torch.device("cpu", 0)
+    with Recorder():
+        kept = kernel.solve_deflated(delta, RankRule(), helper=helper)
+    assert sent == [(160, 160)]
+    assert torch.equal(kept.P, kernel.solve_deflated(delta, RankRule()).P)
 
 
 def test_when_every_rung_fails_each_is_named(monkeypatch):
@@ -205,6 +223,54 @@ def test_factors_fall_back_on_the_dense_ladder(monkeypatch):
     edit = equalize_factors(b, a)
     assert edit.solver != "factors"
     assert_as_reference(edit, b @ a)
+
+
+@pytest.mark.parametrize("how", ["one entry", "scaled", "sign", "not a number", "zero", "half precision"])
+def test_a_product_that_is_not_what_its_factors_say_fails_the_certificate(monkeypatch, how):
+    b, a = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 12), (12, 150)))
+    solve = kernel.solve_factors
+    kept = solve(b, a, RankRule())
+    assert kernel.prove_product(b, a, kept).find_fault() is None
+    monkeypatch.setattr(kernel, "solve_factors", lambda *given: dataclasses.replace(solve(*given), P=spoil(kept, how)))
+    edit = equalize_factors(b, a)
+    assert edit.solver != "factors"
+    assert edit.warnings[0].startswith("factors handed over: ")
+    assert_as_reference(edit, b @ a)
+
+
+@pytest.mark.parametrize("wrong", ["left", "right", "directions"])
+def test_wrong_factors_fail_the_certificate(wrong):
+    b, a = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 12), (12, 150)))
+    kept = kernel.solve_factors(b, a, RankRule())
+    left, right = kept.factors
+    if wrong == "left":
+        left = left * 1.0001
+    elif wrong == "right":
+        right = torch.roll(right, 1, 0) + 1e-4 * right
+    else:
+        left, right = torch.linalg.qr(b).Q[:, :6], torch.linalg.qr(a.T).Q.T[:6]
+    assert kernel.prove_product(b, a, dataclasses.replace(kept, P=left @ right, factors=(left, right))).find_fault()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    m=st.integers(1, 60),
+    n=st.integers(1, 60),
+    k=st.integers(1, 9),
+    size=st.floats(1e-4, 1e-1),
+    seed=st.integers(0, 99),
+)
+def test_the_factored_certificate_measures_what_it_says(m, n, k, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n, k)
+    left, right = (plant(torch.ones(k), *shape, seed, torch.float64) for shape in ((m, k), (k, n)))
+    left += size * torch.randn(m, k, generator=generator, dtype=torch.float64) / math.sqrt(m)
+    b, a = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, 3), (3, n)))
+    P = left @ right
+    proof = certify_factored(P, left, right, k, 2.0, b, a)
+    assert proof.norm == pytest.approx(float(P.norm()), rel=1e-9)
+    assert proof.objective == pytest.approx(float((b @ a * P).sum()) / 2.0, rel=1e-9, abs=1e-12)
+    assert proof.orthogonality == pytest.approx(float((P @ P.T @ P - P).norm() / P.norm()), rel=1e-6, abs=1e-12)
 
 
 def spoil(kept, how):

@@ -77,6 +77,29 @@ def inner_factors(b: Tensor, a: Tensor) -> Inner:
     return lambda rows, block: dot(b[rows], block @ a.mT)
 
 
+def certify_factored(
+    P: Tensor, left: Tensor, right: Tensor, k: int, attainable: float, b: Tensor, a: Tensor
+) -> Certificate:
+    """Certificate of a P (m x n) that was multiplied from `left` (m x k) and `right` (k x n), against D = b @ a.
+
+    With G = L^T L and H = R R^T everything about L R is k x k: P P^T P - P = L (H G - I) R. That P is L R is seen in
+    one pass over it, through probes; d = P - L R takes at most 3 norm_F(d) from the orthogonality (to first order the
+    defect moves by d (P^T P - I) + P d^T P + P P^T d), and norm_F(d) from each of the others.
+    """
+    L, R = left.double().cpu(), right.double().cpu()
+    G, H = L.mT @ L, R @ R.mT
+    norm = math.sqrt(max(float((G * H).sum()), 0.0))
+    X = H @ G
+    X.diagonal().sub_(1.0)
+    defect = math.sqrt(max(float(((X.mT @ G @ X) * H).sum()), 0.0))
+    product = float(((b.double().cpu().mT @ L) * (a.double().cpu() @ R.mT)).sum())
+    probes = draw_gaussian(P.shape[1], PROBES, P) / math.sqrt(PROBES)
+    strayed = float(torch.linalg.vector_norm(P @ probes - left @ (right @ probes)))
+    if not norm:
+        return Certificate(math.nan, math.nan, norm, k)
+    return Certificate(product / attainable, (defect + 3.0 * strayed) / norm, norm, k)
+
+
 def squared_norm(matrix: Tensor) -> float:
     """norm_F(matrix)^2."""
     return sum(dot(matrix[rows], matrix[rows]) for rows in split_rows(matrix))

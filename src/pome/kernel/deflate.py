@@ -60,13 +60,16 @@ class Split:
     lift: float
 
 
-def solve_deflated(D: Tensor, rule: RankRule) -> Kept:
-    """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace."""
+def solve_deflated(D: Tensor, rule: RankRule, helper: torch.device | None = None) -> Kept:
+    """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace.
+
+    With a `helper`, only the `eigh` of the short side goes there: for a device that cannot hold D and its products.
+    """
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
     split = split_strong(tall)
-    lam, V = torch.linalg.eigh(split.G)
-    lam, V = lam.cpu().double().flip(0), V.flip(1)
+    lam, V = torch.linalg.eigh(split.G.to(helper or D.device))
+    lam, V = lam.cpu().double().flip(0), V.to(D.device).flip(1)
     p = split.Q.shape[1]
     if p and not float(lam[p]) < 0.95 * split.lift:
         raise Undecided("a strong direction escaped the sketch")

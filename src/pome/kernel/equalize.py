@@ -16,7 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pome.kernel.certificate import Certificate, Inner, certify, inner_dense, inner_factors, squared_norm
+from pome.kernel.certificate import (
+    Certificate,
+    certify,
+    certify_factored,
+    inner_dense,
+    inner_factors,
+    squared_norm,
+)
 from pome.kernel.deflate import solve_deflated
 from pome.kernel.gram import solve_gram
 from pome.kernel.lowrank import solve_factors
@@ -94,7 +101,7 @@ def equalize(
     check_shape(delta, "delta")
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
-        found = climb(list_rungs(D), inner_dense(D), D.device, rule.shift(-exponent))
+        found = climb(list_rungs(D), partial(prove_dense, D), D.device, rule.shift(-exponent))
         return finish(found, rule, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
 
 
@@ -122,9 +129,26 @@ def equalize_factors(
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        found = climb(list_product_rungs(B, A), inner_factors(B, A), B.device, rule.shift(-exponent))
+        found = climb(list_product_rungs(B, A), partial(prove_product, B, A), B.device, rule.shift(-exponent))
         square = float(found.kept.sigma.square().sum())
         return finish(found, rule, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
+
+
+def prove_dense(D: Tensor, kept: Kept) -> Certificate:
+    """The certificate of a P for D."""
+    return certify(kept.P, kept.k, attain(kept), inner_dense(D))
+
+
+def prove_product(b: Tensor, a: Tensor, kept: Kept) -> Certificate:
+    """The certificate of a P for D = b @ a, by P's own factors where it has them."""
+    if kept.factors is None:
+        return certify(kept.P, kept.k, attain(kept), inner_factors(b, a))
+    return certify_factored(kept.P, *kept.factors, kept.k, attain(kept), b, a)
+
+
+def attain(kept: Kept) -> float:
+    """s_1 + ... + s_k, the most that <D, P> can be."""
+    return float(kept.sigma[: kept.k].sum())
 
 
 @dataclass(frozen=True)
@@ -146,11 +170,13 @@ class Attempt:
     solve: Callable[[RankRule], Kept]
 
 
-def climb(attempts: Iterable[Attempt], inner: Inner, device: torch.device, rule: RankRule) -> Found:
-    """Try one solver after the other until an answer is certified; `inner` measures <D, P>, on `device`.
+def climb(
+    attempts: Iterable[Attempt], prove: Callable[[Kept], Certificate], device: torch.device, rule: RankRule
+) -> Found:
+    """Try one solver after the other until `prove` certifies an answer, on `device`.
 
-    A rung that runs out of an accelerator's memory ends the attempts there: those after it need more, and the CPU is
-    next.
+    A rung that runs out of an accelerator's memory ends the attempts that hold the delta there: those after it need
+    more. What is next holds the delta on the CPU.
     """
     notes: list[str] = []
     full = None
@@ -160,7 +186,7 @@ def climb(attempts: Iterable[Attempt], inner: Inner, device: torch.device, rule:
         try:
             kept = attempt.solve(rule)
             kept = replace(kept, P=kept.P.to(device))
-            certificate = certify(kept.P, kept.k, float(kept.sigma[: kept.k].sum()), inner)
+            certificate = prove(kept)
             fault = certificate.find_fault()
         except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
             fault = summarise(failure)
@@ -173,13 +199,17 @@ def climb(attempts: Iterable[Attempt], inner: Inner, device: torch.device, rule:
 
 
 def list_rungs(D: Tensor) -> Iterator[Attempt]:
-    """The ladder where D is, and after it, where that is elsewhere, on the CPU. A small matrix takes the last rung at
-    once, in a millisecond; a float64 one skips the first."""
+    """The ladder where D is. Where that is an accelerator, the smaller form after it, D on the CPU and the short side's
+    `eigh` still there, and then the ladder on the CPU. A small matrix takes the last rung at once, in a millisecond; a
+    float64 one skips the first."""
     first = 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D))
     if D.device.type != "cpu":
-        D = D.cpu()
+        helper, D = D.device, D.cpu()
+        if first == 0:
+            smaller = f"deflated-float32 on cpu, eigh on {helper}"
+            yield Attempt(smaller, D.device, partial(solve_deflated, D, helper=helper))
         for name, solve in RUNGS[first:]:
             yield Attempt(f"{name} on cpu", D.device, partial(solve, D))
 

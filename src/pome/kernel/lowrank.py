@@ -24,6 +24,6 @@ def solve_factors(b: Tensor, a: Tensor, rule: RankRule) -> Kept:
     sigma[: s.numel()] = s.cpu()
     rank = count_rank(sigma, shape)
     k = rule.choose(sigma, rank, shape)
-    left, right = Qb @ U[:, :k], Vh[:k] @ Qa.mT
+    left, right = (Qb @ U[:, :k]).to(b), (Vh[:k] @ Qa.mT).to(b)
     resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Kept(left.to(b) @ right.to(b), sigma, rank, k, resolution)
+    return Kept(left @ right, sigma, rank, k, resolution, (left, right))

@@ -27,6 +27,7 @@ class Kept:
 
     P: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU.
     resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two directions apart.
+    factors: m x k and k x n, in P's dtype, where P is nothing but their product.
     """
 
     P: Tensor
@@ -34,6 +35,7 @@ class Kept:
     rank: int
     k: int
     resolution: float
+    factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def sigma_next(self) -> float:
