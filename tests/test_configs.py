@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pome.spec import read_batch
+from pome.jobs import read_batch
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import pome
 from checkpoints import INDEX, LLAMA, hash_tree, llama_pair, run_python, write_checkpoint
 from pome import CheckpointError, EditSpec, PomeError, edit
-from pome.run import open_pair
+from pome.pair import open_pair
 
 SHARD = "model-00001-of-00002.safetensors"
 MODELS = ("llama", "gpt2", "mixtral", "bert", "t5", "gpt_neox", "falcon", "phi3", "dbrx", "gpt_oss", "jamba", "mamba")

@@ -19,8 +19,9 @@ from hub_server import TOKEN, HubServer
 from pome import EditSpec, Manifest
 from pome.card import make_card
 from pome.cli import run_command
+from pome.errors import SpecError
+from pome.jobs import Publication, read_batch
 from pome.manifest import SideRecord, TensorRecord
-from pome.spec import Publication, SpecError, read_batch
 
 # The Hub's library passes file objects to its HTTP library in a way that the latter wants otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

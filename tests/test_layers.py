@@ -60,8 +60,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engines": set(),
     "engines.local": {"errors"},
+    "pair": {"", "errors", "spec", "plan", *CHECKPOINT},
     "run": {
-        "", "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "adapt", "card", "engines.local",
+        "", "errors", "spec", "roles", "plan", "pair", "manifest", "patch", "merge", "adapt", "card", "engines.local",
         *CHECKPOINT
     },
     "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT},
@@ -70,36 +71,53 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "spec", "roles", "layout", "plan", "manifest", "findings", "patch", "merge", "kernel"
     },
     "survey": {
-        "errors", "spec", "roles", "plan", "manifest", "findings", "patch", "merge", "measure", "run", "engines.local"
+        "errors", "spec", "roles", "plan", "manifest", "findings", "patch", "merge", "measure", "pair", "engines.local"
     },
     "suggest": {"findings"},
     "sheet": {"roles", "manifest", "findings", "suggest"},
-    "plots": {"errors", "sheet"},
-    "report": {"errors", "spec", "sheet", "plots"},
-    "progress": {"errors", "spec", "plan", "manifest", "run", "sheet", *CHECKPOINT},
-    "cli": {
-        "", "errors", "spec", "roles", "plan", "manifest", "run", "verification", "findings", "survey", "suggest",
-        "sheet", "report", "progress", "upload", *CHECKPOINT
+    "grid": {"errors", "spec"},
+    "evaluate": {"errors", "checkpoint.clone"},
+    "evidence": {"evaluate"},
+    "jobs": {"errors", "spec", "roles", "grid", "evaluate"},
+    "scratch": {"spec", "roles", "plan", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
+    "trial": {
+        "errors", "grid", "evaluate", "evidence", "scratch", "plan", "pair", "patch", "manifest", "run", *CHECKPOINT
     },
+    "standings": {"errors", "spec", "jobs", "grid", "sheet", "plots", "trial"},
+    "plots": {"errors", "sheet"},
+    "report": {"errors", "jobs", "sheet", "plots"},
+    "progress": {"errors", "spec", "plan", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
+    "actions": {
+        "", "errors", "spec", "roles", "jobs", "plan", "pair", "manifest", "run", "verification", "findings", "survey",
+        "suggest", "sheet", "report", "progress", "upload", "trial", "standings", *CHECKPOINT
+    },
+    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "actions"},
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
-    "": {"errors", "spec", "manifest", "run", "verification", "kernel"},
+    "": {
+        "errors", "spec", "manifest", "pair", "run", "verification", "kernel", "grid", "evaluate", "trial"
+    },
 }  # fmt: skip
 # Inside the kernel no room but the kernel itself is known: pure tensors, no names, no paths.
 KERNEL_ALONE = {"kernel"}
 
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge", "adapt", "measure", "verification", "checkpoint.fp8"},
+    "torch": {
+        "kernel", "patch", "merge", "adapt", "measure", "verification", "checkpoint.fp8", "scratch", "evidence",
+        "evaluate"
+    },
+    "transformers": {"evaluate"},
+    "lm_eval": {"evaluate"},
     "matplotlib": {"plots"},
-    "rich": {"progress", "cli"},
+    "rich": {"progress", "actions"},
     "typer": {"cli"},
     "click": {"cli"},
-    "yaml": {"spec", "card"},
+    "yaml": {"jobs", "card"},
     "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_calls", "card", "upload"},
 }
 LOADED_AT_ONCE: dict[str, set[str]] = {
-    "torch": {"kernel", "patch", "merge", "adapt", "measure"},
+    "torch": {"kernel", "patch", "merge", "adapt", "measure", "scratch", "evidence"},
     "huggingface_hub": set(),
     "matplotlib": set(),
 }

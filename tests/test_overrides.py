@@ -7,7 +7,8 @@ import pytest
 from checkpoints import llama_pair, read_manifest, run_python
 from pome import EditSpec, edit, verify
 from pome.errors import SelectionError, SpecError
-from pome.spec import Override, read_batch, read_config
+from pome.jobs import read_batch, read_config
+from pome.spec import Override
 
 YAML = """beta: 1.2
 overrides:

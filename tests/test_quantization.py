@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pome import EditSpec, PairingError
-from pome.run import open_pair
+from pome.pair import open_pair
 
 NAME = "model.layers.0.mlp.up_proj"
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128}

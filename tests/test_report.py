@@ -18,9 +18,9 @@ from checkpoints import llama_pair, run_python
 from pome import EditSpec, edit
 from pome.errors import OutputError
 from pome.findings import Survey
+from pome.jobs import Reports
 from pome.report import check_targets, make_csv, make_page
 from pome.sheet import make_edit_sheet, make_sheet, spread_indices, summarise_roles
-from pome.spec import Reports
 from pome.suggest import list_warnings, suggest
 from pome.survey import survey
 

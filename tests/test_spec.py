@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pome import EditSpec, SpecError
-from pome.spec import DTYPES, RANK_RULES, SCALES, merge_options, nearest, read_batch, read_config
+from pome.jobs import read_batch, read_config
+from pome.spec import DTYPES, RANK_RULES, SCALES, merge_options, nearest
 
 
 def write(folder: Path, text: str) -> Path:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
         PomeError as PomeError,
     )
     from pome.errors import (
+        ScoreError as ScoreError,
+    )
+    from pome.errors import (
         SelectionError as SelectionError,
     )
     from pome.errors import (
@@ -40,12 +43,16 @@ if TYPE_CHECKING:
     from pome.errors import (
         VerificationError as VerificationError,
     )
+    from pome.evaluate import make_scorer as make_scorer
+    from pome.grid import make_grid as make_grid
     from pome.kernel.equalize import Equalized as Equalized
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
-    from pome.run import Progress as Progress
+    from pome.pair import Progress as Progress
     from pome.run import edit as edit
     from pome.spec import EditSpec as EditSpec
+    from pome.trial import Outcome as Outcome
+    from pome.trial import sweep as sweep
     from pome.verification import Verdict as Verdict
     from pome.verification import verify as verify
 
@@ -53,11 +60,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "edit": "pome.run",
-    "Progress": "pome.run",
+    "Progress": "pome.pair",
     "EditSpec": "pome.spec",
     "Manifest": "pome.manifest",
     "verify": "pome.verification",
     "Verdict": "pome.verification",
+    "sweep": "pome.trial",
+    "Outcome": "pome.trial",
+    "make_grid": "pome.grid",
+    "make_scorer": "pome.evaluate",
     "equalize": "pome.kernel.equalize",
     "Equalized": "pome.kernel.equalize",
     **dict.fromkeys(
@@ -70,6 +81,7 @@ _HOMES = {
             "SelectionError",
             "PairingError",
             "NumericalError",
+            "ScoreError",
             "OutputError",
             "VerificationError",
         ),

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 import pome
-from pome.errors import PomeError, printable
+from pome.actions import (
+    complain,
+    describe_error,
+    list_differences,
+    make_console,
+    make_edit,
+    make_sweep_of,
+    push,
+    report_edit,
+    report_verdict,
+    run_job,
+    show_inspection,
+    show_plan,
+)
+from pome.errors import PomeError, SpecError, printable
+from pome.jobs import SWEEP_KEYS, Publication, Reports, make_sweep, read_batch, read_config
 from pome.roles import ROLES
-from pome.spec import EDIT_KEYS, EditSpec, Job, Publication, Reports, merge_options, read_batch, read_config
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pome.findings import Survey
-    from pome.manifest import Manifest
-    from pome.run import Progress
-    from pome.verification import Verdict
+from pome.spec import EDIT_KEYS, EditSpec, merge_options
 
 
 class Interrupted(PomeError):
@@ -56,7 +59,6 @@ app = typer.Typer(
     help="Improve a fine-tuned checkpoint without data or training: equalize the leading directions of its updates.",
 )
 
-LOG_WIDTH = 140
 # Every error of typer's parser. Typer brings its own copy of click in some releases and needs click in others, so the
 # class is taken from what typer itself exports: BadParameter, UsageError, ClickException.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -143,15 +145,15 @@ def edit_command(
     given = {key: context.params[key] for key in EDIT_KEYS if context.params.get(key) not in (None, [], ())}
     spec = EditSpec.from_mapping(merge_options(read_config(config) if config else {}, given))
     publication = Publication(card, push_to_hub, private)
-    console = _console(quiet)
+    console = make_console(quiet)
     if dry_run:
-        _show_plan(base, ft, out, spec, console, as_json, overwrite)
+        show_plan(base, ft, out, spec, console, as_json, overwrite)
         return
-    manifest = _edit(base, ft, out, spec, console, overwrite, fresh, publication)
-    _report(manifest, out, console)
+    manifest = make_edit(base, ft, out, spec, console, overwrite, fresh, publication)
+    report_edit(manifest, out, console)
     if as_json:
         sys.stdout.write(manifest.to_json())
-    _push(out, publication, console)
+    push(out, publication, console)
 
 
 @app.command("verify")
@@ -169,11 +171,11 @@ def verify_command(
     """
     from pome.verification import verify
 
-    console = _console(quiet)
+    console = make_console(quiet)
     verdict = verify(out, base, ft, full=full)
-    _report_verdict(verdict, out, console)
+    report_verdict(verdict, out, console)
     if as_json:
-        print(json.dumps({"ok": verdict.ok, "differences": _list(verdict)}, indent=1))
+        print(json.dumps({"ok": verdict.ok, "differences": list_differences(verdict)}, indent=1))
     if not verdict.ok:
         raise typer.Exit(1)
 
@@ -202,55 +204,109 @@ def inspect_command(
 
     With one argument, an output of pome, it shows what the edit did, from its manifest.
     """
-    console = _console(quiet)
+    console = make_console(quiet)
     spec = EditSpec(layers=tuple(layers or ROLES), exclude=tuple(exclude or ()), device=device)
-    _, document = _inspect(base, ft, spec, Reports(html, csv, plots), console)
+    _, document = show_inspection(base, ft, spec, Reports(html, csv, plots), console)
     if as_json:
         sys.stdout.writelines(document)
 
 
-def _inspect(
-    base: str, ft: str | None, spec: EditSpec, reports: Reports, console: Console
-) -> tuple[int, Iterable[str]]:
-    """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
-    from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.manifest import read_manifest
-    from pome.progress import describe_kept, describe_notices, describe_survey, make_survey_tables
-    from pome.report import check_targets, write_reports
-    from pome.run import open_pair
-    from pome.sheet import make_edit_sheet, make_sheet
-    from pome.suggest import list_warnings, suggest
-    from pome.survey import survey
+@app.command("sweep")
+def sweep_command(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained: folder, .safetensors file or Hub id.")],
+    ft: Annotated[str, typer.Argument(metavar="FT", help="Fine-tuned: folder, .safetensors file or Hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, of the best.")],
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B+C", help="Roles to try; a comma separates, + joins. \\[default: up]"),
+    ] = None,
+    rank_ratio: Annotated[
+        list[str] | None, typer.Option(metavar="K,...", help="Shares of the rank to keep. \\[default: 0.5]")
+    ] = None,
+    rank: Annotated[list[str] | None, typer.Option(metavar="N,...", help="Numbers of directions to keep.")] = None,
+    rank_rule: Annotated[list[str] | None, typer.Option(metavar="NAME,...", help="Other rules for k.")] = None,
+    energy: Annotated[
+        list[str] | None, typer.Option(metavar="E,...", help="Shares of the squared norm to keep.")
+    ] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(metavar="NAME,...", help="Rules for alpha_0. \\[default: frobenius]")
+    ] = None,
+    beta: Annotated[
+        list[str] | None, typer.Option(metavar="B,...", help="Factors; 1 keeps the norm. \\[default: 1.0]")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors to leave alone (regex); repeatable.")
+    ] = None,
+    score_cmd: Annotated[
+        str | None, typer.Option(metavar="'CMD {model}'", help="Scores by its last number, or by JSON with score.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Scores by mean token loss of prompt/completion or text.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASKS", help="Scores by tasks of lm-eval, or files of tasks.")
+    ] = None,
+    train_data: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Choose by the loss on this; --loss judges the choice.")
+    ] = None,
+    minimize: Annotated[bool, typer.Option("--minimize", help="Of --score-cmd, less is better.")] = False,
+    score_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Of one --score-cmd; after it the candidate has failed.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Records scored at once, at most.")] = 8,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Examples of each --lm-eval task.")] = None,
+    search: Annotated[
+        str, typer.Option(metavar="NAME", help="grid: all. coordinate: beta, then k, then roles.")
+    ] = "grid",
+    write_best: Annotated[
+        bool, typer.Option("--write-best", help="Write the best even if it does not beat FT beyond noise.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Score again what had no score in an earlier run.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]")
+    ] = None,
+    dequantize: Annotated[
+        bool | None, typer.Option("--dequantize", help="See and write fp8 weights with block scales as bfloat16.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with options of edit that all candidates share.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result as one page.")] = None,
+    csv: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result as a table.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write heat maps, PNG and SVG; needs pome-edit\\[plot].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop the scores of an earlier run.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write a model card in place of FT's README.md.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Score many edits of one pair, and write the best to OUT if it beats FT beyond noise.
 
-    check_targets(reports)
-    found: Survey | Manifest
-    document: Iterable[str]
-    if ft is None:
-        found = read_manifest(Path(base).expanduser() / MANIFEST_NAME)
-        sheet, document = make_edit_sheet(found), [found.to_json()]
-    else:
-        # What can be refused without torch is refused before torch takes its seconds to load.
-        with open_pair(base, ft, spec) as opened:
-            console.print(describe_survey(opened), highlight=False, markup=False, soft_wrap=True)
-        with _progress(console) as progress:
-            found = survey(base, ft, spec, progress)
-        sheet = make_sheet(found, list_warnings(found.matrices), suggest(base, ft, found.matrices))
-        document = found.to_json()
-    for table in make_survey_tables(sheet):
-        console.print(table)
-    lines = [*describe_kept(found.kept), *describe_notices(sheet)]
-    if sheet.suggestion:
-        lines += [f"suggested: {sheet.suggestion.title}. {sheet.suggestion.why}", f"  {sheet.suggestion.command}"]
-    lines += [f"wrote {path}" for path in write_reports(sheet, reports)]
-    for line in lines:
-        console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
-    return len(sheet.rows), document
+    Exit status: 0 done, whether OUT was written or not (`written` in --json); 1 an error; 2 usage; 130 interrupted, and
+    the same command goes on.
+    """
+    given = {key: value for key, value in context.params.items() if value not in (None, [], ())}
+    options = {key: given[key] for key in (*EDIT_KEYS, *SWEEP_KEYS) if key in given}
+    job = make_sweep(merge_options(read_config(config) if config else {}, options))
+    console = make_console(quiet)
+    reports = Reports(html, csv, plots)
+    outcome = make_sweep_of(base, ft, out, job, console, reports, overwrite, fresh, card)
+    if as_json:
+        print(json.dumps(outcome.to_json(), indent=1, allow_nan=False))
 
 
 @app.command("batch")
 def batch_command(
     file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Defaults and a list of jobs.")],
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this job alone; repeatable.")] = None,
+    variables: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Give a variable of the file; repeatable.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -258,9 +314,12 @@ def batch_command(
 
     Exit status: 0 all done; 1 at least one failed; 2 the file is wrong, and nothing was run; 130 interrupted.
     """
-    jobs = read_batch(file, only or ())
-    console = _console(quiet)
-    results = [_run_job(job, console) for job in jobs]
+    pairs = [text.partition("=") for text in variables or ()]
+    if wrong := next((name for name, equals, _ in pairs if not equals), None):
+        raise SpecError(f"--set {printable(wrong)}: write NAME=VALUE")
+    jobs = read_batch(file, only or (), {name: value for name, _, value in pairs})
+    console = make_console(quiet)
+    results = [run_job(job, console) for job in jobs]
     from pome.progress import make_batch_table
 
     console.print(make_batch_table(results))
@@ -268,185 +327,6 @@ def batch_command(
         print(json.dumps({"jobs": results}, indent=1))
     if any(result["status"] != "done" for result in results):
         raise typer.Exit(1)
-
-
-def _run_job(job: Job, console: Console) -> dict[str, Any]:
-    begun = time.monotonic()
-    result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
-    console.print(printable(job.name), style="bold", highlight=False, markup=False)
-    try:
-        result |= RUNNERS[job.command](job, console)
-    except (PomeError, OSError, MemoryError) as error:
-        _complain(f"{job.name}: {describe_error(error)}")
-        result |= {"status": "failed", "error": describe_error(error)}
-    result["seconds"] = round(time.monotonic() - begun, 3)
-    return result
-
-
-def _run_edit(job: Job, console: Console) -> dict[str, Any]:
-    from pome.verification import find_finished
-
-    assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
-    if not job.overwrite:
-        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec)
-        if finished is not None:
-            console.print("done by an earlier run", highlight=False)
-            _push(Path(job.out), job.publication, console)
-            return {"status": "done", "matrices": len(finished.tensors)}
-    publication, out = job.publication, Path(job.out)
-    manifest = _edit(job.base, job.fine_tuned, out, job.spec, console, job.overwrite, job.fresh, publication)
-    _report(manifest, out, console)
-    _push(out, publication, console)
-    return {"status": "done", "matrices": len(manifest.tensors)}
-
-
-def _run_verify(job: Job, console: Console) -> dict[str, Any]:
-    from pome.verification import verify
-
-    verdict = verify(job.out, job.base, job.fine_tuned, full=job.full)
-    _report_verdict(verdict, job.out, console)
-    if verdict.ok:
-        return {"status": "done", "matrices": verdict.edits}
-    return {"status": "failed", "error": f"{len(verdict.differences)} differences", "differences": _list(verdict)}
-
-
-def _run_inspect(job: Job, console: Console) -> dict[str, Any]:
-    matrices, _ = _inspect(job.base or job.out, job.fine_tuned, job.spec, job.reports, console)
-    written = ", ".join(path for path in (job.reports.html, job.reports.csv, job.reports.plots) if path)
-    return {"status": "done", "matrices": matrices, "out": written or job.out}
-
-
-RUNNERS = {"edit": _run_edit, "inspect": _run_inspect, "verify": _run_verify}
-
-
-def _report_verdict(verdict: Verdict, out: str, console: Console) -> None:
-    from pome.progress import show_bytes
-
-    for item in verdict.differences:
-        where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
-        _complain(f"{where}: {item.what}")
-    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
-    checked += f"{verdict.edits} edits recomputed"
-    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
-    console.print(f"{printable(out)}: {ending} ({checked})", highlight=False, markup=False, soft_wrap=True)
-
-
-def _list(verdict: Verdict) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(item) for item in verdict.differences]
-
-
-def _edit(
-    base: str,
-    ft: str,
-    out: Path,
-    spec: EditSpec,
-    console: Console,
-    overwrite: bool,
-    fresh: bool,
-    publication: Publication,
-) -> Manifest:
-    from pome.checkpoint.output import check_target
-    from pome.progress import describe_plan
-    from pome.run import edit, open_pair
-
-    if publication.push_to_hub is not None:
-        from pome.upload import check_login
-
-        check_login(publication.push_to_hub)
-    # Everything that can be refused without torch is refused before torch takes its seconds to load.
-    with open_pair(base, ft, spec) as opened:
-        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
-        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
-    with _progress(console) as progress:
-        return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh, card=publication.has_card)
-
-
-def _push(out: Path, publication: Publication, console: Console) -> None:
-    if publication.push_to_hub is not None:
-        from pome.upload import push_output
-
-        address = push_output(out, publication.push_to_hub, private=publication.private)
-        console.print(f"uploaded to {address}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _show_plan(
-    base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool
-) -> None:
-    from pome.checkpoint.output import check_target
-    from pome.progress import describe_plan, make_plan_table, show_bytes
-    from pome.run import open_pair
-
-    with open_pair(base, ft, spec) as opened:
-        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
-        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
-        console.print(make_plan_table(opened))
-        console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)
-        if as_json:
-            print(json.dumps(opened.plan.to_json(), indent=1))
-
-
-def _report(manifest: Manifest, out: Path, console: Console) -> None:
-    from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.progress import describe_kept, describe_warnings, make_closing_table, show_bytes
-
-    if manifest.tensors:
-        console.print(make_closing_table(manifest))
-    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if not manifest.tensors:
-        console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
-    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
-    merged = len(manifest.merged)
-    rest = f"{merged} merged, every other byte as in BASE" if merged else "every other byte as in FT"
-    line = (
-        f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
-        f"manifest: {printable(str(out / MANIFEST_NAME))}"
-    )
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _console(quiet: bool) -> Console:
-    """Everything for people goes to stderr; stdout is for `--json`."""
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=quiet)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
-    # The Hub's library, not loaded yet, draws bars of its own and tells of each request that it repeats.
-    if quiet or not console.is_terminal:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if quiet:
-        os.environ["HF_HUB_VERBOSITY"] = "error"
-    return console
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    from pome.progress import BarProgress, LineProgress
-    from pome.run import Progress
-
-    if console.quiet:
-        yield Progress()
-    elif console.is_terminal:
-        with BarProgress(console) as bars:
-            yield bars
-    else:
-        yield LineProgress(console)
-
-
-def describe_error(error: BaseException) -> str:
-    """One error as a message for people, whatever raised it."""
-    if isinstance(error, MemoryError):
-        return "out of memory; use a machine with more, or --exclude the largest matrices (see --dry-run)"
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
-    return str(error)
-
-
-def _complain(message: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -469,7 +349,7 @@ def run_command(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; nothing was written")
+        complain("interrupted; nothing was written")
         return 130
     except USAGE_ERROR as error:
         error.show()
@@ -479,8 +359,8 @@ def run_command(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except PomeError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_status
     except (OSError, MemoryError) as error:
-        _complain(describe_error(error))
+        complain(describe_error(error))
         return 1

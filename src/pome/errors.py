@@ -43,6 +43,10 @@ class NumericalError(PomeError):
     """A matrix cannot be edited: NaN or infinity on a side, or an edit that the output dtype cannot hold."""
 
 
+class ScoreError(PomeError):
+    """A model has no score: its scorer failed, took too long, or gave no finite number."""
+
+
 class OutputError(PomeError):
     """OUT cannot be written: it exists, is in use, lies inside an input, or the disk refuses."""
 

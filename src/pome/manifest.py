@@ -88,6 +88,7 @@ class Manifest:
     not_copied: dict[str, str]  # files of FT that the output leaves out, and why
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
+    sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -117,6 +118,8 @@ class Manifest:
             for key in ("spec", "not_copied", "timing"):
                 if not isinstance(raw[key], dict):
                     raise TypeError(f"{key} is not an object")
+            if not isinstance(raw.get("sweep", {}), (dict, type(None))):
+                raise TypeError("sweep is not an object")
             return cls(
                 **{
                     **raw,

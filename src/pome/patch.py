@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pome.errors import NumericalError, printable
 from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
+from pome.kernel.spectrum import Known
 from pome.manifest import KeptRecord, TensorRecord
 from pome.plan import Unit, fan_out_in
 from pome.roles import Part
@@ -22,6 +24,9 @@ SMALL = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
 )
+
+# Where the decomposition of a matrix is kept, for those who edit it many times.
+Recall = Callable[[Unit, Part], Known]
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,14 @@ class Patch:
     kernel_seconds: float
 
 
-def patch_unit(unit: Unit, ft_bytes: bytearray, base_bytes: bytearray, spec: EditSpec, device: str) -> Patch:
+def patch_unit(
+    unit: Unit,
+    ft_bytes: bytearray,
+    base_bytes: bytearray,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None = None,
+) -> Patch:
     """Edit the selected matrices of a unit on `device`; `ft_bytes` is edited in place where the dtype stays.
 
     Raises NumericalError for NaN or infinity on either side, an edit that the output dtype cannot hold, and a matrix
@@ -54,7 +66,7 @@ def patch_unit(unit: Unit, ft_bytes: bytearray, base_bytes: bytearray, spec: Edi
     seconds = 0.0
     for part in unit.parts:
         begun = time.perf_counter()
-        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device)
+        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device, recall)
         if isinstance(record, TensorRecord):
             edited.append(record)
         else:
@@ -82,7 +94,14 @@ def take(stored: Tensor, part: Part) -> Tensor:
 
 
 def _edit_part(
-    unit: Unit, part: Part, ft: Tensor, base: Tensor, out: Tensor, spec: EditSpec, device: str
+    unit: Unit,
+    part: Part,
+    ft: Tensor,
+    base: Tensor,
+    out: Tensor,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None,
 ) -> TensorRecord | KeptRecord:
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
     check_finite(unit, part, ft, base)
@@ -92,7 +111,7 @@ def _edit_part(
     working = torch.float64 if exact else torch.float32
     W_base = base.to(working)
     D = ft.to(working) - W_base
-    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device)
+    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device, recall)
 
 
 def check_finite(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> None:
@@ -120,12 +139,13 @@ def edit_part(
     floor: float,
     spec: EditSpec,
     device: str,
+    recall: Recall | None = None,
 ) -> TensorRecord | KeptRecord:
     """Equalize a delta, add it to `W_base` and write the sum to `out`, all of them as stored (transposed or not).
 
     `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
     """
-    result = equalize_part(unit, part, delta, floor, spec, device)
+    result = equalize_part(unit, part, delta, floor, spec, device, recall)
     if isinstance(result, KeptRecord):
         return result
     value = result.value.to("cpu")
@@ -143,7 +163,13 @@ def edit_part(
 
 
 def equalize_part(
-    unit: Unit, part: Part, delta: tuple[Tensor, ...], floor: float, spec: EditSpec, device: str
+    unit: Unit,
+    part: Part,
+    delta: tuple[Tensor, ...],
+    floor: float,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None = None,
 ) -> Equalized | KeptRecord:
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
@@ -159,6 +185,7 @@ def equalize_part(
             scale=spec.scale,
             beta=spec.beta,
             noise_floor=floor,
+            known=recall(unit, part) if recall else None,
         )
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")

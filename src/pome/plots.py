@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pome.errors import OutputError, printable
-from pome.sheet import Row, Sheet
+from pome.sheet import HeatMap, Row, Sheet, shade
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +47,42 @@ def write_plots(sheet: Sheet, folder: Path) -> list[Path]:
     except OSError as error:
         raise OutputError(f"{printable(str(folder))}: cannot be written: {error.strerror}") from None
     return made
+
+
+def write_heat_maps(maps: Sequence[HeatMap], minimize: bool, folder: Path) -> list[Path]:
+    """A sweep's scores, K by beta, a picture for each choice of layers and scale, into `folder`; returns the files."""
+    load_matplotlib()
+    try:
+        folder.mkdir(exist_ok=True)
+        made: list[Path] = []
+        for number, heat in enumerate(maps, 1):
+            made += _save(_draw_heat(heat, minimize), folder / f"sweep_{number}")
+        return made
+    except OSError as error:
+        raise OutputError(f"{printable(str(folder))}: cannot be written: {error.strerror}") from None
+
+
+def _draw_heat(heat: HeatMap, minimize: bool) -> Figure:
+    """The better, the darker; every cell says its score."""
+    from matplotlib.figure import Figure
+
+    grid = [[math.nan if cell is None else cell for cell in row] for row in heat.cells]
+    size = (2.5 + 0.9 * len(heat.columns), 1.6 + 0.45 * len(heat.rows))
+    figure = Figure(figsize=(min(TALLEST, size[0]), min(TALLEST, size[1])), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", cmap="Blues_r" if minimize else "Blues", interpolation="nearest")
+    shown = [value for row in grid for value in row if math.isfinite(value)]
+    axes.set_xticks(range(len(heat.columns)), [_plain(name) for name in heat.columns])
+    axes.set_yticks(range(len(heat.rows)), [_plain(name) for name in heat.rows])
+    axes.set_xlabel("beta")
+    axes.set_title(_plain(heat.title), fontsize=10)
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if math.isfinite(value):
+                ink = "w" if shade(value, shown, minimize) > 0.6 else "k"
+                axes.text(x, y, f"{value:.4g}", ha="center", va="center", fontsize=8, color=ink)
+    figure.colorbar(image, ax=axes, label=f"score ({'lower' if minimize else 'higher'} is better)")
+    return figure
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:

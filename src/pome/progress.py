@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,9 +28,11 @@ from rich.text import Text
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
 from pome.manifest import KeptRecord, Manifest, TensorRecord
+from pome.pair import Opened, Progress
 from pome.plan import Plan, fan_out_in
-from pome.run import Opened, Progress
-from pome.sheet import Sheet, summarise_places, summarise_roles
+from pome.sheet import Sheet, shade, summarise_places, summarise_roles
+from pome.standings import list_heat_maps, list_rows, show_number
+from pome.trial import Listener, Outcome, Trial
 
 VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
@@ -55,6 +58,8 @@ EDIT_COLUMNS = {
     "edit_ratio": "||edit||/||delta||",
     "rounding": "lost to rounding",
 }
+# From the worst score to the best, in colours that every terminal has; the number stands in each cell anyway.
+SHADES = ("dim", "default", "cyan", "cyan bold", "black on cyan", "black on bright_cyan bold")
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
 
 
@@ -138,6 +143,26 @@ class LineProgress(Progress):
         rate = f"  {show_bytes(self.moved[task] / spent)}/s" if spent > 0.5 else ""
         left = f"  {spent / count * (total - count):.0f} s left" if 0 < count < total and spent > 0.5 else ""
         return f"{VERBS[task]} {amount}{rate}{left}"
+
+
+class SweepLines(Listener):
+    """A line for every model scored, on a terminal and in a log: a score may take an hour, and none is like another."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def begin(self, opened: Opened, count: int, basis_bytes: int, copy_bytes: int, folder: Path) -> None:
+        copy = f", a copy of {show_bytes(copy_bytes)} to score from" if copy_bytes else ""
+        line = f"{_name(opened.base)} -> {_name(opened.ft)}   {count} models to score   in {printable(str(folder))}: "
+        self._say(line + f"decompositions of up to {show_bytes(basis_bytes)}{copy}")
+
+    def tell(self, trial: Trial, number: int, count: int) -> None:
+        said = f"no score: {trial.failed}" if trial.score is None else show_number(trial.score.scored.value)
+        when = "by an earlier run" if trial.earlier else f"{trial.seconds:.1f} s"
+        self._say(f"[{number}/{count}] {printable(trial.label)}  {printable(said)}  {when}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Amount(ProgressColumn):
@@ -284,6 +309,32 @@ def describe_notices(sheet: Sheet) -> list[str]:
         answer = f" Answer: {notice.option}" if notice.option else ""
         lines.append(f"warning: {notice.count} of {len(sheet.rows)}: {printable(notice.text, 400)}{answer}")
     return lines
+
+
+def make_sweep_tables(outcome: Outcome) -> list[Table]:
+    """The heat map of K and beta where both were varied, and a row for each model, best first."""
+    tables = []
+    values = [t.score.scored.value for t in outcome.trials if t.candidate and t.score]
+    for heat in list_heat_maps(outcome):
+        if len(heat.rows) > 1 and len(heat.columns) > 1:
+            table = _table(escape(heat.title), *(f"beta {escape(beta)}" for beta in heat.columns))
+            for name, scores in zip(heat.rows, heat.cells, strict=True):
+                table.add_row(escape(name), *(_shade_cell(value, values, outcome.minimize) for value in scores))
+            tables.append(table)
+    header, rows = list_rows(outcome)
+    table = _table(*(escape(name) for name in header))
+    for trial, row in zip(outcome.trials, rows, strict=True):
+        best = outcome.best is not None and trial.key == outcome.best.key
+        style = "red" if trial.failed else "bold" if best else "dim" if trial.candidate is None else None
+        table.add_row(*(escape(printable(cell)) for cell in row), style=style)
+    return [*tables, table]
+
+
+def _shade_cell(value: float | None, values: Sequence[float], minimize: bool) -> Text:
+    if value is None:
+        return Text("-")
+    level = round(5 * shade(value, values, minimize))
+    return Text(f" {show_number(value)} ", style=SHADES[level])
 
 
 def make_batch_table(results: list[dict[str, Any]]) -> Table:

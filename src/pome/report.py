@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pome.errors import OutputError, printable
+from pome.jobs import Reports
 from pome.sheet import Sheet
-from pome.spec import Reports
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LEVELS, LOWEST, DECADES = 4096, -14.0, 20.0  # a singular value in the page: two characters, a step of 1.1 %

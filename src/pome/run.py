@@ -5,88 +5,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
-import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pome
 from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
-from pome.checkpoint.output import Staging, check_target, finish_published, update_index
-from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile, list_adapted_side_files, list_side_files
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from pome.checkpoint.output import Staging, check_target, finish_published
+from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
+from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.engines.local import map_units
-from pome.errors import CheckpointError, NumericalError, PairingError, printable
+from pome.errors import CheckpointError, NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
-from pome.plan import Plan, Unit, check_overrides, make_plan
+from pome.pair import Opened, Progress, Source, copy_files, count_space, count_up, describe_command, open_pair
+from pome.plan import Unit
 from pome.spec import EditSpec
 
-Source = str | os.PathLike[str]
+if TYPE_CHECKING:
+    from pome.patch import Recall
 
 # Finished units are synced and journalled in groups: what a crash loses is at most this much work.
 COMMIT_SECONDS = 5.0
 COMMIT_UNITS = 512
-
-
-class Progress:
-    """What a run tells while it works. Tasks are `copy`, `edit` and `hash`; subclass and override what you show."""
-
-    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
-        """The plan stands, nothing is written yet; `resumed` units were finished by an earlier run."""
-
-    def start(self, task: str, total: int) -> None:
-        """A task of `total` bytes (`copy`, `hash`) or units (`edit`) begins."""
-
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        """`amount` more of the task is done, which moved `nbytes` bytes; `note` says what was worked on."""
-
-    def finish(self, task: str) -> None:
-        """The task is done."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Both sides open, the plan made, and the files that go along."""
-
-    base: Checkpoint
-    ft: Checkpoint
-    plan: Plan
-    side_files: list[SideFile]
-    not_copied: dict[str, str]
-    template: Checkpoint  # whose weight files the output begins as: FT, or BASE where FT is an adapter merged into it
-
-
-@contextlib.contextmanager
-def open_pair(base: Source, ft: Source, spec: EditSpec, *, whole: bool = False) -> Iterator[Opened]:
-    """Open BASE and FT and plan the edit: headers, configs and file names only. Raises PomeError.
-
-    `whole` fetches all files of an FT on the Hub, which writing an output needs and planning does not; of BASE too
-    where FT is an adapter.
-    """
-    with contextlib.ExitStack() as stack:
-        tuned = open_checkpoint(ft, whole=whole, dequantize=spec.dequantize)
-        stack.callback(tuned.close)
-        merges = tuned.adapter_config is not None and spec.out_format == "full"
-        pretrained = open_checkpoint(base, whole=whole and merges, dequantize=spec.dequantize)
-        stack.callback(pretrained.close)
-        sides = [pretrained, tuned]
-        identities = [[weights.file.identity for weights in side.files.values()] for side in sides]
-        if identities[0] == identities[1]:
-            raise PairingError(
-                f"{printable(sides[1].source)}: BASE and FT are the same files; give the pretrained checkpoint first, "
-                "then the one that was trained from it"
-            )
-        plan = make_plan(sides[0], sides[1], spec)
-        check_overrides(plan, spec)
-        beside = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
-        yield Opened(pretrained, tuned, plan, *beside, pretrained if merges else tuned)
 
 
 def edit(
@@ -99,30 +44,45 @@ def edit(
     overwrite: bool = False,
     fresh: bool = False,
     card: bool = False,
+    recall: Recall | None = None,
+    sweep: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write to the folder `out` the checkpoint `ft` with the selected matrices edited; returns its manifest.
 
     `out` appears whole or not at all. What an interrupted call finished lies in `OUT.pome-staging`, and the same call
-    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. Raises PomeError
-    for bad input or a machine that fails; KeyboardInterrupt, after progress is safe, when interrupted.
+    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. `recall` gives
+    decompositions that are known already, `sweep` is what the manifest says of how the options were chosen. Raises
+    PomeError for bad input or a machine that fails; KeyboardInterrupt, after progress is safe, when interrupted.
     """
     spec = spec or EditSpec()
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
         inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
         target = check_target(Path(os.fspath(out)), inputs, overwrite)
-        return _Run(opened, spec, progress or Progress(), begun, card).make(target, overwrite, fresh)
+        run = _Run(opened, spec, progress or Progress(), begun, card, recall, sweep)
+        return run.make(target, overwrite, fresh)
 
 
 class _Run:
     """The state of one run between its stages."""
 
-    def __init__(self, opened: Opened, spec: EditSpec, progress: Progress, begun: float, card: bool) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        spec: EditSpec,
+        progress: Progress,
+        begun: float,
+        card: bool,
+        recall: Recall | None,
+        sweep: Mapping[str, Any] | None,
+    ) -> None:
         self.opened = opened
         self.spec = spec
         self.progress = progress
         self.begun = begun
         self.card = card
+        self.recall = recall
+        self.sweep = sweep
         self.kernel_seconds = 0.0
         self.cancelled = threading.Event()
 
@@ -135,7 +95,7 @@ class _Run:
             return read_manifest(target / MANIFEST_NAME)
         with Staging(target, command, fresh) as staging:
             try:
-                staging.check_space(*self._count_space(staging))
+                staging.check_space(*count_space(self.opened, staging))
             except BaseException:
                 staging.discard_if_empty()
                 raise
@@ -146,7 +106,7 @@ class _Run:
                     if self.spec.out_format == "adapter":
                         self._edit_adapter(staging, devices[0])
                     else:
-                        self._copy(staging)
+                        copy_files(self.opened, staging, self.progress)
                         self._edit(staging, devices)
                     base, fine_tuned = self._join_hashes(hashes)
                 for side in (self.opened.base, self.opened.ft):
@@ -168,15 +128,6 @@ class _Run:
                 ) from None
         return manifest
 
-    def _count_space(self, staging: Staging) -> tuple[int, Path | None]:
-        """Bytes still to be copied, and a file to try sharing with."""
-        layouts = self.opened.plan.layouts
-        sizes = {name: file.header.file_size for name, file in self.opened.template.files.items()}
-        sizes |= {name: header.file_size for name, (_, header) in layouts.items()}
-        sizes |= {file.name: file.size for file in self.opened.side_files}
-        shared = None if layouts else next(iter(self.opened.template.files.values())).file.path
-        return sum(size for name, size in sizes.items() if name not in staging.copied), shared
-
     def _edit_adapter(self, staging: Staging, device: str) -> None:
         """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
         from pome.adapt import edit_loras, write_adapter
@@ -185,7 +136,7 @@ class _Run:
         self.progress.start("copy", sum(file.size for file in opened.side_files))
         for file in opened.side_files:
             if file.name != ADAPTER_CONFIG:
-                staging.copy_file(file.name, file.path, self._advance("copy"))
+                staging.copy_file(file.name, file.path, count_up(self.progress, "copy"))
         self.progress.finish("copy")
         self.progress.start("edit", len(opened.plan.units))
         begun = time.perf_counter()
@@ -205,43 +156,6 @@ class _Run:
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
 
-    def _copy(self, staging: Staging) -> None:
-        """Fill the staging folder with FT's files (BASE's where FT is an adapter).
-
-        They are cloned as they are, or laid out anew where a dtype changes.
-        """
-        opened, layouts = self.opened, self.opened.plan.layouts
-        source = opened.template
-        total = sum(file.header.file_size for file in source.files.values())
-        self.progress.start("copy", total + sum(file.size for file in opened.side_files))
-        for name, weights in source.files.items():
-            advance = self._advance("copy")
-            if source.dequantized and not weights.header.tensors:
-                continue  # a shard of scales alone, which no index would name
-            if name in layouts:
-                raw, header = layouts[name]
-                staging.lay_out(name, weights.file, weights.header, raw, header, advance)
-            elif weights.file.path is None:
-                staging.write_file(name, weights.file, advance)
-            else:
-                staging.copy_file(name, weights.file.path, advance)
-        for file in opened.side_files:
-            if file.name == "config.json" and source.dequantized:
-                config = {key: value for key, value in (source.config or {}).items() if key != "quantization_config"}
-                staging.put_file(file.name, (json.dumps(config, indent=2) + "\n").encode())
-            else:
-                staging.copy_file(file.name, file.path, self._advance("copy"))
-        if source.index is not None and source.folder is not None:
-            index = source.folder / source.index
-            if layouts or source.dequantized:
-                headers = {name: weights.header for name, weights in source.files.items()}
-                headers |= {name: header for name, (_, header) in layouts.items()}
-                size = sum(header.file_size - header.data_start for header in headers.values())
-                staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
-            else:
-                staging.copy_file(source.index, index, self._advance("copy"))
-        self.progress.finish("copy")
-
     def _edit(self, staging: Staging, devices: list[str]) -> None:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.merge import Data, make_patch, read_unit
@@ -259,7 +173,7 @@ class _Run:
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> Patch:
-            patch = make_patch(unit, data, self.spec, device)
+            patch = make_patch(unit, data, self.spec, device, self.recall)
             if patch.data is not None:
                 staging.write(unit.file, patch.data, unit.out_start)
             return dataclasses.replace(patch, data=None)
@@ -349,6 +263,7 @@ class _Run:
             merged=plan.merged,
             not_copied=self.opened.not_copied,
             files={},
+            sweep=dict(self.sweep) if self.sweep is not None else None,
         )
 
     def _read_ft_card(self) -> str | None:
@@ -363,7 +278,7 @@ class _Run:
         names = [name for name in names if name != MANIFEST_NAME]
         self.progress.start("hash", sum((staging.output / name).stat().st_size for name in names))
         with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool:
-            made = pool.map(lambda name: self._hash(staging.output / name, self._advance("hash")), names)
+            made = pool.map(lambda name: self._hash(staging.output / name, count_up(self.progress, "hash")), names)
             files = {name: FileRecord(*record) for name, record in zip(names, made, strict=True)}
         self.progress.finish("hash")
         timing: dict[str, float | str] = {
@@ -381,16 +296,3 @@ class _Run:
     def _stop_if_cancelled(self, _: int) -> None:
         if self.cancelled.is_set():
             raise CheckpointError("hashing was cancelled")
-
-    def _advance(self, task: str) -> Callable[[int], None]:
-        return lambda amount: self.progress.advance(task, amount, amount)
-
-
-def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
-    """What makes two runs the same run: the options, the inputs as they are now, and the versions that fix the bits."""
-    command: dict[str, Any] = {"pome": pome.__version__, "torch": importlib.metadata.version("torch")}
-    command |= spec.to_mapping()
-    for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):
-        command[name] = [weights.file.identity for weights in side.files.values()]
-    command["side_files"] = [[file.name, file.size] for file in opened.side_files]
-    return command

@@ -200,3 +200,22 @@ def _summarise(rows: Sequence[Row], keys: Sequence[str]) -> tuple[int, dict[str,
         known = [value for row in rows if (value := row.values.get(key)) is not None]
         medians[key] = statistics.median(known) if known else math.nan
     return len(rows), medians
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Scores of the candidates that share layers and scale: a row for each way to choose k, a column for each beta."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[float | None, ...], ...]
+
+
+def shade(value: float, values: Sequence[float], minimize: bool) -> float:
+    """Where a score stands among all, from 0, the worst, to 1, the best."""
+    low, high = min(values), max(values)
+    if low == high:
+        return 0.5
+    place = (value - low) / (high - low)
+    return 1.0 - place if minimize else place

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from pome.engines.local import map_units
 from pome.findings import Matrix, Survey
 from pome.manifest import KeptRecord
+from pome.pair import Progress, Source, open_pair
 from pome.plan import Unit
 from pome.roles import ROLES
-from pome.run import Progress, Source, open_pair
 from pome.spec import EditSpec
 
 if TYPE_CHECKING:

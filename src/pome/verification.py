@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
@@ -95,10 +95,23 @@ def find_finished(
     out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], spec: EditSpec
 ) -> Manifest | None:
     """The manifest of `out` if this edit made it and no input is newer, so that a batch need not repeat it."""
+    return _find(out, base, ft, lambda manifest: manifest.sweep is None and manifest.spec == spec.to_mapping())
+
+
+def find_swept(
+    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], sweep: dict[str, Any]
+) -> Manifest | None:
+    """The same for the best of a sweep; `sweep` has its scorer and its grid, as the manifest tells them."""
+    return _find(out, base, ft, lambda made: made.sweep is not None and sweep.items() <= made.sweep.items())
+
+
+def _find(
+    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], is_it: Callable[[Manifest], bool]
+) -> Manifest | None:
     try:
         manifest = read_manifest(out / MANIFEST_NAME)
         same = (manifest.base.source, manifest.fine_tuned.source) == (os.fspath(base), os.fspath(ft))
-        if not same or manifest.spec != spec.to_mapping() or manifest.timing.get(CHECKSUM) != manifest.checksum():
+        if not same or not is_it(manifest) or manifest.timing.get(CHECKSUM) != manifest.checksum():
             return None
         created = datetime.datetime.fromisoformat(manifest.created).timestamp()
         for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):

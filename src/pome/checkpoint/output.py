@@ -103,9 +103,11 @@ def _exists(out: Path) -> OutputError:
 class Staging:
     """An output in the making; use as a context manager, which releases the lock and deletes nothing."""
 
-    def __init__(self, target: Path, command: dict[str, Any], fresh: bool) -> None:
+    def __init__(
+        self, target: Path, command: dict[str, Any], fresh: bool, suffix: str = STAGING_SUFFIX
+    ) -> None:
         self.target = target
-        self.folder = staging_folder(target)
+        self.folder = target.with_name(target.name + suffix)
         self.output = self.folder / "output"
         self._command = command
         self._fresh = fresh
@@ -311,6 +313,19 @@ class Staging:
             _sync_folder(self.target.parent)
         # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
         _clear(self.folder)
+
+    def clear_output(self) -> None:
+        """Take the output's files away, and what the journal says of them; the folder and its command stay."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+        with explain(self.folder):
+            os.ftruncate(self._journal, 0)
+            os.lseek(self._journal, 0, os.SEEK_SET)
+            _remove(self.output)
+            self.output.mkdir()
+        self.copied.clear()
+        self.finished.clear()
 
     def discard_if_empty(self) -> None:
         """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""

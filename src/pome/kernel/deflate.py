@@ -32,7 +32,7 @@ from pome.kernel.products import (
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.spectrum import GAP, SUBSPACE, Kept, Undecided
+from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, recall
 
 EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
@@ -60,16 +60,32 @@ class Split:
     lift: float
 
 
-def solve_deflated(D: Tensor, rule: RankRule, helper: torch.device | None = None) -> Kept:
+def solve_deflated(
+    D: Tensor, rule: RankRule, known: Known | None = None, helper: torch.device | None = None
+) -> Kept:
     """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace.
 
     With a `helper`, only the `eigh` of the short side goes there: for a device that cannot hold D and its products.
     """
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
+    name = "deflated-float32" if helper is None else f"deflated-float32+{helper}"
+    basis = recall(known, name, D, lambda: find_basis(tall, shape, helper or D.device))
+    sigma, V, rank = basis.sigma.clone(), basis.V if known is None else basis.V.clone(), basis.rank
+    k = rule.choose(sigma, rank, shape)
+    slack = basis.noise / float(sigma[k - 1]) ** 2
+    if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
+        raise Undecided("the singular values leave k open")
+    settle_cut(tall, V, sigma, k, basis)
+    P = polar(tall, V[:, :k], sigma[:k], flipped=tall is not D)
+    return Kept(P, sigma, rank, k, EPS * float(sigma[basis.strong] / sigma[k - 1]) ** 2)
+
+
+def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Basis:
+    """All directions of `tall`, which is D (of that shape) or D^T, and the rank. Raises Undecided."""
     split = split_strong(tall)
-    lam, V = torch.linalg.eigh(split.G.to(helper or D.device))
-    lam, V = lam.cpu().double().flip(0), V.to(D.device).flip(1)
+    lam, V = torch.linalg.eigh(split.G.to(helper))
+    lam, V = lam.cpu().double().flip(0), V.to(tall.device).flip(1)
     p = split.Q.shape[1]
     if p and not float(lam[p]) < 0.95 * split.lift:
         raise Undecided("a strong direction escaped the sketch")
@@ -79,13 +95,7 @@ def solve_deflated(D: Tensor, rule: RankRule, helper: torch.device | None = None
     sigma[:p] = split.theta
     noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
     rank = prove_rank(tall, V, sigma, noise, rank_tolerance(shape))
-    k = rule.choose(sigma, rank, shape)
-    slack = noise / float(sigma[k - 1]) ** 2
-    if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
-        raise Undecided("the singular values leave k open")
-    settle_cut(tall, V, sigma, k, split)
-    P = polar(tall, V[:, :k], sigma[:k], flipped=tall is not D)
-    return Kept(P, sigma, rank, k, EPS * float(sigma[p] / sigma[k - 1]) ** 2)
+    return Basis(sigma, rank, V, residual=split.residual, strong=p, noise=noise)
 
 
 def split_strong(D: Tensor) -> Split:
@@ -158,7 +168,7 @@ def prove_rank(D: Tensor, V: Tensor, sigma: Tensor, noise: float, tolerance: flo
     return rank
 
 
-def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> None:
+def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> None:
     """Decide in float64 which directions around the cut come before it, and check that the others may stay.
 
     V and sigma change in place, within a window of directions around the cut. Their float64 Gram matrix shows how far
@@ -166,7 +176,8 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> Non
     subspace by a known angle. So do what is left of the coupling of the p strong directions, and the rounding of D V_k
     in which they cancel. Raises Undecided when that comes to more than SUBSPACE and the data determine P.
     """
-    n, p = V.shape[1], split.Q.shape[1]
+    n, p, left_over = V.shape[1], basis.strong, basis.residual
+    assert left_over is not None
     determined = k == n or float(sigma[k - 1] - sigma[k]) > GAP * float(sigma[k - 1])
     half = WINDOW if determined else WINDOW // 4  # in a bulk there is nothing to gain but the digits of s_k
     low, high = (max(p, k - half), min(n, k + half)) if k > p else (0, p)
@@ -182,7 +193,7 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, split: Split) -> Non
     turns = (square[p:k, None] - square[k:]).reciprocal().square()
     turns[max(low - p, 0) :, : high - k] = 0.0
     dropped = max(p, k)
-    residual = (V[:, dropped:].mT @ split.residual[:, : min(p, k)]).cpu().double()
+    residual = (V[:, dropped:].mT @ left_over[:, : min(p, k)]).cpu().double()
     strong = residual / (square[: min(p, k)] - square[dropped:, None])
     cancelled = 0.1 * EPS**2 * squared_norm(D) * float(square[:k].reciprocal().sum())
     angle = math.sqrt((2.0 * coupling**2 * float(turns.sum()) + 2.0 * float(strong.square().sum()) + cancelled) / k)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal
 from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import Kept, Solver, Undecided
+from pome.kernel.spectrum import Kept, Known, Solver, Undecided
 from pome.kernel.svd import solve_svd
 
 RUNGS: tuple[tuple[str, Solver], ...] = (
@@ -89,19 +90,22 @@ def equalize(
     scale: str = "frobenius",
     beta: float = 1.0,
     noise_floor: float | None = None,
+    known: Known | None = None,
 ) -> Equalized:
     """The edited delta of `delta` (m x n, any float dtype, any device). Options are those of `pome edit`.
 
-    The same input on the same device with the same number of threads gives the same bits; no global state of torch
-    (random numbers, precision) is touched. Raises ZeroDelta when there is nothing to equalize, ValueError for a tensor
-    or an option that makes no sense, and Unsolved when no solver on any device could be certified.
+    `known` is for many edits of one delta: a mapping, empty at first, that takes what is found before k is chosen and
+    gives it back in the next call. The same input on the same device with the same number of threads gives the same
+    bits, with `known` or without; no global state of torch (random numbers, precision) is touched. Raises ZeroDelta
+    when there is nothing to equalize, ValueError for a tensor or an option that makes no sense, and Unsolved when no
+    solver on any device could be certified.
     """
     rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
     check_scale(scale, beta)
     check_shape(delta, "delta")
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
-        found = climb(list_rungs(D), partial(prove_dense, D), D.device, rule.shift(-exponent))
+        found = climb(list_rungs(D, known), partial(prove_dense, D), D.device, rule.shift(-exponent))
         return finish(found, rule, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
 
 
@@ -116,6 +120,7 @@ def equalize_factors(
     scale: str = "frobenius",
     beta: float = 1.0,
     noise_floor: float | None = None,
+    known: Known | None = None,
 ) -> Equalized:
     """The edited delta of the low-rank delta b @ a (b m x r, a r x n), as an adapter's; else as `equalize`."""
     rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
@@ -129,7 +134,8 @@ def equalize_factors(
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        found = climb(list_product_rungs(B, A), partial(prove_product, B, A), B.device, rule.shift(-exponent))
+        rungs = list_product_rungs(B, A, known)
+        found = climb(rungs, partial(prove_product, B, A), B.device, rule.shift(-exponent))
         square = float(found.kept.sigma.square().sum())
         return finish(found, rule, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
 
@@ -198,26 +204,28 @@ def climb(
     raise Unsolved("no solver could be certified: " + "; ".join(notes))
 
 
-def list_rungs(D: Tensor) -> Iterator[Attempt]:
+def list_rungs(D: Tensor, known: Known | None = None) -> Iterator[Attempt]:
     """The ladder where D is. Where that is an accelerator, the smaller form after it, D on the CPU and the short side's
     `eigh` still there, and then the ladder on the CPU. A small matrix takes the last rung at once, in a millisecond; a
     float64 one skips the first."""
     first = 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
+    given: dict[str, Any] = {} if known is None else {"known": known}
     for name, solve in RUNGS[first:]:
-        yield Attempt(name, D.device, partial(solve, D))
+        yield Attempt(name, D.device, partial(solve, D, **given))
     if D.device.type != "cpu":
         helper, D = D.device, D.cpu()
         if first == 0:
             smaller = f"deflated-float32 on cpu, eigh on {helper}"
-            yield Attempt(smaller, D.device, partial(solve_deflated, D, helper=helper))
+            yield Attempt(smaller, D.device, partial(solve_deflated, D, helper=helper, **given))
         for name, solve in RUNGS[first:]:
-            yield Attempt(f"{name} on cpu", D.device, partial(solve, D))
+            yield Attempt(f"{name} on cpu", D.device, partial(solve, D, **given))
 
 
-def list_product_rungs(B: Tensor, A: Tensor) -> Iterator[Attempt]:
+def list_product_rungs(B: Tensor, A: Tensor, known: Known | None) -> Iterator[Attempt]:
     """The thin route, and the dense ladder should it fail."""
-    yield Attempt("factors", B.device, partial(solve_factors, B, A))
-    yield from list_rungs(B @ A)
+    given: dict[str, Any] = {} if known is None else {"known": known}
+    yield Attempt("factors", B.device, partial(solve_factors, B, A, **given))
+    yield from list_rungs(B @ A, known)
 
 
 def finish(

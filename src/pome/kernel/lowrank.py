@@ -7,23 +7,31 @@ from torch import Tensor
 
 from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Kept
+from pome.kernel.spectrum import Basis, Kept, Known, recall
 
 
-def solve_factors(b: Tensor, a: Tensor, rule: RankRule) -> Kept:
+def solve_factors(b: Tensor, a: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
     """P of D = b @ a, b m x r and a r x n, both float32 or both float64.
 
     Q_b R_b = b and Q_a R_a = a^T give D = Q_b (R_b R_a^T) Q_a^T, and the core R_b R_a^T is at most r x r. Everything
     but the product that writes P is float64: r is small, and it costs milliseconds.
     """
     shape = (b.shape[0], a.shape[1])
+    basis = recall(known, "factors", b, lambda: find_basis(b, a))
+    assert basis.U is not None
+    sigma = basis.sigma
+    k = rule.choose(sigma, basis.rank, shape)
+    left, right = basis.U[:, :k].to(b), basis.V[:, :k].mT.to(b)
+    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
+    return Kept(left @ right, sigma, basis.rank, k, resolution, (left, right))
+
+
+def find_basis(b: Tensor, a: Tensor) -> Basis:
+    """The decomposition of b @ a: thin U (m x r) and V (n x r)."""
+    shape = (b.shape[0], a.shape[1])
     Qb, Rb = torch.linalg.qr(widen(b))
     Qa, Ra = torch.linalg.qr(widen(a).mT)
     U, s, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     sigma = torch.zeros(min(shape), dtype=torch.float64, device="cpu")
     sigma[: s.numel()] = s.cpu()
-    rank = count_rank(sigma, shape)
-    k = rule.choose(sigma, rank, shape)
-    left, right = (Qb @ U[:, :k]).to(b), (Vh[:k] @ Qa.mT).to(b)
-    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Kept(left @ right, sigma, rank, k, resolution, (left, right))
+    return Basis(sigma, count_rank(sigma, shape), Qa @ Vh.mT, Qb @ U)

@@ -5,12 +5,10 @@ The solvers are rungs of one ladder (equalize.py climbs it): deflate.py, gram.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from pome.kernel.rank import RankRule
 
 # P itself, and not only its objective, is determined by the data where the relative gap at the cut is above GAP: there
 # the kept subspace must be known to SUBSPACE, relative in the Frobenius norm.
@@ -19,6 +17,48 @@ GAP, SUBSPACE = 0.99e-3, 1e-4
 
 class Undecided(ArithmeticError):
     """The solver's precision cannot settle what was asked (rank, k, or the cut): the next rung must."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a solver finds of a delta D (m x n) before k is chosen: the costly part, good for every k, and read only.
+
+    sigma: as in Kept. V: right singular vectors, of D^T where that is the tall one. U: left ones, where the solver has
+    them. strong: how many of the leading directions were found apart from the others, residual (n x strong) what they
+    leave in D^T D. noise: absolute doubt about sigma^2. tail: from where on sigma was found without squaring.
+    """
+
+    sigma: Tensor
+    rank: int
+    V: Tensor
+    U: Tensor | None = None
+    residual: Tensor | None = None
+    strong: int = 0
+    noise: float = 0.0
+    tail: int = 0
+
+
+# What is known of one delta, by solver and device: a Basis, or why that solver has none.
+Known = MutableMapping[str, Basis | Undecided]
+
+
+def recall(known: Known | None, solver: str, D: Tensor, find: Callable[[], Basis]) -> Basis:
+    """What `find` finds, from `known` where it was found before. Raises Undecided, as `find` does, again too."""
+    if known is None:
+        return find()
+    key = f"{solver}@{D.device}"
+    basis: Basis | Undecided
+    try:
+        basis = known[key]
+    except KeyError:
+        try:
+            basis = find()
+        except Undecided as reason:
+            basis = reason
+        known[key] = basis
+    if isinstance(basis, Undecided):
+        raise basis
+    return basis
 
 
 @dataclass(frozen=True)
@@ -43,4 +83,4 @@ class Kept:
         return float(self.sigma[self.k]) if self.k < self.sigma.numel() else 0.0
 
 
-Solver = Callable[[Tensor, RankRule], Kept]
+Solver = Callable[..., Kept]  # (D, rule, known=None)

@@ -7,18 +7,25 @@ from torch import Tensor
 
 from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Kept
+from pome.kernel.spectrum import Basis, Kept, Known, recall
 
 
-def solve_svd(D: Tensor, rule: RankRule) -> Kept:
+def solve_svd(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
     """P of D (m x n, float32 or float64) by `torch.linalg.svd` in float64.
 
     Raises torch.linalg.LinAlgError when the driver does not converge.
     """
     shape = (D.shape[0], D.shape[1])
+    basis = recall(known, "svd-float64", D, lambda: find_basis(D))
+    assert basis.U is not None
+    sigma, U, Vh = basis.sigma, basis.U, basis.V.mT
+    k = rule.choose(sigma, basis.rank, shape)
+    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
+    return Kept((U[:, :k] @ Vh[:k]).to(D), sigma, basis.rank, k, resolution)
+
+
+def find_basis(D: Tensor) -> Basis:
+    """The decomposition."""
     U, s, Vh = torch.linalg.svd(widen(D), full_matrices=False)
     sigma = s.cpu()
-    rank = count_rank(sigma, shape)
-    k = rule.choose(sigma, rank, shape)
-    resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Kept((U[:, :k] @ Vh[:k]).to(D), sigma, rank, k, resolution)
+    return Basis(sigma, count_rank(sigma, (D.shape[0], D.shape[1])), Vh.mT, U)

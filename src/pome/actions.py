@@ -1,0 +1,302 @@
+"""What the commands do, and what they tell on the way: between the options of the command line and the library."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pome.errors import PomeError, printable
+from pome.jobs import Job, Publication, Reports, Sweep
+from pome.spec import EditSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pome.findings import Survey
+    from pome.manifest import Manifest
+    from pome.pair import Progress
+    from pome.trial import Outcome
+    from pome.verification import Verdict
+
+LOG_WIDTH = 140
+
+
+def show_inspection(
+    base: str, ft: str | None, spec: EditSpec, reports: Reports, console: Console
+) -> tuple[int, Iterable[str]]:
+    """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
+    from pome.checkpoint.sidefiles import MANIFEST_NAME
+    from pome.manifest import read_manifest
+    from pome.pair import open_pair
+    from pome.progress import describe_kept, describe_notices, describe_survey, make_survey_tables
+    from pome.report import check_targets, write_reports
+    from pome.sheet import make_edit_sheet, make_sheet
+    from pome.suggest import list_warnings, suggest
+    from pome.survey import survey
+
+    check_targets(reports)
+    found: Survey | Manifest
+    document: Iterable[str]
+    if ft is None:
+        found = read_manifest(Path(base).expanduser() / MANIFEST_NAME)
+        sheet, document = make_edit_sheet(found), [found.to_json()]
+    else:
+        # What can be refused without torch is refused before torch takes its seconds to load.
+        with open_pair(base, ft, spec) as opened:
+            console.print(describe_survey(opened), highlight=False, markup=False, soft_wrap=True)
+        with show_progress(console) as progress:
+            found = survey(base, ft, spec, progress)
+        sheet = make_sheet(found, list_warnings(found.matrices), suggest(base, ft, found.matrices))
+        document = found.to_json()
+    for table in make_survey_tables(sheet):
+        console.print(table)
+    lines = [*describe_kept(found.kept), *describe_notices(sheet)]
+    if sheet.suggestion:
+        lines += [f"suggested: {sheet.suggestion.title}. {sheet.suggestion.why}", f"  {sheet.suggestion.command}"]
+    lines += [f"wrote {path}" for path in write_reports(sheet, reports)]
+    for line in lines:
+        console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
+    return len(sheet.rows), document
+
+
+def make_sweep_of(
+    base: str,
+    ft: str,
+    out: Path,
+    job: Sweep,
+    console: Console,
+    reports: Reports,
+    overwrite: bool,
+    fresh: bool,
+    card: bool,
+) -> Outcome:
+    """Score, tell people, write the reports."""
+    from pome.progress import SweepLines, make_sweep_tables, show_bytes
+    from pome.report import check_targets
+    from pome.standings import describe_outcome, write_sweep_reports
+    from pome.trial import sweep
+
+    check_targets(reports)
+    with show_progress(console) as progress:
+        outcome = sweep(
+            base, ft, out, job.grid, job.scorer, listener=SweepLines(console), progress=progress, overwrite=overwrite,
+            fresh=fresh, write_best=job.write_best, retry_failed=job.retry_failed, card=card,
+        )  # fmt: skip
+    for table in make_sweep_tables(outcome):
+        console.print(table)
+    lines = [*describe_outcome(outcome), f"peak memory {show_bytes(outcome.peak_bytes)}"]
+    lines += [f"wrote {path}" for path in write_sweep_reports(outcome, reports, base, ft, str(out))]
+    for line in lines:
+        console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
+    if outcome.manifest is not None:
+        report_edit(outcome.manifest, out, console)
+    return outcome
+
+
+def run_job(job: Job, console: Console) -> dict[str, Any]:
+    begun = time.monotonic()
+    result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
+    console.print(printable(job.name), style="bold", highlight=False, markup=False)
+    try:
+        result |= RUNNERS[job.command](job, console)
+    except (PomeError, OSError, MemoryError) as error:
+        complain(f"{job.name}: {describe_error(error)}")
+        result |= {"status": "failed", "error": describe_error(error)}
+    result["seconds"] = round(time.monotonic() - begun, 3)
+    return result
+
+
+def _run_edit(job: Job, console: Console) -> dict[str, Any]:
+    from pome.verification import find_finished
+
+    assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
+    if not job.overwrite:
+        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec)
+        if finished is not None:
+            console.print("done by an earlier run", highlight=False)
+            push(Path(job.out), job.publication, console)
+            return {"status": "done", "matrices": len(finished.tensors)}
+    publication, out = job.publication, Path(job.out)
+    manifest = make_edit(job.base, job.fine_tuned, out, job.spec, console, job.overwrite, job.fresh, publication)
+    report_edit(manifest, out, console)
+    push(out, publication, console)
+    return {"status": "done", "matrices": len(manifest.tensors)}
+
+
+def _run_verify(job: Job, console: Console) -> dict[str, Any]:
+    from pome.verification import verify
+
+    verdict = verify(job.out, job.base, job.fine_tuned, full=job.full)
+    report_verdict(verdict, job.out, console)
+    if verdict.ok:
+        return {"status": "done", "matrices": verdict.edits}
+    count = len(verdict.differences)
+    return {"status": "failed", "error": f"{count} differences", "differences": list_differences(verdict)}
+
+
+def _run_inspect(job: Job, console: Console) -> dict[str, Any]:
+    matrices, _ = show_inspection(job.base or job.out, job.fine_tuned, job.spec, job.reports, console)
+    written = ", ".join(path for path in (job.reports.html, job.reports.csv, job.reports.plots) if path)
+    return {"status": "done", "matrices": matrices, "out": written or job.out}
+
+
+def _run_sweep(job: Job, console: Console) -> dict[str, Any]:
+    from pome.verification import find_swept
+
+    assert job.base is not None and job.fine_tuned is not None and job.sweep is not None  # the spec saw to it
+    out = Path(job.out)
+    if not job.overwrite:
+        finished = find_swept(out, job.base, job.fine_tuned, job.sweep.describe())
+        if finished is not None:
+            console.print("done by an earlier run", highlight=False)
+            push(out, job.publication, console)
+            return {"status": "done", "matrices": len(finished.tensors)}
+    outcome = make_sweep_of(
+        job.base, job.fine_tuned, out, job.sweep, console, job.reports, job.overwrite, job.fresh,
+        job.publication.has_card,
+    )  # fmt: skip
+    if outcome.manifest is None:
+        return {"status": "done", "out": "nothing beats FT beyond noise", "sweep": outcome.to_json()}
+    push(out, job.publication, console)
+    return {"status": "done", "matrices": len(outcome.manifest.tensors), "sweep": outcome.to_json()}
+
+
+RUNNERS = {"edit": _run_edit, "inspect": _run_inspect, "sweep": _run_sweep, "verify": _run_verify}
+
+
+def report_verdict(verdict: Verdict, out: str, console: Console) -> None:
+    from pome.progress import show_bytes
+
+    for item in verdict.differences:
+        where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
+        complain(f"{where}: {item.what}")
+    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
+    checked += f"{verdict.edits} edits recomputed"
+    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
+    console.print(f"{printable(out)}: {ending} ({checked})", highlight=False, markup=False, soft_wrap=True)
+
+
+def list_differences(verdict: Verdict) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(item) for item in verdict.differences]
+
+
+def make_edit(
+    base: str,
+    ft: str,
+    out: Path,
+    spec: EditSpec,
+    console: Console,
+    overwrite: bool,
+    fresh: bool,
+    publication: Publication,
+) -> Manifest:
+    from pome.checkpoint.output import check_target
+    from pome.pair import open_pair
+    from pome.progress import describe_plan
+    from pome.run import edit
+
+    if publication.push_to_hub is not None:
+        from pome.upload import check_login
+
+        check_login(publication.push_to_hub)
+    # Everything that can be refused without torch is refused before torch takes its seconds to load.
+    with open_pair(base, ft, spec) as opened:
+        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
+    with show_progress(console) as progress:
+        return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh, card=publication.has_card)
+
+
+def push(out: Path, publication: Publication, console: Console) -> None:
+    if publication.push_to_hub is not None:
+        from pome.upload import push_output
+
+        address = push_output(out, publication.push_to_hub, private=publication.private)
+        console.print(f"uploaded to {address}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_plan(
+    base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool
+) -> None:
+    from pome.checkpoint.output import check_target
+    from pome.pair import open_pair
+    from pome.progress import describe_plan, make_plan_table, show_bytes
+
+    with open_pair(base, ft, spec) as opened:
+        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
+        console.print(make_plan_table(opened))
+        console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)
+        if as_json:
+            print(json.dumps(opened.plan.to_json(), indent=1))
+
+
+def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
+    from pome.checkpoint.sidefiles import MANIFEST_NAME
+    from pome.progress import describe_kept, describe_warnings, make_closing_table, show_bytes
+
+    if manifest.tensors:
+        console.print(make_closing_table(manifest))
+    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not manifest.tensors:
+        console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
+    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
+    merged = len(manifest.merged)
+    rest = f"{merged} merged, every other byte as in BASE" if merged else "every other byte as in FT"
+    line = (
+        f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
+        f"manifest: {printable(str(out / MANIFEST_NAME))}"
+    )
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def make_console(quiet: bool) -> Console:
+    """Everything for people goes to stderr; stdout is for `--json`."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
+    # The Hub's library, not loaded yet, draws bars of its own and tells of each request that it repeats.
+    if quiet or not console.is_terminal:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if quiet:
+        os.environ["HF_HUB_VERBOSITY"] = "error"
+    return console
+
+
+@contextlib.contextmanager
+def show_progress(console: Console) -> Iterator[Progress]:
+    from pome.pair import Progress
+    from pome.progress import BarProgress, LineProgress
+
+    if console.quiet:
+        yield Progress()
+    elif console.is_terminal:
+        with BarProgress(console) as bars:
+            yield bars
+    else:
+        yield LineProgress(console)
+
+
+def describe_error(error: BaseException) -> str:
+    """One error as a message for people, whatever raised it."""
+    if isinstance(error, MemoryError):
+        return "out of memory; use a machine with more, or --exclude the largest matrices (see --dry-run)"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
+def complain(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
