@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from pome.kernel.certificate import certify, inner_dense
 from pome.kernel.equalize import equalize, equalize_factors
 
+Result = TypeVar("Result")
 SHAPES = "5632x2048,11008x4096,4096x14336"
 SPECTRA = ("flat", "inverse", "inverse-root", "strong", "rounded-lora", "deficient")
 
@@ -79,23 +81,28 @@ def run_floor(D: Tensor, k: int) -> Tensor:
 
 def clock(work: Callable[[], object]) -> float:
     """Seconds that `work` takes."""
+    return clock_result(work)[0]
+
+
+def clock_result(work: Callable[..., Result], *arguments: object) -> tuple[float, Result]:
+    """Seconds that `work` takes, and what it gives."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work(*arguments)
+    return time.perf_counter() - start, result
 
 
 def bench_matrix(shape: str, kind: str, repeat: int) -> None:
     m, n = (int(side) for side in shape.split("x"))
     D = make_delta(kind, m, n)
-    edit = equalize(D)
-    P, attainable = run_svd(D, edit.k)
-    theirs = certify(P, edit.k, attainable, inner_dense(D))
     ours, svd, floor, proof = [], [], [], []
     for _ in range(repeat):
-        ours.append(clock(lambda: equalize(D)))
-        floor.append(clock(lambda: run_floor(D, edit.k)))
-        svd.append(clock(lambda: run_svd(D, edit.k)))
-        proof.append(clock(lambda: certify(P, edit.k, attainable, inner_dense(D))))
+        seconds, edit = clock_result(equalize, D)
+        ours.append(seconds)
+        floor.append(clock_result(run_floor, D, edit.k)[0])
+        seconds, (P, attainable) = clock_result(run_svd, D, edit.k)
+        svd.append(seconds)
+        seconds, theirs = clock_result(certify, P, edit.k, attainable, inner_dense(D))
+        proof.append(seconds)
     print(
         f"{shape:>11} {kind:<13} {edit.solver:<17}{min(ours):7.2f}{min(svd):7.2f}{min(floor):7.2f}"
         f"{min(svd) / min(ours):9.2f}{min(ours) / min(floor):9.2f}{100 * min(proof) / min(ours):7.1f}%"
