@@ -99,12 +99,18 @@ def main() -> None:
         run("cp", "-r", base, copied)
         shutil.rmtree(copied)
         print(f"{'seconds, seconds, MiB':28} {'wall':>9} {'kernel':>9} {'CPU':>9} {'peak':>9}")
-        print_row("cp -r of the fine-tuned model", run("cp", "-r", fine_tuned, copied), None)
+        copy = run("cp", "-r", fine_tuned, copied)
+        print_row("cp -r of the fine-tuned model", copy, None)
         shutil.rmtree(copied)
         edited = run(sys.executable, "-m", "pome", "edit", base, fine_tuned, out)
         timing = json.loads((out / "pome_manifest.json").read_text())["timing"]
         print_row("pome edit", edited, timing["kernel_seconds"])
+        files = [path for folder in (base, fine_tuned, out) for path in folder.iterdir() if path.is_file()]
+        hashed = run("sha256sum", *files)
+        print_row("sha256sum of all three", hashed, None)
         shutil.rmtree(out)
+        beyond = edited.seconds - timing["kernel_seconds"]
+        print(f"beyond the kernel {beyond:.1f} s: {beyond / (copy.seconds + hashed.seconds):.2f} of cp and sha256sum")
         if not given.skip_obvious:
             plain = run(sys.executable, Path(__file__).resolve(), "--obvious", base, fine_tuned, obvious)
             print_row("the obvious way", plain, float((obvious / "svd_seconds").read_text()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -138,6 +139,27 @@ def bench_adapter(m: int, n: int, r: int) -> None:
     print(f"rank-{r} adapter on {m}x{n}: {thin:.4f} s, {100 * thin / dense:.2f} % of the dense {dense:.2f} s")
 
 
+MEMORY = """
+import resource, sys, torch
+from pome.kernel.equalize import equalize
+m, n = int(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+equalize(torch.randn(64, 32))  # what torch loads when it computes for the first time
+before = peak()
+equalize(torch.randn(m, n))
+print((peak() - before) / (4 * m * n))
+"""
+
+
+def measure_memory(m: int, n: int) -> None:
+    """Peak resident memory of one unit, its delta included, in a process of its own."""
+    said = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(m), str(n)], check=True, capture_output=True, text=True
+    ).stdout
+    print(f"memory of one {m}x{n}, the delta included: {float(said):.2f} times the matrix in float32")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shapes", default=SHAPES)
@@ -159,6 +181,7 @@ def main() -> None:
     if given.experts:
         bench_experts(given.experts, 768, 2048)
         bench_adapter(11008, 4096, 16)
+        measure_memory(11008, 4096)
     unit = 1024 if sys.platform == "linux" else 1
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import pome
 from adapters import FUSED_EXPERTS, LINEAR, Pair, configure, make_pair, rewrite
 from checkpoints import hash_tree, read_tensors
+from hub_server import HubServer
 from pome import EditSpec, NumericalError, PairingError
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -118,3 +120,20 @@ def test_verify_finds_an_edited_adapter_of_other_inputs(tmp_path: Path) -> None:
     file.write_bytes(raw)
     verdict = pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True)
     assert [item.file for item in verdict.differences] == ["adapter_model.safetensors"]
+
+
+def test_the_card_of_an_adapter_says_what_it_goes_on(hub: HubServer, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    (pair.adapter / "README.md").write_text("---\nlibrary_name: peft\nbase_model: org/other\n---\nits card\n")
+    hub.add("org/base", pair.base)
+    cards = {}
+    for form in ("adapter", "full"):
+        pome.edit("org/base", pair.adapter, tmp_path / form, EditSpec(out_format=form), card=True)
+        cards[form] = ModelCard((tmp_path / form / "README.md").read_text())
+        assert cards[form].data.base_model == ["org/base"]
+    assert cards["adapter"].data["base_model_relation"] == "adapter"
+    assert cards["adapter"].data.library_name == "peft"
+    assert "It is an adapter as before" in cards["adapter"].text
+    assert cards["full"].data["base_model_relation"] == "finetune"
+    assert cards["full"].data.library_name is None
+    assert "The adapter is merged" in cards["full"].text

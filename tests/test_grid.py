@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pome.errors import ScoreError, SpecError
-from pome.evaluate import CommandScorer, HarnessScorer, LossScorer, Score, Scored, make_scorer, read_score
+from pome.evaluate import CommandScorer, Score, Scored, read_score
 from pome.grid import make_grid, walk
+from pome.language import HarnessScorer, LossScorer
+from pome.scorers import make_scorer
 
 
 def drain(grid, score_of):

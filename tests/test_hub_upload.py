@@ -122,6 +122,30 @@ def test_a_local_ft_of_a_hub_base_is_a_finetune_of_it(pair: tuple[Path, Path], t
     assert read_card(tmp_path / "out").data.base_model == ["org/base"]
 
 
+def test_overrides_are_told_as_the_file_that_says_them(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [{"match": r"layers\.1\.", "beta": 2.0}]
+    pome.edit("org/base", "org/ft", tmp_path / "out", pome.EditSpec.from_mapping({"overrides": overrides}), card=True)
+    text = read_card(tmp_path / "out").text
+    monkeypatch.chdir(tmp_path)
+    Path("edit.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith("pome edit")))[1:]
+    command[command.index("OUT")] = "again"
+    assert command[-2:] == ["--config", "edit.yaml"]
+    assert run_command([*command, "--quiet"]) == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_the_card_of_a_sweeps_best_says_how_it_was_chosen(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    scorer = pome.make_scorer(score_cmd="cksum < {model}/model.safetensors")
+    grid = pome.make_grid({"beta": [1.0, 2.0]})
+    pome.sweep("org/base", "org/ft", tmp_path / "out", grid, scorer, write_best=True, card=True)
+    text = read_card(tmp_path / "out").text
+    assert "the options are the best of 2 by their scores" in text and "No data and no training" not in text
+    assert pome.verify(tmp_path / "out").ok
+
+
 RECORD = TensorRecord(
     "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.0, 1.0, 0.0, "gram64", ()
 )  # fmt: skip

@@ -13,7 +13,10 @@ import pome
 PACKAGE = Path(pome.__file__).parent
 
 # Room -> the rooms that it may import. A new module must be entered here, with the least that it needs.
-CHECKPOINT = {"checkpoint.header", "checkpoint.source", "checkpoint.sidefiles", "checkpoint.output", "checkpoint.clone"}
+CHECKPOINT = {
+    "checkpoint.header", "checkpoint.source", "checkpoint.sidefiles", "checkpoint.output", "checkpoint.target",
+    "checkpoint.clone"
+}  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "layout": set(),
@@ -37,65 +40,84 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
     "checkpoint.sidefiles": {"errors", "checkpoint.source"},
+    "checkpoint.disk": {"errors", "checkpoint.files", "checkpoint.clone"},
+    "checkpoint.target": {
+        "errors", "checkpoint.clone", "checkpoint.disk", "checkpoint.lock", "checkpoint.sidefiles"
+    },
     "checkpoint.output": {
-        "errors", "checkpoint.files", "checkpoint.header", "checkpoint.clone", "checkpoint.lock",
-        "checkpoint.sidefiles"
+        "errors", "checkpoint.files", "checkpoint.header", "checkpoint.clone", "checkpoint.lock", "checkpoint.disk",
+        "checkpoint.sidefiles", "checkpoint.target"
     },
     "kernel": set(),
     "manifest": {"errors"},
-    "card": {"manifest", "spec"},
+    "card": {"manifest", "spec", "checkpoint.source"},
     "upload": {"errors", "checkpoint.hub_calls"},
     "quantization": {"errors", "checkpoint.header"},
     "selection": {"errors", "spec", "roles", "quantization", *CHECKPOINT},
-    "plan": {
-        "errors", "spec", "roles", "layout", "pairing", "quantization", "selection", "checkpoint.adapter",
+    "units": {"roles", "checkpoint.adapter", *CHECKPOINT},
+    "obstacles": {"errors", "roles", "spec", "selection", *CHECKPOINT},
+    "adapter_plan": {
+        "errors", "spec", "roles", "quantization", "selection", "units", "obstacles", "checkpoint.adapter",
         "checkpoint.fitting", *CHECKPOINT
     },
-    "patch": {"errors", "spec", "roles", "layout", "plan", "manifest", "kernel"},
+    "plan": {
+        "errors", "spec", "roles", "pairing", "quantization", "selection", "units", "obstacles", "adapter_plan",
+        *CHECKPOINT
+    },
+    "patch": {"errors", "spec", "roles", "layout", "units", "manifest", "kernel"},
     "merge": {
-        "errors", "spec", "roles", "plan", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"
+        "errors", "spec", "roles", "units", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"
     },
     "adapt": {
-        "errors", "spec", "roles", "plan", "manifest", "patch", "merge", "kernel", "checkpoint.adapter", *CHECKPOINT
+        "errors", "spec", "roles", "units", "manifest", "patch", "merge", "kernel", "checkpoint.adapter", *CHECKPOINT
     },
     "engines": set(),
     "engines.local": {"errors"},
-    "pair": {"", "errors", "spec", "plan", *CHECKPOINT},
+    "pair": {"", "errors", "spec", "plan", "units", *CHECKPOINT},
     "run": {
-        "", "errors", "spec", "roles", "plan", "pair", "manifest", "patch", "merge", "adapt", "card", "engines.local",
+        "", "errors", "spec", "roles", "units", "pair", "manifest", "patch", "merge", "adapt", "card", "engines.local",
         *CHECKPOINT
     },
-    "verification": {"errors", "spec", "plan", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT},
+    "verification": {
+        "errors", "spec", "plan", "units", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT
+    },
+    "finished": {"errors", "spec", "manifest", *CHECKPOINT},
     "findings": {"manifest"},
     "measure": {
-        "errors", "spec", "roles", "layout", "plan", "manifest", "findings", "patch", "merge", "kernel"
+        "errors", "spec", "roles", "layout", "units", "manifest", "findings", "patch", "merge", "kernel"
     },
     "survey": {
-        "errors", "spec", "roles", "plan", "manifest", "findings", "patch", "merge", "measure", "pair", "engines.local"
+        "errors", "spec", "roles", "units", "manifest", "findings", "patch", "merge", "measure", "pair", "engines.local"
     },
     "suggest": {"findings"},
     "sheet": {"roles", "manifest", "findings", "suggest"},
     "grid": {"errors", "spec"},
     "evaluate": {"errors", "checkpoint.clone"},
+    "language": {"errors", "evaluate", "checkpoint.clone"},
+    "scorers": {"errors", "evaluate", "language"},
     "evidence": {"evaluate"},
-    "jobs": {"errors", "spec", "roles", "grid", "evaluate"},
-    "scratch": {"spec", "roles", "plan", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
-    "trial": {
-        "errors", "grid", "evaluate", "evidence", "scratch", "plan", "pair", "patch", "manifest", "run", *CHECKPOINT
+    "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers"},
+    "scratch": {"spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
+    "trial": {"grid", "evaluate", "evidence", "pair", "manifest"},
+    "journal": {"evaluate", "trial", "checkpoint.disk"},
+    "search": {
+        "errors", "spec", "grid", "evaluate", "evidence", "language", "scratch", "plan", "units", "pair", "patch",
+        "manifest", "run", "trial", "journal", *CHECKPOINT
     },
     "standings": {"errors", "spec", "jobs", "grid", "sheet", "plots", "trial"},
     "plots": {"errors", "sheet"},
     "report": {"errors", "jobs", "sheet", "plots"},
-    "progress": {"errors", "spec", "plan", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
+    "progress": {"errors", "spec", "units", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
     "actions": {
-        "", "errors", "spec", "roles", "jobs", "plan", "pair", "manifest", "run", "verification", "findings", "survey",
-        "suggest", "sheet", "report", "progress", "upload", "trial", "standings", *CHECKPOINT
+        "", "errors", "spec", "roles", "jobs", "plan", "pair", "manifest", "run", "verification", "finished",
+        "findings", "survey", "suggest", "sheet", "report", "progress", "upload", "trial", "search", "standings",
+        *CHECKPOINT
     },
     "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "actions"},
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
     "": {
-        "errors", "spec", "manifest", "pair", "run", "verification", "kernel", "grid", "evaluate", "trial"
+        "errors", "spec", "manifest", "pair", "run", "verification", "kernel", "grid", "scorers", "trial", "search"
     },
 }  # fmt: skip
 # Inside the kernel no room but the kernel itself is known: pure tensors, no names, no paths.
@@ -105,10 +127,10 @@ KERNEL_ALONE = {"kernel"}
 GUESTS: dict[str, set[str]] = {
     "torch": {
         "kernel", "patch", "merge", "adapt", "measure", "verification", "checkpoint.fp8", "scratch", "evidence",
-        "evaluate"
+        "language"
     },
-    "transformers": {"evaluate"},
-    "lm_eval": {"evaluate"},
+    "transformers": {"language"},
+    "lm_eval": {"language"},
     "matplotlib": {"plots"},
     "rich": {"progress", "actions"},
     "typer": {"cli"},

@@ -29,7 +29,8 @@ from checkpoints import (
 )
 from pome import EditSpec, OutputError, edit
 from pome.checkpoint import clone
-from pome.checkpoint.output import Staging, check_target
+from pome.checkpoint.output import Staging
+from pome.checkpoint.target import check_target
 from pome.kernel.equalize import equalize as equalize_one
 
 UP = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]

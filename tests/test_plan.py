@@ -26,7 +26,7 @@ from checkpoints import (
 from pome import EditSpec, PairingError, SelectionError, edit, verify
 from pome.checkpoint.source import Checkpoint
 from pome.pair import open_pair
-from pome.plan import Plan
+from pome.units import Plan
 
 UP = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
 

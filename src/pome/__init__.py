@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from pome.errors import (
         VerificationError as VerificationError,
     )
-    from pome.evaluate import make_scorer as make_scorer
     from pome.grid import make_grid as make_grid
     from pome.kernel.equalize import Equalized as Equalized
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
     from pome.pair import Progress as Progress
     from pome.run import edit as edit
+    from pome.scorers import make_scorer as make_scorer
+    from pome.search import sweep as sweep
     from pome.spec import EditSpec as EditSpec
     from pome.trial import Outcome as Outcome
-    from pome.trial import sweep as sweep
     from pome.verification import Verdict as Verdict
     from pome.verification import verify as verify
 
@@ -65,10 +65,10 @@ _HOMES = {
     "Manifest": "pome.manifest",
     "verify": "pome.verification",
     "Verdict": "pome.verification",
-    "sweep": "pome.trial",
+    "sweep": "pome.search",
     "Outcome": "pome.trial",
     "make_grid": "pome.grid",
-    "make_scorer": "pome.evaluate",
+    "make_scorer": "pome.scorers",
     "equalize": "pome.kernel.equalize",
     "Equalized": "pome.kernel.equalize",
     **dict.fromkeys(

@@ -80,8 +80,8 @@ def make_sweep_of(
     """Score, tell people, write the reports."""
     from pome.progress import SweepLines, make_sweep_tables, show_bytes
     from pome.report import check_targets
+    from pome.search import sweep
     from pome.standings import describe_outcome, write_sweep_reports
-    from pome.trial import sweep
 
     check_targets(reports)
     with show_progress(console) as progress:
@@ -114,7 +114,7 @@ def run_job(job: Job, console: Console) -> dict[str, Any]:
 
 
 def _run_edit(job: Job, console: Console) -> dict[str, Any]:
-    from pome.verification import find_finished
+    from pome.finished import find_finished
 
     assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
     if not job.overwrite:
@@ -148,7 +148,7 @@ def _run_inspect(job: Job, console: Console) -> dict[str, Any]:
 
 
 def _run_sweep(job: Job, console: Console) -> dict[str, Any]:
-    from pome.verification import find_swept
+    from pome.finished import find_swept
 
     assert job.base is not None and job.fine_tuned is not None and job.sweep is not None  # the spec saw to it
     out = Path(job.out)
@@ -197,7 +197,7 @@ def make_edit(
     fresh: bool,
     publication: Publication,
 ) -> Manifest:
-    from pome.checkpoint.output import check_target
+    from pome.checkpoint.target import check_target
     from pome.pair import open_pair
     from pome.progress import describe_plan
     from pome.run import edit
@@ -225,7 +225,7 @@ def push(out: Path, publication: Publication, console: Console) -> None:
 def show_plan(
     base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool
 ) -> None:
-    from pome.checkpoint.output import check_target
+    from pome.checkpoint.target import check_target
     from pome.pair import open_pair
     from pome.progress import describe_plan, make_plan_table, show_bytes
 

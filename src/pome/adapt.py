@@ -22,16 +22,16 @@ from torch import Tensor
 
 from pome.checkpoint.adapter import LowRank
 from pome.checkpoint.clone import copy_range
+from pome.checkpoint.disk import explain
 from pome.checkpoint.header import DTYPE_BITS, build_header
-from pome.checkpoint.output import explain
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.errors import NumericalError, printable
 from pome.manifest import KeptRecord, TensorRecord
 from pome.merge import orient, take_factors
 from pome.patch import TORCH_DTYPES, equalize_part, put_view, record_part
-from pome.plan import Plan, Unit
 from pome.roles import Part
 from pome.spec import EditSpec
+from pome.units import Plan, Unit
 
 Factors = tuple[Tensor, Tensor]  # F (rows, k) and G (k, columns)
 Places = dict[str, tuple[str, tuple[int, ...], int]]  # adapter tensor -> dtype, shape and offset in scratch

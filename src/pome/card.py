@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pome.checkpoint.source import ADAPTER_WEIGHTS
 from pome.manifest import Manifest, SideRecord, TensorRecord
 from pome.spec import EditSpec
 
@@ -25,7 +26,7 @@ _LOCAL_VALUE = re.compile(r"[/~.\\]|[A-Za-z]:\\|file:")
 # Training scripts write where they ran: `/data/llama` by itself, or as a link to huggingface.co//data/llama.
 _LOCAL_LINK = re.compile(r"\]\(https?://huggingface\.co/[/~.][^)\s]*\)")
 _LOCAL_PATH = re.compile(r"(?<![\w/:<.~-])(?:file://|~|[A-Za-z]:)?[/\\](?:[\w.@+ -]*[\w.@+-][/\\])+([\w.@+-]*)")
-_NOT_DECIDING = ("device", "engine")  # where it is computed, not what
+_NOT_OPTIONS = ("device", "engine", "overrides")  # where it is computed, not what; and what only a file can say
 
 
 def make_card(manifest: Manifest, ft_card: str | None) -> str:
@@ -66,12 +67,19 @@ def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
     kept = {key: _drop_local(theirs[key]) for key in theirs if key in _CARRIED or key.startswith("extra_gated_")}
     tags = theirs.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    parents = [name for side in (manifest.fine_tuned, manifest.base) if (name := _hub_id(side))][:1]
+    adapter = manifest.spec["out_format"] == "adapter"
+    # An adapter's base is the model that it goes on, not the adapter that it was.
+    sides = (manifest.base,) if adapter else (manifest.fine_tuned, manifest.base)
+    parents = [name for side in sides if (name := _hub_id(side))][:1]
     parents = parents or _read_parents(theirs.get("base_model"))
     fields = {key: value for key, value in kept.items() if value not in (None, [], "")}
+    if adapter:
+        fields["library_name"] = "peft"
+    elif _is_adapter(manifest) and fields.get("library_name") == "peft":
+        del fields["library_name"]  # what was an adapter is a whole model now
     data = ModelCardData(
         base_model=parents or None,
-        base_model_relation="finetune" if parents else None,
+        base_model_relation=("adapter" if adapter else "finetune") if parents else None,
         tags=list(dict.fromkeys([*tags, *TAGS])),
         ignore_metadata_errors=True,
         **fields,
@@ -95,16 +103,29 @@ def _hub_id(side: SideRecord) -> str | None:
     return side.source.partition("@")[0] if side.revision is not None else None
 
 
+def _is_adapter(manifest: Manifest) -> bool:
+    """Whether FT was one."""
+    return ADAPTER_WEIGHTS in manifest.fine_tuned.files
+
+
 def _introduce(manifest: Manifest) -> str:
     ft = _hub_id(manifest.fine_tuned)
     title = f"{ft.rpartition('/')[2]}, edited by POME" if ft else "A model edited by POME"
     count = len(manifest.tensors)
     what = "the update of 1 matrix" if count == 1 else f"the updates of {count} matrices"
+    rest = "Every other byte of the weights is the fine-tuned model's."
+    if manifest.spec["out_format"] == "adapter":
+        rest = "It is an adapter as before; its other modules are unchanged."
+    elif _is_adapter(manifest):
+        rest = "The adapter is merged: its other modules as PEFT merges them, every other byte is the base model's."
+    used = "No data and no training were used."
+    if manifest.sweep is not None:
+        tried = sum(item["params"] is not None for item in manifest.sweep["candidates"])
+        used = f"No training was used; the options are the best of {tried} by their scores (see the manifest)."
     return (
         f"# {title}\n\n{_link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
         f"{_link(manifest.base, 'the pretrained model')} equalized by POME ([arXiv 2510.06627]({PAPER})): the leading "
-        "singular directions of each update are kept and given one weight. No data and no training were used. "
-        "Every other byte of the weights is the fine-tuned model's."
+        f"singular directions of each update are kept and given one weight. {used} {rest}"
     )
 
 
@@ -128,13 +149,12 @@ def _describe_edits(manifest: Manifest) -> str:
     for (role, (rows, columns)), records in by_role.items():
         middle = {
             key: statistics.median(getattr(record, key) for record in records)
-            for key in ("rank", "k", "alpha", "energy_kept")
+            for key in ("rank", "k", "alpha", "beta", "energy_kept")
         }
         ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
-        beta = manifest.spec["beta"]
         lines.append(
             f"| {role} | {len(records)} | {rows} x {columns} | {middle['rank']:.0f} | {middle['k']:.0f} | "
-            f"{middle['alpha']:.4g} | {beta:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
+            f"{middle['alpha']:.4g} | {middle['beta']:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
         )
     lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]
     return "\n".join(lines)
@@ -145,10 +165,15 @@ def _tell_command(manifest: Manifest) -> str:
     for side, otherwise in ((manifest.base, "BASE"), (manifest.fine_tuned, "FT")):
         name = _hub_id(side)
         sides.append(f"{name}@{side.revision}" if name else otherwise)
-    command = shlex.join(["pome", "edit", *sides, "OUT", *_list_options(manifest.spec)])
+    overrides = manifest.spec["overrides"]
+    config = ["--config", "edit.yaml"] if overrides else []
+    command = shlex.join(["pome", "edit", *sides, "OUT", *_list_options(manifest.spec), *config])
     check = shlex.join(["pome", "verify", "OUT", "--base", sides[0], "--ft", sides[1]])
     version = manifest.pome_version
-    return f"## Do it again\n\n```\npip install pome-edit=={version}\n{command}\n{check}\n```"
+    text = f"## Do it again\n\n```\npip install pome-edit=={version}\n{command}\n{check}\n```"
+    if overrides:  # which no option of the command line can say
+        text += f"\n\nwith `edit.yaml`:\n\n```yaml\n{yaml.safe_dump({'overrides': overrides}, sort_keys=False)}```"
+    return text
 
 
 def _list_options(spec: dict[str, Any]) -> list[str]:
@@ -157,7 +182,7 @@ def _list_options(spec: dict[str, Any]) -> list[str]:
     options: list[str] = []
     for key, value in spec.items():
         implied = key == "rank_rule" and value == "fixed"
-        if value == defaults.get(key) or value is None or implied or key in _NOT_DECIDING:
+        if value == defaults.get(key) or value is None or implied or key in _NOT_OPTIONS:
             continue
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from pome.errors import SpecError, printable
-from pome.evaluate import FolderScorer, ModelScorer, make_scorer
+from pome.evaluate import FolderScorer, ModelScorer
 from pome.grid import AXES, Grid, make_grid
 from pome.roles import ROLES
+from pome.scorers import make_scorer
 from pome.spec import EDIT_KEYS, OVERRIDE_KEYS, EditSpec, check_switch, merge_options, nearest
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -20,9 +20,9 @@ from pome.kernel.values import measure_bearing, measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.merge import Data, load_pieces, merge_as_peft, orient, split_factors, take_factors
 from pome.patch import TORCH_DTYPES, check_finite, describe_part, send, take
-from pome.plan import Unit, fan_out_in
 from pome.roles import Part
 from pome.spec import EditSpec
+from pome.units import Unit, fan_out_in
 
 SHARES = (0.25, 0.5, 0.75)
 

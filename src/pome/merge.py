@@ -17,9 +17,9 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
 from pome.patch import TORCH_DTYPES, Patch, edit_part, put_view, take
-from pome.plan import Unit
 from pome.roles import Part
 from pome.spec import EditSpec
+from pome.units import Unit
 
 Data = tuple[bytearray | dict[str, Piece], bytearray]
 

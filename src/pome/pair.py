@@ -16,8 +16,9 @@ from pome.checkpoint.output import Staging, update_index
 from pome.checkpoint.sidefiles import SideFile, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.errors import PairingError, printable
-from pome.plan import Plan, check_overrides, make_plan
+from pome.plan import check_overrides, make_plan
 from pome.spec import EditSpec
+from pome.units import Plan
 
 Source = str | os.PathLike[str]
 

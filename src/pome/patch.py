@@ -15,9 +15,9 @@ from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize, equal
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.spectrum import Known
 from pome.manifest import KeptRecord, TensorRecord
-from pome.plan import Unit, fan_out_in
 from pome.roles import Part
 from pome.spec import EditSpec
+from pome.units import Unit, fan_out_in
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SMALL = 1 << 20  # entries of a matrix that is worked on in float64

@@ -29,10 +29,10 @@ from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
 from pome.manifest import KeptRecord, Manifest, TensorRecord
 from pome.pair import Opened, Progress
-from pome.plan import Plan, fan_out_in
 from pome.sheet import Sheet, shade, summarise_places, summarise_roles
 from pome.standings import list_heat_maps, list_rows, show_number
 from pome.trial import Listener, Outcome, Trial
+from pome.units import Plan, fan_out_in
 
 VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
@@ -298,6 +298,8 @@ def make_survey_tables(sheet: Sheet) -> list[Table]:
         table = _table(first, "matrices", *columns.values())
         for name, count, medians in summary:
             table.add_row(escape(printable(name)), str(count), *(f"{medians[key]:.3g}" for key in keys))
+        # Folded names are harder to read than folded headings.
+        table.columns[0].min_width = min(24, max((len(name) for name, _, _ in summary), default=0))
         tables.append(table)
     return tables
 

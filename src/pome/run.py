@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import pome
 from pome.card import CARD_NAME, make_card
 from pome.checkpoint.clone import hash_file
-from pome.checkpoint.output import Staging, check_target, finish_published
+from pome.checkpoint.output import Staging
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
+from pome.checkpoint.target import check_target, finish_published
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.pair import Opened, Progress, Source, copy_files, count_space, count_up, describe_command, open_pair
-from pome.plan import Unit
 from pome.spec import EditSpec
+from pome.units import Unit
 
 if TYPE_CHECKING:
     from pome.patch import Recall

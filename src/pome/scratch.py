@@ -20,9 +20,9 @@ from pome.manifest import TensorRecord
 from pome.merge import Data, make_patch, read_unit, see_ft
 from pome.pair import Opened
 from pome.patch import SMALL, TORCH_DTYPES, Patch
-from pome.plan import Plan, Unit, fan_out_in
 from pome.roles import Part
 from pome.spec import EditSpec
+from pome.units import Plan, Unit, fan_out_in
 
 Write = Callable[[Unit, bytes | bytearray], None]
 

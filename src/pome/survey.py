@@ -8,9 +8,9 @@ from pome.engines.local import map_units
 from pome.findings import Matrix, Survey
 from pome.manifest import KeptRecord
 from pome.pair import Progress, Source, open_pair
-from pome.plan import Unit
 from pome.roles import ROLES
 from pome.spec import EditSpec
+from pome.units import Unit
 
 if TYPE_CHECKING:
     from pome.merge import Data

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint, open_checkpoint
-from pome.errors import PomeError, SpecError, VerificationError, printable
+from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, SideRecord, TensorRecord, read_manifest
-from pome.plan import Plan, Unit, make_plan
+from pome.plan import make_plan
 from pome.spec import EditSpec
+from pome.units import Plan, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,43 +89,6 @@ def verify(
         # With a file missing or changed the rest cannot be told apart from it; what differs is already said.
         compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, found, advance)
     return Verdict(tuple(found), len(manifest.files), compared, edits)
-
-
-def find_finished(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], spec: EditSpec
-) -> Manifest | None:
-    """The manifest of `out` if this edit made it and no input is newer, so that a batch need not repeat it."""
-    return _find(out, base, ft, lambda manifest: manifest.sweep is None and manifest.spec == spec.to_mapping())
-
-
-def find_swept(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], sweep: dict[str, Any]
-) -> Manifest | None:
-    """The same for the best of a sweep; `sweep` has its scorer and its grid, as the manifest tells them."""
-    return _find(out, base, ft, lambda made: made.sweep is not None and sweep.items() <= made.sweep.items())
-
-
-def _find(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], is_it: Callable[[Manifest], bool]
-) -> Manifest | None:
-    try:
-        manifest = read_manifest(out / MANIFEST_NAME)
-        same = (manifest.base.source, manifest.fine_tuned.source) == (os.fspath(base), os.fspath(ft))
-        if not same or not is_it(manifest) or manifest.timing.get(CHECKSUM) != manifest.checksum():
-            return None
-        created = datetime.datetime.fromisoformat(manifest.created).timestamp()
-        for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):
-            side = open_checkpoint(source)
-            paths = {name: weights.file.stored for name, weights in side.files.items()}
-            sizes = {name: weights.file.size for name, weights in side.files.items()}
-            side.close()
-            if side.revision != record.revision or any(sizes[n] != record.files[n].bytes for n in sizes):
-                return None
-            if side.revision is None and any(path and path.stat().st_mtime > created for path in paths.values()):
-                return None
-    except (PomeError, OSError, KeyError, ValueError):
-        return None  # whatever is wrong with it, it is not finished; making it again says what
-    return manifest
 
 
 def _find_folder(out: str | os.PathLike[str]) -> Path:

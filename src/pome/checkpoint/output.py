@@ -14,7 +14,6 @@ At every instant OUT is absent, whole as before, or whole and new.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,79 +24,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, hash_file, write_at
-from pome.checkpoint.files import File, read_range
+from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, write_at
+from pome.checkpoint.disk import (
+    append_synced,
+    clear_staging,
+    explain,
+    open_regular,
+    pump,
+    read_object,
+    remove,
+    show_path,
+    sync_folder,
+    write_synced,
+)
+from pome.checkpoint.files import File
 from pome.checkpoint.header import Header
 from pome.checkpoint.lock import Lock, take_lock
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.errors import OutputError, printable
+from pome.checkpoint.target import STAGING_SUFFIX
+from pome.errors import OutputError
 
-STAGING_SUFFIX = ".pome-staging"
-_PIECE = 8 << 20
 _SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
-
-
-def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
-    """The absolute path of OUT, if an output may be made there. Raises OutputError; writes nothing."""
-    target = Path(os.path.abspath(out.expanduser()))
-    real = Path(os.path.realpath(target))
-    for given in inputs:
-        source = Path(os.path.realpath(given))
-        if real == source or source in real.parents:
-            raise OutputError(f"{printable(str(out))}: OUT lies inside {given}; choose a folder outside the inputs")
-        if real in source.parents:
-            raise OutputError(f"{printable(str(out))}: OUT holds {given}; choose a folder of its own")
-    if out.suffix == ".safetensors":
-        raise OutputError(f"{printable(str(out))}: OUT is a folder; give it a name without .safetensors")
-    if target.is_symlink():
-        raise OutputError(f"{printable(str(out))}: is a symbolic link; give the folder that it should be")
-    if target.exists():
-        if not overwrite and not is_published(target):
-            raise _exists(out)
-        here = Path(os.path.realpath("."))
-        inside = real in (here, *here.parents)
-        if not target.is_dir() or os.path.ismount(target) or inside:
-            what = "the working folder or above it" if inside else "no folder of its own"
-            raise OutputError(f"{printable(str(out))}: is {what} and is not replaced; choose another OUT")
-    return target
-
-
-def is_published(target: Path) -> bool:
-    """Whether a run was stopped after OUT was in its place and before its staging folder was gone."""
-    mark = _read_object(staging_folder(target) / "publishing")
-    try:
-        return mark is not None and mark["manifest"] == hash_file(target / MANIFEST_NAME, lambda _: None)[1]
-    except OSError:
-        return False
-
-
-def finish_published(target: Path, command: dict[str, Any]) -> bool:
-    """Clear up after a run of `command` that was stopped when OUT was in its place; False where there was none.
-
-    Raises OutputError if OUT is so left by another command.
-    """
-    if not is_published(target):
-        return False
-    folder = staging_folder(target)
-    with explain(folder):
-        lock = take_lock(folder)
-        try:
-            mark = _read_object(folder / "publishing")
-            if mark is None or mark["command"] != command:
-                raise _exists(target)
-            _clear(folder)
-        finally:
-            lock.release()
-    return True
-
-
-def staging_folder(target: Path) -> Path:
-    """Where OUT is made, on the same file system."""
-    return target.with_name(target.name + STAGING_SUFFIX)
-
-
-def _exists(out: Path) -> OutputError:
-    return OutputError(f"{printable(str(out))}: exists; choose another OUT or give --overwrite to replace it")
 
 
 class Staging:
@@ -124,7 +71,7 @@ class Staging:
             made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in made:
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
             self._lock = take_lock(self.folder)
             try:
                 self._restore_replaced()
@@ -151,22 +98,22 @@ class Staging:
             os.rename(replaced, self.target)
 
     def _open_progress(self) -> None:
-        stored = _read_object(self.folder / "command")
+        stored = read_object(self.folder / "command")
         if stored is not None and not self._fresh and self.output.is_dir() and stored != self._command:
             differing = [key for key in self._command if stored.get(key) != self._command[key]]
             raise OutputError(
-                f"{_show(self.folder)}: holds the unfinished run of another command (it differs in "
+                f"{show_path(self.folder)}: holds the unfinished run of another command (it differs in "
                 f"{', '.join(differing)}); finish that one, or give --fresh to drop its progress"
             )
         if stored != self._command or self._fresh or not self.output.is_dir():
             for name in ("command", "journal", "output", "replaced", "publishing"):
-                _remove(self.folder / name)
+                remove(self.folder / name)
             # Before anything new: a power cut must not leave the old journal with the new command.
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self.output.mkdir()
-            _write_synced(self.folder / "command", json.dumps(self._command).encode())
+            write_synced(self.folder / "command", json.dumps(self._command).encode())
         self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._replay()
 
     def _replay(self) -> None:
@@ -200,7 +147,7 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
-                f"{_show(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
+                f"{show_path(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
                 "another OUT"
             )
 
@@ -217,7 +164,7 @@ class Staging:
         """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
         with self._copying(name, source.stored) as fds:
             if fds is not None:
-                _pump(source, 0, fds[1], 0, source.size, advance)
+                pump(source, 0, fds[1], 0, source.size, advance)
 
     def lay_out(self, name: str, source: File, old: Header, raw: bytes, new: Header, advance: Advance) -> None:
         """Write a file with another layout: the new header, and every tensor whose dtype stays copied to its place."""
@@ -231,7 +178,7 @@ class Staging:
                     if was.dtype != entry.dtype:
                         continue
                     if source.path is None:
-                        _pump(source, was.start, copy, entry.start, entry.nbytes, advance)
+                        pump(source, was.start, copy, entry.start, entry.nbytes, advance)
                     else:
                         copy_range(fd, was.start, copy, entry.start, entry.nbytes, advance)
 
@@ -243,9 +190,9 @@ class Staging:
         if name in self.copied and target.is_file():
             yield None
             return
-        fd = _open_regular(source)
+        fd = open_regular(source)
         try:
-            with explain(target, f", copied from {_show(source)}"):
+            with explain(target, f", copied from {show_path(source)}"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
                 copy = os.open(target, flags, 0o666)
@@ -254,8 +201,8 @@ class Staging:
                     os.fsync(copy)
                 finally:
                     os.close(copy)
-                _sync_folder(target.parent)
-                _append(self._journal, json.dumps({"copied": name}).encode() + b"\n")
+                sync_folder(target.parent)
+                append_synced(self._journal, json.dumps({"copied": name}).encode() + b"\n")
                 self._note_copied(name)
         finally:
             os.close(fd)
@@ -263,7 +210,7 @@ class Staging:
     def put_file(self, name: str, content: bytes) -> None:
         """Write a small file of our own making into the output."""
         with explain(self.output / name):
-            _write_synced(self.output / name, content)
+            write_synced(self.output / name, content)
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
@@ -284,24 +231,24 @@ class Staging:
                 os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with explain(self.folder / "journal"):
-            _append(self._journal, lines)
+            append_synced(self._journal, lines)
         self._sync_failed = False
 
     def publish(self, manifest: bytes, overwrite: bool) -> None:
         """Sync everything, write the manifest last, and rename the whole to OUT."""
         if self.target.exists() and not overwrite:
             raise OutputError(
-                f"{_show(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
+                f"{show_path(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
             )
         with explain(self.output):
             for fd in self._files.values():
                 os.fsync(fd)
-            _write_synced(self.output / MANIFEST_NAME, manifest)
+            write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
-                _sync_folder(Path(root))
+                sync_folder(Path(root))
             mark = {"manifest": hashlib.sha256(manifest).hexdigest(), "command": self._command}
-            _write_synced(self.folder / "publishing", json.dumps(mark).encode())
-            _sync_folder(self.folder)
+            write_synced(self.folder / "publishing", json.dumps(mark).encode())
+            sync_folder(self.folder)
         with explain(self.target):
             if self.target.exists():
                 os.rename(self.target, self.folder / "replaced")
@@ -310,9 +257,9 @@ class Staging:
             except BaseException:
                 self._restore_replaced()
                 raise
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
         # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
-        _clear(self.folder)
+        clear_staging(self.folder)
 
     def clear_output(self) -> None:
         """Take the output's files away, and what the journal says of them; the folder and its command stay."""
@@ -322,7 +269,7 @@ class Staging:
         with explain(self.folder):
             os.ftruncate(self._journal, 0)
             os.lseek(self._journal, 0, os.SEEK_SET)
-            _remove(self.output)
+            remove(self.output)
             self.output.mkdir()
         self.copied.clear()
         self.finished.clear()
@@ -341,95 +288,6 @@ class Staging:
             if name not in self._files:
                 self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             return self._files[name]
-
-
-@contextlib.contextmanager
-def explain(path: Path, origin: str = "") -> Iterator[None]:
-    """Turn an OSError while writing into an OutputError that names the file, perhaps its origin, and the next step."""
-    try:
-        yield
-    except OSError as error:
-        steps = {
-            errno.ENOSPC: "make room there, then run the same command again to go on",
-            errno.EDQUOT: "raise the quota, then run the same command again to go on",
-            errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run the same command again to go on",
-            errno.EROFS: "the file system is read-only; choose another OUT",
-            errno.EACCES: "choose an OUT that you may write to",
-            errno.EPERM: "choose an OUT that you may write to",
-        }
-        step = steps.get(error.errno or 0, "mend it, then run the same command again to go on")
-        raise OutputError(f"{_show(path)}{origin}: {error.strerror or error}; {step}") from error
-
-
-def _show(path: Path) -> str:
-    return printable(str(path), 1000)
-
-
-def _pump(source: File, start: int, target: int, at: int, count: int, advance: Advance) -> None:
-    """Copy bytes that only reading `source` makes."""
-    for done in range(0, count, _PIECE):
-        piece = read_range(source, start + done, min(_PIECE, count - done), "the file")
-        write_at(target, piece, at + done)
-        advance(len(piece))
-
-
-def _open_regular(path: Path) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise OutputError(f"{_show(path)}: cannot be read: {error.strerror}; nothing is lost, try again") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OutputError(f"{_show(path)}: is no longer a regular file")
-    return fd
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove the staging folder of a published output; what tells that it is published goes last."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
-            if path.name != "publishing":
-                _remove(path)
-        shutil.rmtree(folder)
-
-
-def _append(fd: int, data: bytes) -> None:
-    view: Any = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.fsync(fd)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        write_at(fd, content, 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:
