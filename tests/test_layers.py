@@ -69,7 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "spec", "roles", "units", "manifest", "patch", "kernel", "checkpoint.adapter", "checkpoint.source"
     },
     "adapt": {
-        "errors", "spec", "roles", "units", "manifest", "patch", "merge", "kernel", "checkpoint.adapter", *CHECKPOINT
+        "errors", "spec", "roles", "units", "manifest", "patch", "merge", "kernel", "checkpoint.adapter",
+        "checkpoint.disk", *CHECKPOINT
     },
     "engines": set(),
     "engines.local": {"errors"},
@@ -113,7 +114,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "findings", "survey", "suggest", "sheet", "report", "progress", "upload", "trial", "search", "standings",
         *CHECKPOINT
     },
-    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "actions"},
+    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "progress", "actions"},
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
     "": {

@@ -105,5 +105,5 @@ def test_a_batch_inspects_pairs_and_outputs(tmp_path):
 def test_only_an_inspection_writes_reports(tmp_path):
     file = tmp_path / "jobs.yaml"
     file.write_text("jobs:\n- {base: a, fine_tuned: b, out: c, html: d}\n")
-    with pytest.raises(SpecError, match="html, csv, plots are what the command inspect writes"):
+    with pytest.raises(SpecError, match="html, csv, plots are what the commands inspect and sweep write"):
         read_batch(file)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,11 @@ def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
     tuned[low] = (base[low].double() + plant(1.0 / torch.arange(1.0, 1025), 1030, 1024, 3) * 0.1).to(dtype)
     paths = [write_checkpoint(tmp_path / name, tensors) for name, tensors in (("base", base), ("ft", tuned))]
     cuts = {"rank_ratio": [0.3, 0.7], "rank_rule": "effective"}
-    grid = make_grid({"layers": ["ffn", "up+down"], **cuts, "scale": "frobenius,mean", "beta": [1.0, 1.7]})
+    grid = make_grid({"layers": ["ffn", "up+down"], **cuts, "scale": "mean", "beta": [1.0, 1.7]})
     kept = tmp_path / "kept"
     outcome = sweep(*paths, tmp_path / "out", grid, make_scorer(score_cmd=keep_copies(kept)))
     tried = [trial for trial in outcome.trials if trial.candidate]
-    assert len(tried) == grid.size == 24
+    assert len(tried) == grid.size == 12
     for i, trial in enumerate(tried):
         out = tmp_path / f"edit-{i}"
         edit(*paths, out, trial.candidate.spec)
@@ -245,7 +246,7 @@ def test_a_candidate_that_cannot_be_made_is_marked_and_the_next_one_is_whole(tmp
     assert int(last.score.scored.value) == checksum(tmp_path / "plain" / "model.safetensors")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_sweep_repeats_no_candidate_and_ends_the_same(pair, tmp_path, seed):
     arguments = ["sweep", *map(str, pair), "OUT", "--rank-ratio", "0.25,0.5,1", "--beta", "1,2", "--write-best", "-q"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -303,7 +304,8 @@ def save_tokenizer(folder: Path) -> None:
     words = {"[UNK]": 0, "[BOS]": 1, **{word: i + 2 for i, word in enumerate(WORDS)}}
     inner = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
+    special = {"unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[BOS]", "pad_token": "[BOS]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
 
 
 def save_records(file: Path, seed: int = 0, count: int = 12) -> Path:
@@ -399,20 +401,23 @@ def test_training_data_chooses_and_the_other_file_judges(tmp_path):
 
 
 def test_an_adapter_is_swept_in_its_merged_form(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     base, _ = model_pair(tmp_path, "LlamaForCausalLM", "llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["up_proj", "q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    save_tokenizer(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks transformers for what it is about to drop
+        from peft import LoraConfig, get_peft_model
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        torch.manual_seed(3)
+        lora = LoraConfig(r=4, target_modules=["up_proj", "q_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, lora)
+        adapted.save_pretrained(tmp_path / "adapter")
+        merged = adapted.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+    for folder in ("adapter", "merged"):
+        save_tokenizer(tmp_path / folder)
     file = save_records(tmp_path / "data.jsonl")
     grid = make_grid({"rank_ratio": [0.5, 1.0]})
     outcome = sweep(base, tmp_path / "adapter", tmp_path / "out", grid, make_scorer(loss=str(file)))
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    save_tokenizer(tmp_path / "merged")
     by_label = {trial.label: trial for trial in outcome.trials}
     mean, _ = loss_by_hand(tmp_path / "merged", file)
     assert by_label["fine-tuned"].score.scored.value == pytest.approx(mean, rel=1e-5)
@@ -476,7 +481,7 @@ def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch
         model="hf",
         model_args=f"pretrained={tmp_path / 'plain'},dtype=float32",
         tasks=["tiny_words"],
-        task_manager=TaskManager(include_path=str(tmp_path)),
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         device="cpu",
         bootstrap_iters=0,
     )
@@ -519,7 +524,7 @@ def test_the_result_as_table_page_and_plots(pair, tmp_path, capsys):
     dom = open_page(page, 400, 900)
     assert dom.count("<tr") == 3 + 7 and "beta 1.5" in dom
     assert "<b>out" not in dom and "&lt;b&gt;out" in dom
-    assert "http" not in page.read_text()
+    assert "://" not in page.read_text() and "<script" not in page.read_text()
 
 
 BATCH = """\
@@ -531,8 +536,15 @@ defaults:
   score_cmd: "echo {model} >> log; cksum < {model}/model.safetensors"
 jobs:
   - {name: first, out: one, beta: [1, 2], rank_ratio: [0.5, 1], write_best: true}
-  - {name: second, out: two, layers: [up, [gate, down]], beta: ${betas}, write_best: true}
-  - {name: third, out: three, command: edit, beta: ${betas}}
+  - name: second
+    out: two
+    layers: [up, [gate, down]]
+    beta: ${betas}
+    write_best: true
+  - name: third
+    out: three
+    command: edit
+    beta: ${betas}
 """
 
 
@@ -540,8 +552,7 @@ def test_a_batch_runs_sweeps_with_variables_and_resumes_what_is_left(pair, tmp_p
     monkeypatch.chdir(tmp_path)
     for folder in pair:
         os.utime(folder / "model.safetensors", (1e9, 1e9))
-    text = BATCH.replace("  - {name: third, out: three, command: edit, beta: ${betas}}\n", "")
-    Path("jobs.yaml").write_text(text)
+    Path("jobs.yaml").write_text(BATCH.partition("  - name: third")[0])
     assert run_command(["batch", "jobs.yaml"]) == 2
     assert "jobs.yaml:4: the variable 'tuned' has no value; give --set tuned=VALUE" in capsys.readouterr().err
     assert run_command(["batch", "jobs.yaml", "--set", "tuned=ft", "--json"]) == 0
@@ -561,7 +572,7 @@ def test_a_batch_runs_sweeps_with_variables_and_resumes_what_is_left(pair, tmp_p
         (BATCH, ["--set", "tund=ft"], "no variable is named 'tund'; did you mean 'tuned'"),
         (BATCH, ["--set", "tuned"], "--set tuned: write NAME=VALUE"),
         (BATCH, ["--set", "tuned=ft"], "edit: score_cmd: only the command sweep takes that"),
-        (BATCH.replace("${betas}", "${beta}"), ["--set", "tuned=ft"], "jobs.yaml:9: no variable is named 'beta'"),
+        (BATCH.replace("${betas}", "${beta}"), ["--set", "tuned=ft"], "jobs.yaml:12: no variable is named 'beta'"),
         ("jobs: [{base: a, fine_tuned: b, out: c, beta: [1, 2]}]", [], "beta: [1, 2] is not a number"),
         ("jobs: [{command: sweep, base: a, fine_tuned: b, out: c}]", [], "nothing to score with"),
         ("variables: [a]\njobs: []", [], "variables: expected 'name: text' lines"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -156,16 +157,14 @@ class HarnessScorer:
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
         except ImportError:
             raise ScoreError(f"lm-eval is not installed; {EVAL_EXTRA}") from None
-        folders = [str(Path(task).resolve().parent) for task in self.tasks if Path(task).is_file()]
         names = [Path(task).stem if Path(task).is_file() else task for task in self.tasks]
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
                 tasks=list(names),
-                task_manager=TaskManager(include_path=folders or None),
+                task_manager=_index_tasks(self.tasks),
                 limit=self.limit,
                 log_samples=True,
                 bootstrap_iters=0,
@@ -173,6 +172,16 @@ class HarnessScorer:
         except Exception as error:  # a task may raise anything: its code is not ours, and the sweep goes on
             raise ScoreError(f"lm-eval: {type(error).__name__}: {printable(str(error))}") from None
         return read_harness(found, names)
+
+
+@functools.lru_cache(maxsize=4)
+def _index_tasks(tasks: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks: those beside the files named, and its own where a name asks for them. It takes some
+    seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({str(Path(task).resolve().parent) for task in tasks if Path(task).is_file()})
+    return TaskManager(include_path=folders or None, include_defaults=not all(Path(t).is_file() for t in tasks))
 
 
 def read_harness(found: Mapping[str, Any], names: Sequence[str]) -> Score:
