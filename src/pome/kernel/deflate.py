@@ -107,9 +107,9 @@ def split_strong(D: Tensor) -> Split:
     n = D.shape[1]
     total = squared_norm(D)
     sketches = [b for b in SKETCHES if b <= n // 4]
+    U, F = D.new_empty(D.shape[0], 0), D.new_empty(0, n)
     for b in sketches:
-        U = torch.linalg.qr(D @ draw_gaussian(n, b, D)).Q
-        F = U.mT @ D
+        U, F = widen_sketch(D, U, F, draw_gaussian(n, b, D)[:, U.shape[1] :])
         values = torch.linalg.eigvalsh(widen(F) @ widen(F).mT).cpu()
         rest = max(total - float(values.sum()), EPS * total) / (n - b)
         if not bool((values > STRONG**2 * rest).any()):
@@ -118,6 +118,18 @@ def split_strong(D: Tensor) -> Split:
             return separate(D, U, F, STRONG**2 * rest)
     none = D.new_zeros(n, 0)
     return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
+
+
+def widen_sketch(D: Tensor, U: Tensor, F: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """U (m x b) with the directions of D probes (m x c) put beside its own, orthonormal, and F = U^T D (b x n) of all.
+
+    Projecting twice leaves float32 rounding of the old directions in the new ones, not what the first one cancels.
+    """
+    Y = D @ probes
+    for _ in range(2 if U.shape[1] else 0):
+        Y = torch.linalg.qr(Y - U @ (U.mT @ Y)).Q
+    new = Y if U.shape[1] else torch.linalg.qr(Y).Q
+    return torch.cat((U, new), 1), torch.cat((F, new.mT @ D))
 
 
 def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:

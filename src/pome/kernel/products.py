@@ -9,6 +9,7 @@ from pome.kernel.certificate import draw_gaussian
 from pome.kernel.spectrum import Undecided
 
 BLOCKS = 4  # a Gram matrix needs its lower half only: with 4 blocks 5/8 of the product, each still large
+ORTHONORMAL = 40.0  # defect of B, in units of rounding, that P may keep: 5e-6 in float32, half of the certificate's
 ROWS = 1408  # rows of a tall matrix formed or converted at a time
 
 
@@ -78,7 +79,7 @@ def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool) -> Tensor:
     """
     B = (D @ V).mul_(sigma.reciprocal().to(D))
     W = V.mT
-    if measure_defect(B) > 16.0 * torch.finfo(B.dtype).eps:
+    if measure_defect(B) > ORTHONORMAL * torch.finfo(B.dtype).eps:
         W = correct_root(gram(B), W)
     return W.mT @ B.mT if flipped else B @ W
 
@@ -86,7 +87,8 @@ def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool) -> Tensor:
 def correct_root(C: Tensor, W: Tensor) -> Tensor:
     """C^(-1/2) W for C (k x k) near the identity.
 
-    T = I - E/2 + 3/8 E^2 with E = C - I leaves T C T = I + O(E^3); once more where E was not small.
+    T = I - E/2 + 3/8 E^2 with E = C - I leaves T C T = I + O(E^3); once more where E was not small. Where E is so small
+    that its square is less than rounding, I - E/2 is enough.
     """
     for _ in range(3):
         E = C.clone()
@@ -94,6 +96,8 @@ def correct_root(C: Tensor, W: Tensor) -> Tensor:
         size = float(torch.linalg.matrix_norm(E))
         if not size < 0.7:
             break
+        if size**2 < torch.finfo(E.dtype).eps * C.shape[0] ** 0.5:
+            return torch.addmm(W, E, W, alpha=-0.5)
         T = torch.addmm(E, E, E, beta=-0.5, alpha=0.375)
         T.diagonal().add_(1.0)
         W = T @ W
