@@ -128,8 +128,8 @@ def test_the_card_of_an_adapter_says_what_it_goes_on(hub: HubServer, tmp_path: P
     hub.add("org/base", pair.base)
     cards = {}
     for form in ("adapter", "full"):
-        pome.edit("org/base", pair.adapter, tmp_path / form, EditSpec(out_format=form), card=True)
-        cards[form] = ModelCard((tmp_path / form / "README.md").read_text())
+        pome.edit("org/base", pair.adapter, tmp_path / f"{form}-out", EditSpec(out_format=form), card=True)
+        cards[form] = ModelCard((tmp_path / f"{form}-out" / "README.md").read_text())
         assert cards[form].data.base_model == ["org/base"]
     assert cards["adapter"].data["base_model_relation"] == "adapter"
     assert cards["adapter"].data.library_name == "peft"
@@ -137,3 +137,33 @@ def test_the_card_of_an_adapter_says_what_it_goes_on(hub: HubServer, tmp_path: P
     assert cards["full"].data["base_model_relation"] == "finetune"
     assert cards["full"].data.library_name is None
     assert "The adapter is merged" in cards["full"].text
+
+
+class Stop(pome.Progress):
+    """Ctrl-C after some units."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        self.left -= task == "edit" and amount > 0
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_an_interrupted_run_on_an_adapter_goes_on_to_the_same_bytes(form: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    spec = EditSpec(out_format=form)
+    inputs = [hash_tree(folder) for folder in (pair.base, pair.adapter)]
+    pome.edit(pair.base, pair.adapter, tmp_path / "whole", spec)
+    for after in (1, 2):
+        with pytest.raises(KeyboardInterrupt, match="run the same command again to go on"):
+            pome.edit(pair.base, pair.adapter, tmp_path / "out", spec, Stop(after))
+        assert not (tmp_path / "out").exists()
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", spec)
+    made, wanted = hash_tree(tmp_path / "out"), hash_tree(tmp_path / "whole")
+    del made["pome_manifest.json"], wanted["pome_manifest.json"]
+    assert made == wanted
+    assert [hash_tree(folder) for folder in (pair.base, pair.adapter)] == inputs
+    assert not list(tmp_path.glob("*.pome-staging"))

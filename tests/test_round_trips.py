@@ -377,3 +377,23 @@ def test_the_half_that_is_not_selected_stays(pair: Pair, tmp_path: Path, dtype: 
         rounded = ft[matrix.name].to(made[matrix.name].dtype)
         same = matrix.view(made[matrix.name]).equal(matrix.view(rounded))
         assert same == (matrix.role != "up")
+
+
+def test_tied_embeddings_are_edited_once_and_only_when_named(tmp_path: Path) -> None:
+    """A tied checkpoint stores one tensor; both modules that use it get the edit."""
+    paths = [tmp_path / "base", tmp_path / "ft"]
+    for path, seed in zip(paths, (0, 1), strict=True):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": VOCAB, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True)
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+    assert "lm_head.weight" not in read_tensors(paths[1])
+    plain = pome.edit(*paths, tmp_path / "plain", pome.EditSpec(layers=("ffn", "attention")))
+    assert not any("embed" in record.name for record in plain.tensors)
+    made = pome.edit(*paths, tmp_path / "out", pome.EditSpec(layers=("embed",)))
+    assert [record.name for record in made.tensors] == ["model.embed_tokens.weight"]
+    assert_only_edited(paths[1], tmp_path / "out", ["model.embed_tokens.weight"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    stored = read_tensors(tmp_path / "out")["model.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight, stored) and torch.equal(model.get_input_embeddings().weight, stored)
