@@ -119,7 +119,7 @@ def time_edit(pair: Path, out: Path, unsafe: bool) -> float:
         "base, ft, out, unsafe = sys.argv[1:]\n"
         "if int(unsafe):\n"
         "    os.fsync = os.fdatasync = lambda fd: None\n"
-        "    pome.run.hash_file = lambda path, advance: (os.stat(path).st_size, '0' * 64)\n"
+        "    pome.run.hash_file = lambda path, advance, wait=None: (os.stat(path).st_size, '0' * 64)\n"
         "begun = time.perf_counter()\n"
         "pome.edit(base, ft, out)\n"
         "print(time.perf_counter() - begun)"

@@ -529,7 +529,7 @@ def _serve(request: dict[str, Any], report: str, errors: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings["file_limit"], resource.RLIM_INFINITY))
     if settings.get("unsafe"):
         os.fsync = os.fdatasync = lambda fd: None
-        fake: Any = lambda path, advance: (os.stat(path).st_size, "0" * 64)  # noqa: E731
+        fake: Any = lambda path, advance, wait=None: (os.stat(path).st_size, "0" * 64)  # noqa: E731
         pome.run.hash_file = fake
     tap = None
     if request["fault"] or request["trace"]:

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
     "checkpoint.sidefiles": {"errors", "checkpoint.source"},
+    "checkpoint.trail": {"errors"},
     "checkpoint.disk": {"errors", "checkpoint.files", "checkpoint.clone"},
     "checkpoint.target": {
         "errors", "checkpoint.clone", "checkpoint.disk", "checkpoint.lock", "checkpoint.sidefiles"
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pair": {"", "errors", "spec", "plan", "units", *CHECKPOINT},
     "run": {
         "", "errors", "spec", "roles", "units", "pair", "manifest", "patch", "merge", "adapt", "card", "engines.local",
-        *CHECKPOINT
+        "checkpoint.trail", *CHECKPOINT
     },
     "verification": {
         "errors", "spec", "plan", "units", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from pome.checkpoint.output import Staging
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.checkpoint.target import check_target, finish_published
+from pome.checkpoint.trail import Trail
 from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
@@ -85,6 +87,7 @@ class _Run:
         self.recall = recall
         self.sweep = sweep
         self.kernel_seconds = 0.0
+        self.output_hashes: dict[str, Future[tuple[int, str]]] = {}
         self.cancelled = threading.Event()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
@@ -102,13 +105,15 @@ class _Run:
                 raise
             self.progress.begin(self.opened.plan, self.opened.ft, devices, len(staging.finished))
             try:
-                # Inputs are hashed beside the kernel: it leaves a core or a disk idle often enough to hide it.
+                # Inputs are hashed beside the kernel: it leaves a core or a disk idle often enough to hide it. The
+                # output is hashed behind it, up to the first range that is still to be written.
                 with self._hashing_inputs() as hashes:
                     if self.spec.out_format == "adapter":
                         self._edit_adapter(staging, devices[0])
                     else:
                         copy_files(self.opened, staging, self.progress)
-                        self._edit(staging, devices)
+                        with self._hashing_output(staging) as trail:
+                            self._edit(staging, devices, trail)
                     base, fine_tuned = self._join_hashes(hashes)
                 for side in (self.opened.base, self.opened.ft):
                     side.check_unchanged()
@@ -157,7 +162,7 @@ class _Run:
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
 
-    def _edit(self, staging: Staging, devices: list[str]) -> None:
+    def _edit(self, staging: Staging, devices: list[str], trail: Trail) -> None:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.merge import Data, make_patch, read_unit
         from pome.patch import Patch
@@ -177,6 +182,7 @@ class _Run:
             patch = make_patch(unit, data, self.spec, device, self.recall)
             if patch.data is not None:
                 staging.write(unit.file, patch.data, unit.out_start)
+            trail.settle(unit.file, unit.out_start)
             return dataclasses.replace(patch, data=None)
 
         def commit() -> None:
@@ -206,6 +212,24 @@ class _Run:
             patches.close()  # type: ignore[attr-defined]
             commit()
         self.progress.finish("edit")
+
+    @contextlib.contextmanager
+    def _hashing_output(self, staging: Staging) -> Iterator[Trail]:
+        """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
+        todo = [unit for unit in self.opened.plan.units if unit.key not in staging.finished]
+        trail = Trail((unit.file, unit.out_start) for unit in todo)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="pome-hash")
+        self.output_hashes = {
+            name: pool.submit(self._hash, staging.output / name, lambda _: None, functools.partial(trail.wait, name))
+            for name in dict.fromkeys(unit.file for unit in self.opened.plan.units)
+        }
+        try:
+            yield trail
+        except BaseException:
+            trail.abandon()
+            raise
+        finally:
+            pool.shutdown(wait=False)
 
     @contextlib.contextmanager
     def _hashing_inputs(self) -> Iterator[list[dict[str, Future[tuple[int, str]]]]]:
@@ -278,9 +302,17 @@ class _Run:
         names = sorted(str(p.relative_to(staging.output)) for p in staging.output.rglob("*") if p.is_file())
         names = [name for name in names if name != MANIFEST_NAME]
         self.progress.start("hash", sum((staging.output / name).stat().st_size for name in names))
+        advance = count_up(self.progress, "hash")
+
+        def find_hash(name: str) -> tuple[int, str]:
+            if name not in self.output_hashes:
+                return self._hash(staging.output / name, advance)
+            size, digest = self.output_hashes[name].result()
+            advance(size)
+            return size, digest
+
         with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool:
-            made = pool.map(lambda name: self._hash(staging.output / name, count_up(self.progress, "hash")), names)
-            files = {name: FileRecord(*record) for name, record in zip(names, made, strict=True)}
+            files = {name: FileRecord(*made) for name, made in zip(names, pool.map(find_hash, names), strict=True)}
         self.progress.finish("hash")
         timing: dict[str, float | str] = {
             "total_seconds": round(time.perf_counter() - self.begun, 3),
@@ -288,9 +320,11 @@ class _Run:
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()
 
-    def _hash(self, path: Path, advance: Callable[[int], None]) -> tuple[int, str]:
+    def _hash(
+        self, path: Path, advance: Callable[[int], None], wait: Callable[[int], None] | None = None
+    ) -> tuple[int, str]:
         try:
-            return hash_file(path, advance)
+            return hash_file(path, advance, wait)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}; run the same command again") from None
 

@@ -1,0 +1,43 @@
+"""How far the files of an output are final while their ranges are still being written, in any order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from pome.errors import CheckpointError
+
+
+class Trail:
+    """Ranges that are to be written, by file and start; those who read behind the writers wait for them here."""
+
+    def __init__(self, ranges: Iterable[tuple[str, int]]) -> None:
+        self._pending: dict[str, list[int]] = {}
+        for name, start in sorted(ranges, reverse=True):
+            self._pending.setdefault(name, []).append(start)  # the first one last, where it is taken off
+        self._done: set[tuple[str, int]] = set()
+        self._abandoned = False
+        self._changed = threading.Condition()
+
+    def settle(self, name: str, start: int) -> None:
+        """The range of a file that begins at `start` is written, or stays as it is."""
+        with self._changed:
+            self._done.add((name, start))
+            pending = self._pending.get(name, [])
+            while pending and (name, pending[-1]) in self._done:
+                self._done.remove((name, pending.pop()))
+            self._changed.notify_all()
+
+    def wait(self, name: str, stop: int) -> None:
+        """Come back when all below `stop` in a file is final. Raises CheckpointError after `abandon`."""
+        with self._changed:
+            while not self._abandoned and any(start < stop for start in self._pending.get(name, [])[-1:]):
+                self._changed.wait()
+            if self._abandoned:
+                raise CheckpointError("hashing was cancelled")
+
+    def abandon(self) -> None:
+        """Nothing more will be written: whoever waits is sent away."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
