@@ -58,7 +58,7 @@ def evaluate(model: Path, file: Path) -> tuple[list[float], float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=64)
+    parser.add_argument("--records", type=int, default=48)
     parser.add_argument("--pair", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pome-bench-") as work:
