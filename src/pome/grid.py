@@ -31,18 +31,21 @@ class Candidate:
 
     @property
     def cut(self) -> str:
-        """How k is chosen, in a word."""
-        params = self.params
-        if "rank" in params:
-            return f"k={params['rank']}"
-        if "rank_ratio" in params:
-            return f"K={params['rank_ratio']:g}"
-        rule: str = params["rank_rule"]
-        return f"energy={params['energy']:g}" if rule == "energy" else rule
+        return name_cut(self.params)
 
     @property
     def label(self) -> str:
         return f"{'+'.join(self.params['layers'])} {self.cut} {self.params['scale']} beta={self.params['beta']:g}"
+
+
+def name_cut(params: Mapping[str, Any]) -> str:
+    """How options choose k, in a word."""
+    if "rank" in params:
+        return f"k={params['rank']}"
+    if "rank_ratio" in params:
+        return f"K={params['rank_ratio']:g}"
+    rule: str = params["rank_rule"]
+    return f"energy={params['energy']:g}" if rule == "energy" else rule
 
 
 @dataclass(frozen=True)

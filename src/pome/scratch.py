@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, MutableMapping
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from pome.engines.local import map_units
 from pome.kernel.spectrum import Basis, Known, Undecided
-from pome.manifest import TensorRecord
 from pome.merge import Data, make_patch, read_unit, see_ft
 from pome.pair import Opened
-from pome.patch import SMALL, TORCH_DTYPES, Patch
+from pome.patch import SMALL, TORCH_DTYPES
 from pome.roles import Part
 from pome.spec import EditSpec
 from pome.units import Plan, Unit, fan_out_in
@@ -125,7 +123,7 @@ class Maker:
         self.write = write
         self.strange = {unit.key: unit for plan in plans for unit in plan.units}  # not known to hold FT's bytes
 
-    def make(self, plan: Plan, spec: EditSpec) -> list[TensorRecord]:
+    def make(self, plan: Plan, spec: EditSpec) -> None:
         """The candidate of a spec and its plan. Raises NumericalError; the target is then neither, and is mended by
         the next call."""
         wanted = {unit.key for unit in plan.units}
@@ -134,16 +132,15 @@ class Maker:
         before = dict(self.strange)
         self.strange |= {unit.key: unit for unit in units}
 
-        def work(unit: Unit, data: Data, device: str) -> Patch:
+        def work(unit: Unit, data: Data, device: str) -> None:
             patch = make_patch(unit, data, spec, device, self.bases.recall)
             if patch.data is not None:
                 self.write(unit, patch.data)
             elif unit.key in before:
                 self.write(unit, see_ft(unit, data))
-            return dataclasses.replace(patch, data=None)
 
-        found = {patch.unit.key: patch for patch in map_units(units, self.devices, self._read, work)}
-        return [record for unit in units for record in found[unit.key].tensors]
+        for _ in map_units(units, self.devices, self._read, work):
+            pass
 
     def restore(self) -> None:
         """The fine-tuned model itself, as PEFT would merge it where it is an adapter."""

@@ -58,7 +58,8 @@ def sweep(
     with open_pair(base, ft, _shared_spec(grid), whole=True, whole_base=True) as opened:
         plans = _make_plans(opened, grid)
         inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
-        written = _find_written(Path(os.fspath(out)), grid, scorer)
+        # Only for the command as it was: what it wrote is of these inputs, which the staging folder's command proves.
+        written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
         target = check_target(Path(os.fspath(out)), inputs, overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
         with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:

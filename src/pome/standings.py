@@ -8,9 +8,9 @@ import io
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pome.errors import OutputError, printable
+from pome.grid import name_cut
 from pome.jobs import Reports
 from pome.sheet import HeatMap, shade
 from pome.trial import Outcome, Trial
@@ -26,7 +26,7 @@ def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
             params = trial.candidate.params
             at = ("+".join(params["layers"]), params["scale"], trial.candidate.cut, f"{params['beta']:g}")
             found[at] = trial.score.scored.value
-    cuts = list(dict.fromkeys(_name_cut(cut) for cut in grid["cuts"]))
+    cuts = list(dict.fromkeys(name_cut(cut) for cut in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
         for scale in grid["scale"]:
@@ -34,13 +34,6 @@ def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
             if any(cell is not None for row in cells for cell in row):
                 maps.append(HeatMap(f"{layers}, scale {scale}", tuple(cuts), tuple(betas), cells))
     return maps
-
-
-def _name_cut(cut: dict[str, Any]) -> str:
-    from pome.grid import Candidate
-    from pome.spec import EditSpec
-
-    return Candidate(cut, EditSpec()).cut
 
 
 def show_number(value: float | None) -> str:
