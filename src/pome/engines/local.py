@@ -10,11 +10,19 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 Unit = TypeVar("Unit")
 Data = TypeVar("Data")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Done(Generic[Result]):
+    """Kept apart from what ends a worker, so that a result may be anything, None too."""
+
+    result: Result
 
 
 def map_units(
@@ -29,7 +37,7 @@ def map_units(
     iterator (or an exception in the caller, Ctrl-C included) stops the workers in the same way.
     """
     todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[_Done[Result] | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
     for unit in units:
         todo.put(unit)
@@ -53,7 +61,7 @@ def map_units(
                     ahead = fetch(reader)
                     if stop.is_set():
                         break
-                    done.put(work(unit, ready, device))
+                    done.put(_Done(work(unit, ready, device)))
                     del ready, data  # else the worker holds one unit's bytes while it waits for the next
         except BaseException as error:
             stop.set()
@@ -74,7 +82,7 @@ def map_units(
             elif isinstance(item, BaseException):
                 failure = failure or item
             else:
-                yield item
+                yield item.result
         if failure is not None:
             raise failure
     finally:

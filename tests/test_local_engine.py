@@ -1,0 +1,44 @@
+"""The map over units: every result, whatever it is, once; the first error after all workers have stopped."""
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pome.engines.local import map_units
+
+
+def find_workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pome-")]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.one_of(st.none(), st.integers(), st.just(ValueError("a value"))), max_size=12), st.integers(1, 3))
+def test_every_result_comes_once_whatever_it_is(results, workers):
+    found = list(map_units(range(len(results)), ["cpu"] * workers, lambda n: results[n], lambda n, data, _: (n, data)))
+    assert sorted(found, key=lambda pair: pair[0]) == list(enumerate(results))
+    bare = list(map_units(range(len(results)), ["cpu"] * workers, lambda n: results[n], lambda n, data, _: data))
+    assert sorted(map(repr, bare)) == sorted(map(repr, results))
+
+
+@pytest.mark.parametrize("where", ["read", "work"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_is_raised_and_no_worker_is_left(where, workers):
+    def fail(stage, number):
+        if stage == where and number == 3:
+            raise OSError(f"{stage} of {number}")
+        return number
+
+    before = len(find_workers())
+    with pytest.raises(OSError, match=f"{where} of 3"):
+        list(map_units(range(9), ["cpu"] * workers, lambda n: fail("read", n), lambda n, _, __: fail("work", n)))
+    assert len(find_workers()) == before
+
+
+def test_closing_stops_the_workers():
+    seen = []
+    results = map_units(range(1000), ["cpu"], lambda n: n, lambda n, _, __: seen.append(n))
+    next(results)
+    results.close()
+    assert len(seen) < 1000 and not find_workers()
