@@ -183,7 +183,8 @@ class _Rate(ProgressColumn):
 
 
 class BarProgress(Progress):
-    """Live bars on a terminal; use as a context manager."""
+    """Live bars on a terminal, from the first task on: before it the Hub's client may show its own. Use as a context
+    manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -200,7 +201,6 @@ class BarProgress(Progress):
         )
 
     def __enter__(self) -> BarProgress:
-        self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,6 +211,7 @@ class BarProgress(Progress):
             self.console.print(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
 
     def start(self, task: str, total: int) -> None:
+        self.bars.start()
         self.tasks[task] = self.bars.add_task(VERBS[task], total=total, note="", moved=0, units=task in COUNTED)
 
     def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
