@@ -23,11 +23,13 @@ from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian, squared_norm
 from pome.kernel.products import (
-    add_lower,
+    add_upper,
+    decompose,
     estimate_norm,
     gram,
     gram_of_rest,
     image_of,
+    orthonormalise,
     polar,
     widen,
 )
@@ -84,7 +86,7 @@ def solve_deflated(
 def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Basis:
     """All directions of `tall`, which is D (of that shape) or D^T, and the rank. Raises Undecided."""
     split = split_strong(tall)
-    lam, V = torch.linalg.eigh(split.G.to(helper))
+    lam, V = decompose(split.G.to(helper))
     lam, V = lam.cpu().double().flip(0), V.to(tall.device).flip(1)
     p = split.Q.shape[1]
     if p and not float(lam[p]) < 0.95 * split.lift:
@@ -127,8 +129,8 @@ def widen_sketch(D: Tensor, U: Tensor, F: Tensor, probes: Tensor) -> tuple[Tenso
     """
     Y = D @ probes
     for _ in range(2 if U.shape[1] else 0):
-        Y = torch.linalg.qr(Y - U @ (U.mT @ Y)).Q
-    new = Y if U.shape[1] else torch.linalg.qr(Y).Q
+        Y = orthonormalise(Y - U @ (U.mT @ Y))
+    new = Y if U.shape[1] else orthonormalise(Y)
     return torch.cat((U, new), 1), torch.cat((F, new.mT @ D))
 
 
@@ -139,9 +141,9 @@ def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
     singular value, so what couples it to the bulk is dropped: V = [Q, W] makes V^T (D^T D) V block diagonal.
     """
     G = gram_of_rest(D, U, F)
-    Q = torch.linalg.qr(F.mT).Q
+    Q = orthonormalise(F.mT)
     for _ in range(POWERS):
-        Q = torch.linalg.qr(F.mT @ (F @ Q) + G @ Q).Q
+        Q = orthonormalise(F.mT @ (F @ Q) + G @ Q)
     FQ, GQ = F @ Q, G @ Q
     values, X = torch.linalg.eigh((widen(FQ).mT @ widen(FQ) + widen(Q).mT @ widen(GQ)).cpu())
     values = values.flip(0)
@@ -153,7 +155,7 @@ def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
     lift = LIFT * float(values[p] if p < values.numel() else values[-1])
     F = F - FQ @ Q.mT  # F and G as seen from W, the complement of Q
     T = GQ - Q @ (Q.mT @ GQ) / 2
-    add_lower(G, torch.cat((-Q, -T, F.mT, lift * Q), 1), torch.cat((T, Q, F.mT, Q), 1))
+    add_upper(G, torch.cat((-Q, -T, F.mT, lift * Q), 1), torch.cat((T, Q, F.mT, Q), 1))
     return Split(Q, theta, residual, G, lift)
 
 

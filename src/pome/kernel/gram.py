@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pome.kernel.products import gram, measure_cut, polar, widen
+from pome.kernel.products import decompose, gram, measure_cut, polar, widen
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, recall
 
@@ -41,7 +41,7 @@ def solve_gram(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
 
 def find_basis(tall: Tensor, shape: tuple[int, int]) -> Basis:
     """The eigenvectors of the Gram matrix of `tall` (float64), which is D (of that shape) or D^T, and the rank."""
-    lam, V = torch.linalg.eigh(gram(tall))
+    lam, V = decompose(gram(tall))
     lam, V = lam.flip(0).clamp_min(0.0), V.flip(1)
     sigma = lam.sqrt().cpu()
     tail = sigma.numel()

@@ -98,7 +98,7 @@ def find_values_deflated(D: Tensor) -> Tensor:
     Raises Undecided when float32 squares leave open which of them are zero.
     """
     split = split_strong(D)
-    lam = torch.linalg.eigvalsh(split.G).cpu().double().flip(0)
+    lam = torch.linalg.eigvalsh(split.G, UPLO="U").cpu().double().flip(0)
     p = split.theta.numel()
     if p and not float(lam[p]) < 0.95 * split.lift:
         raise Undecided("a strong direction escaped the sketch")
@@ -113,7 +113,7 @@ def find_values_deflated(D: Tensor) -> Tensor:
 
 def find_values_gram(D: Tensor) -> Tensor:
     """Singular values of D (m x n, m >= n), good to s_1 / 10^8."""
-    squares: Tensor = torch.linalg.eigvalsh(gram(D.double()))
+    squares: Tensor = torch.linalg.eigvalsh(gram(D.double()), UPLO="U")
     return squares.flip(0).clamp_min(0.0).sqrt().cpu()
 
 
