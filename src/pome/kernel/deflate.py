@@ -39,7 +39,8 @@ from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, r
 EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
 SPENT = 3.0  # ... even the least that the last one caught stands this many times over the rms of the rest
-STRONG = 6.0  # a direction this many times over the rms of the rest is taken out before squaring
+STRONG = 6.0  # a direction this many times over the rms of the rest must be taken out before squaring ...
+APART = 3.0  # ... and with it go those that are this many times over it: less is left for rounding to be relative to
 POWERS = 5  # steps of subspace iteration, each on the n x n sum
 LIFT = 1.3  # where Q is put above the bulk, over the largest Ritz value of the bulk
 # Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
@@ -79,7 +80,7 @@ def solve_deflated(
     if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
         raise Undecided("the singular values leave k open")
     settle_cut(tall, V, sigma, k, basis)
-    P = polar(tall, V[:, :k], sigma[:k], flipped=tall is not D)
+    P = polar(tall, V[:, :k], sigma[:k], tall is not D, basis.strong)
     return Kept(P, sigma, rank, k, EPS * float(sigma[basis.strong] / sigma[k - 1]) ** 2)
 
 
@@ -92,7 +93,7 @@ def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Ba
     if p and not float(lam[p]) < 0.95 * split.lift:
         raise Undecided("a strong direction escaped the sketch")
     V[:, :p] = split.Q
-    V[:, p:] -= split.Q @ (split.Q.mT @ V[:, p:])
+    V[:, p:].addmm_(split.Q, split.Q.mT @ V[:, p:], alpha=-1.0)
     sigma = lam.clamp_min(0.0).sqrt()
     sigma[:p] = split.theta
     noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
@@ -117,7 +118,7 @@ def split_strong(D: Tensor) -> Split:
         if not bool((values > STRONG**2 * rest).any()):
             break
         if float(values[0]) <= SPENT**2 * rest or b == sketches[-1]:
-            return separate(D, U, F, STRONG**2 * rest)
+            return separate(D, U, F, APART**2 * rest)
     none = D.new_zeros(n, 0)
     return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
 
@@ -134,8 +135,8 @@ def widen_sketch(D: Tensor, U: Tensor, F: Tensor, probes: Tensor) -> tuple[Tenso
     return torch.cat((U, new), 1), torch.cat((F, new.mT @ D))
 
 
-def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
-    """Take the directions with squared singular values over `strong` out of D^T D = F^T F + G, G = R^T R.
+def separate(D: Tensor, U: Tensor, F: Tensor, apart: float) -> Split:
+    """Take the directions with squared singular values over `apart` out of D^T D = F^T F + G, G = R^T R.
 
     All but the first line is n x n or thinner. Q spans an invariant subspace to a high power of bulk over strong
     singular value, so what couples it to the bulk is dropped: V = [Q, W] makes V^T (D^T D) V block diagonal.
@@ -148,7 +149,7 @@ def separate(D: Tensor, U: Tensor, F: Tensor, strong: float) -> Split:
     values, X = torch.linalg.eigh((widen(FQ).mT @ widen(FQ) + widen(Q).mT @ widen(GQ)).cpu())
     values = values.flip(0)
     # Iteration has parted Q from what lies outside the sketch by the power 2 POWERS of the ratio, 1e-3 at a half.
-    p = int((values > max(strong, 4.0 * float(values[-1]))).sum())
+    p = int((values > max(apart, 4.0 * float(values[-1]))).sum())
     X = X.flip(1)[:, :p].to(Q)
     Q, FQ, GQ, theta = Q @ X, FQ @ X, GQ @ X, values[:p].sqrt()
     residual = F.mT @ FQ + GQ - Q * values[:p].to(Q)
