@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pome.kernel.equalize import ZeroDelta, equalize, equalize_factors
@@ -80,6 +80,7 @@ def test_agrees_with_the_reference(shape, kind, dtype):
 )
 def test_agrees_with_the_reference_everywhere(m, n, kind, dtype, ratio, beta, seed):
     delta = plant(make_spectrum(kind, min(m, n)), m, n, seed, dtype)
+    assume(bool(delta.isfinite().all()))  # a spike in a tiny float16 matrix is over its range
     edit = equalize(delta, rank_ratio=ratio, beta=beta)
     assert_as_reference(edit, delta, rank_ratio=ratio, beta=beta)
 

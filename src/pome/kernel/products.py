@@ -33,7 +33,7 @@ def gram_of_rest(D: Tensor, U: Tensor, F: Tensor) -> Tensor:
 
 
 def add_upper(G: Tensor, X: Tensor, Y: Tensor) -> None:
-    """G += X Y^T (all n x n), a symmetric sum, in the blocks at and above the diagonal: those that `decompose` reads."""
+    """G += X Y^T (all n x n), a symmetric sum, in the blocks at and above the diagonal: those `decompose` reads."""
     step = -(-G.shape[0] // BLOCKS)
     for start in range(0, G.shape[0], step):
         stop = start + step
@@ -65,8 +65,10 @@ def orthonormalise(Y: Tensor) -> Tensor:
     wide = wide / torch.linalg.vector_norm(wide, dim=0)
     L, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
     if int(failed) or not float(L.diagonal().min()) > INDEPENDENT:  # NaN for a column of zeros
-        return torch.linalg.qr(Y).Q
-    return torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).to(Y)
+        Q: Tensor = torch.linalg.qr(Y).Q
+    else:
+        Q = torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).to(Y)
+    return Q
 
 
 def estimate_norm(A: Tensor) -> float:
@@ -105,10 +107,8 @@ def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool, strong: int = 0) -
     W, most = V.mT, ORTHONORMAL * torch.finfo(B.dtype).eps
     if measure_defect(B) > most:
         half = B[:, :strong].mT @ B[:, strong:] / 2
-        if half.numel() and measure_defect(B, half) <= most:
-            W = uncouple(half, W)
-        else:
-            W = correct_root(gram(B), W)
+        is_enough = half.numel() > 0 and measure_defect(B, half) <= most
+        W = uncouple(half, W) if is_enough else correct_root(gram(B), W)
     return W.mT @ B.mT if flipped else B @ W
 
 
@@ -143,7 +143,7 @@ def correct_root(C: Tensor, W: Tensor) -> Tensor:
 
 
 def measure_defect(B: Tensor, half: Tensor | None = None) -> float:
-    """norm_F(B^T B - I) / sqrt(k), about, for B (m x k), uncoupled first if `half` is given: by a few Gaussian probes."""
+    """norm_F(B^T B - I) / sqrt(k), about, for B (m x k), uncoupled first if `half` is given, by a few probes."""
     probes = draw_gaussian(B.shape[1], 4, B)
     image = B.mT @ (B @ (probes if half is None else uncouple(half, probes)))
     image = image if half is None else uncouple(half, image)

@@ -1,0 +1,106 @@
+"""The kernel's products against plain float64 algebra, and the cut that float32 would have blurred."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pome.kernel import products
+from pome.kernel.deflate import solve_deflated
+from pome.kernel.equalize import equalize
+from pome.kernel.products import add_upper, correct_root, decompose, gram, orthonormalise, polar, uncouple
+from pome.kernel.rank import RankRule
+from pome.kernel.spectrum import Undecided
+from reference import plant
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def relative(error, to):
+    return float(torch.linalg.matrix_norm(error.double()) / torch.linalg.matrix_norm(to.double()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99))
+def test_a_gram_matrix_is_whole_and_only_its_upper_half_is_read(m, n, seed):
+    A = randn(m, n, seed=seed)
+    exact = A.double().mT @ A.double()
+    assert relative(gram(A) - exact, exact) < 1e-6
+    G = torch.full((n, n), float("nan"))
+    G.triu_()
+    G[torch.triu(torch.ones(n, n, dtype=torch.bool))] = 0.0
+    step = -(-n // products.BLOCKS)
+    for start in range(0, n, step):  # add_upper fills whole blocks
+        G[start : start + step, start:] = 0.0
+    add_upper(G, A.mT, A.mT)
+    values, vectors = decompose(G)
+    assert torch.allclose(values.double(), torch.linalg.eigvalsh(exact), atol=1e-5 * float(exact.trace()))
+    assert relative(vectors * values @ vectors.mT - exact, exact) < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 24), st.floats(0, 12), st.booleans(), st.integers(0, 999))
+def test_a_basis_is_orthonormal_and_spans_the_columns_however_dependent(b, digits, has_zero, seed):
+    """From independent columns to those that no float32 can tell apart, where a QR must take over."""
+    sigma = torch.logspace(0, -digits, b, dtype=torch.float64)
+    Y = plant(sigma, 60, b, seed)
+    if has_zero and b > 1:
+        Y[:, seed % b] = 0.0
+    Q = orthonormalise(Y)
+    assert Q.dtype == torch.float32
+    assert float(torch.linalg.matrix_norm(Q.double().mT @ Q.double() - torch.eye(b))) < 2e-6 * b**0.5
+    assert relative(Y.double() - Q.double() @ (Q.double().mT @ Y.double()), Y) < 2e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6), st.integers(1, 30), st.floats(1e-6, 1e-3), st.integers(0, 99))
+def test_uncoupling_is_the_inverse_root_to_first_order(p, rest, size, seed):
+    k = p + rest
+    half = randn(p, rest, seed=seed, dtype=torch.float64)
+    half *= size / torch.linalg.matrix_norm(half, 2)
+    C = torch.eye(k, dtype=torch.float64)
+    C[:p, p:], C[p:, :p] = 2 * half, 2 * half.mT
+    values, X = torch.linalg.eigh(C)
+    X = X * values.rsqrt() @ X.mT
+    assert float(torch.linalg.matrix_norm(uncouple(half, torch.eye(k, dtype=torch.float64)) - X, 2)) < 4 * size**2
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("leak, is_thin", [(2e-4, True), (2e-2, False)])
+def test_a_polar_factor_is_corrected_by_as_much_as_it_takes(monkeypatch, flipped, leak, is_thin):
+    """Strong directions that leaked into the others, by a little and by more than a first-order correction mends."""
+    sigma = torch.cat((torch.full((4,), 100.0), torch.linspace(2.0, 1.0, 76))).double()
+    D = plant(sigma, 300, 80)
+    _, s, Vh = torch.linalg.svd(D.double(), full_matrices=False)
+    V = Vh[:40].mT.clone()
+    V[:, 4:] += leak / 100.0 * V[:, :4] @ randn(4, 36, dtype=torch.float64)
+    exact = D.double() @ V / s[:40]
+    U, _, W = torch.linalg.svd(exact, full_matrices=False)
+    taken = []
+    monkeypatch.setattr(products, "correct_root", lambda C, W: taken.append("root") or correct_root(C, W))
+    P = polar(D, V.float(), s[:40], flipped, strong=4)
+    assert taken == ([] if is_thin else ["root"])
+    expected = U @ W @ V.mT
+    assert relative((P.mT if flipped else P) - expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("spikes, height", [(110, 40.0), (150, 300.0), (150, 3000.0)])
+def test_more_strong_directions_than_any_sketch_holds_cost_no_accuracy(spikes, height):
+    """What is then squared with them drowns; where the cut is open, no angle tells, but the objective does."""
+    m, n = 640, 500
+    sigma = torch.cat((torch.linspace(1.3, 1.0, spikes) * height, torch.linspace(1.3, 1.0, n - spikes))).double()
+    D = plant(sigma, m, n, seed=spikes)
+    edited = equalize(D)
+    s = torch.linalg.svdvals(D.double())
+    P = edited.value.double() / edited.alpha
+    assert abs(1 - float((D.double() * P).sum() / s[: edited.k].sum())) < 1e-5
+    assert edited.sigma_k == pytest.approx(float(s[edited.k - 1]), rel=2e-4)
+    assert abs(1 - edited.objective) < 1e-5
+
+
+def test_an_open_cut_that_float32_blurs_is_handed_over():
+    sigma = torch.cat((torch.linspace(390.0, 300.0, 150), torch.linspace(1.3, 1.0, 350))).double()
+    with pytest.raises(Undecided, match="of the objective only"):
+        solve_deflated(plant(sigma, 640, 500, seed=1), RankRule())
