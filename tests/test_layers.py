@@ -80,9 +80,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "", "errors", "spec", "roles", "units", "pair", "manifest", "patch", "merge", "adapt", "card", "engines.local",
         "checkpoint.trail", *CHECKPOINT
     },
-    "verification": {
-        "errors", "spec", "plan", "units", "manifest", "patch", "merge", "adapt", "checkpoint.files", *CHECKPOINT
-    },
+    "comparison": {"errors", "manifest", "units", "checkpoint.files", *CHECKPOINT},
+    "recomputation": {"spec", "manifest", "units", "patch", "merge", "adapt", "comparison", *CHECKPOINT},
+    "verification": {"errors", "spec", "plan", "manifest", "comparison", "recomputation", *CHECKPOINT},
     "finished": {"errors", "spec", "manifest", *CHECKPOINT},
     "findings": {"manifest"},
     "measure": {
@@ -109,13 +109,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "standings": {"errors", "spec", "jobs", "grid", "sheet", "plots", "trial"},
     "plots": {"errors", "sheet"},
     "report": {"errors", "jobs", "sheet", "plots"},
-    "progress": {"errors", "spec", "units", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
+    "tables": {"errors", "units", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
+    "progress": {"errors", "units", "pair", "standings", "trial", "tables", *CHECKPOINT},
     "actions": {
         "", "errors", "spec", "roles", "jobs", "plan", "pair", "manifest", "run", "verification", "finished",
-        "findings", "survey", "suggest", "sheet", "report", "progress", "upload", "trial", "search", "standings",
-        *CHECKPOINT
+        "findings", "survey", "suggest", "sheet", "report", "tables", "progress", "upload", "trial", "search",
+        "standings", *CHECKPOINT
     },
-    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "progress", "actions"},
+    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "tables", "actions"},
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
     "": {
@@ -134,7 +135,7 @@ GUESTS: dict[str, set[str]] = {
     "transformers": {"language"},
     "lm_eval": {"language"},
     "matplotlib": {"plots"},
-    "rich": {"progress", "actions"},
+    "rich": {"tables", "progress", "actions"},
     "typer": {"cli"},
     "click": {"cli"},
     "yaml": {"jobs", "card"},

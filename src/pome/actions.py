@@ -35,11 +35,11 @@ def show_inspection(
     from pome.checkpoint.sidefiles import MANIFEST_NAME
     from pome.manifest import read_manifest
     from pome.pair import open_pair
-    from pome.progress import describe_kept, describe_notices, describe_survey, make_survey_tables
     from pome.report import check_targets, write_reports
     from pome.sheet import make_edit_sheet, make_sheet
     from pome.suggest import list_warnings, suggest
     from pome.survey import survey
+    from pome.tables import describe_kept, describe_notices, describe_survey, make_survey_tables
 
     check_targets(reports)
     found: Survey | Manifest
@@ -78,10 +78,11 @@ def make_sweep_of(
     card: bool,
 ) -> Outcome:
     """Score, tell people, write the reports."""
-    from pome.progress import SweepLines, make_sweep_tables, show_bytes
+    from pome.progress import SweepLines
     from pome.report import check_targets
     from pome.search import sweep
     from pome.standings import describe_outcome, write_sweep_reports
+    from pome.tables import make_sweep_tables, show_bytes
 
     check_targets(reports)
     with show_progress(console) as progress:
@@ -172,7 +173,7 @@ RUNNERS = {"edit": _run_edit, "inspect": _run_inspect, "sweep": _run_sweep, "ver
 
 
 def report_verdict(verdict: Verdict, out: str, console: Console) -> None:
-    from pome.progress import show_bytes
+    from pome.tables import show_bytes
 
     for item in verdict.differences:
         where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
@@ -199,8 +200,8 @@ def make_edit(
 ) -> Manifest:
     from pome.checkpoint.target import check_target
     from pome.pair import open_pair
-    from pome.progress import describe_plan
     from pome.run import edit
+    from pome.tables import describe_plan
 
     if publication.push_to_hub is not None:
         from pome.upload import check_login
@@ -227,7 +228,7 @@ def show_plan(
 ) -> None:
     from pome.checkpoint.target import check_target
     from pome.pair import open_pair
-    from pome.progress import describe_plan, make_plan_table, show_bytes
+    from pome.tables import describe_plan, make_plan_table, show_bytes
 
     with open_pair(base, ft, spec) as opened:
         check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
@@ -240,7 +241,7 @@ def show_plan(
 
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.progress import describe_kept, describe_warnings, make_closing_table, show_bytes
+    from pome.tables import describe_kept, describe_warnings, make_closing_table, show_bytes
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))

@@ -320,7 +320,7 @@ def batch_command(
     jobs = read_batch(file, only or (), {name: value for name, _, value in pairs})
     console = make_console(quiet)
     results = [run_job(job, console) for job in jobs]
-    from pome.progress import make_batch_table
+    from pome.tables import make_batch_table
 
     console.print(make_batch_table(results))
     if as_json:

@@ -1,16 +1,12 @@
-"""What a person sees: bars while the run works, plain lines where no terminal is, tables before and after."""
+"""What a person sees while the work runs: bars, or plain lines where no terminal is."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,82 +18,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
-from pome.manifest import KeptRecord, Manifest, TensorRecord
 from pome.pair import Opened, Progress
-from pome.sheet import Sheet, shade, summarise_places, summarise_roles
-from pome.standings import list_heat_maps, list_rows, show_number
-from pome.trial import Listener, Outcome, Trial
-from pome.units import Plan, fan_out_in
+from pome.standings import show_number
+from pome.tables import name_side, show_bytes
+from pome.trial import Listener, Trial
+from pome.units import Plan
 
 VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
-SURVEY_COLUMNS = {
-    "relative_norm": "‖Δ‖/‖W‖",
-    "stable_rank": "stable rank",
-    "energy_50": "energy .5",
-    "above_noise": "above noise",
-    "noise_share": "noise",
-    "k_ratio": "k ratio",
-    "k_energy": "k energy",
-    "k_gavish-donoho": "k g.-donoho",
-    "k_effective": "k effective",
-    "align_right": "aligned",
-    "drift": "drift",
-    "rounding": "lost",
-}
-EDIT_COLUMNS = {
-    "rank": "rank",
-    "k": "k",
-    "energy_kept": "energy kept",
-    "alpha": "alpha",
-    "edit_ratio": "||edit||/||delta||",
-    "rounding": "lost to rounding",
-}
-# From the worst score to the best, in colours that every terminal has; the number stands in each cell anyway.
-SHADES = ("dim", "default", "cyan", "cyan bold", "black on cyan", "black on bright_cyan bold")
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
-
-
-def show_bytes(count: float) -> str:
-    """`2.9 GB`, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def describe_plan(opened: Opened) -> str:
-    """One line: what becomes what, how many tensors, how many bytes."""
-    plan = opened.plan
-    roles = dict.fromkeys(part.role for _, part in plan.matrices())
-    edited = len({unit.name for unit in plan.units if unit.parts})
-    merged = f", {len(plan.merged)} merged" if plan.merged else ""
-    return (
-        f"{_name(opened.base)} -> {_name(opened.ft)}   {edited} of {plan.tensor_count} tensors to edit "
-        f"({', '.join(roles)}){merged}, {plan.tensor_count - edited - len(plan.merged)} kept   "
-        f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
-    )
-
-
-def describe_survey(opened: Opened) -> str:
-    """One line: what is held against what, how many tensors, how many bytes."""
-    plan = opened.plan
-    roles = dict.fromkeys(part.role for _, part in plan.matrices())
-    looked = len({unit.name for unit in plan.units if unit.parts})
-    return (
-        f"{_name(opened.base)} -> {_name(opened.ft)}   {looked} of {plan.tensor_count} tensors to look at "
-        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
-    )
-
-
-def _name(side: Checkpoint) -> str:
-    return printable(side.source.rstrip("/").rpartition("/")[2] or side.source)
 
 
 class LineProgress(Progress):
@@ -153,8 +86,9 @@ class SweepLines(Listener):
 
     def begin(self, opened: Opened, count: int, basis_bytes: int, copy_bytes: int, folder: Path) -> None:
         copy = f", a copy of {show_bytes(copy_bytes)} to score from" if copy_bytes else ""
-        line = f"{_name(opened.base)} -> {_name(opened.ft)}   {count} models to score   in {printable(str(folder))}: "
-        self._say(line + f"decompositions of up to {show_bytes(basis_bytes)}{copy}")
+        line = f"{name_side(opened.base)} -> {name_side(opened.ft)}   {count} models to score   "
+        place = f"in {printable(str(folder))}: decompositions of up to {show_bytes(basis_bytes)}"
+        self._say(line + place + copy)
 
     def tell(self, trial: Trial, number: int, count: int) -> None:
         said = f"no score: {trial.failed}" if trial.score is None else show_number(trial.score.scored.value)
@@ -221,145 +155,3 @@ class BarProgress(Progress):
 
     def finish(self, task: str) -> None:
         self.bars.update(self.tasks[task], note="")
-
-
-def make_plan_table(opened: Opened) -> Table:
-    """The plan of `--dry-run`: a row for each role and shape, then what is kept and why."""
-    table = _table("role", "matrices", "shape", "dtype", "read", "write")
-    rows: dict[tuple[str, str, str], list[int]] = {}
-    for unit, part in opened.plan.matrices():
-        shape = " x ".join(map(str, fan_out_in(unit, part)))
-        dtype = unit.dtype if unit.dtype == unit.out_dtype else f"{unit.dtype} -> {unit.out_dtype}"
-        row = rows.setdefault((part.role, shape, dtype), [0, 0, 0])
-        share = len(unit.parts)
-        for i, amount in enumerate((1, (unit.nbytes + unit.base_nbytes) // share, unit.out_nbytes // share)):
-            row[i] += amount
-    for (role, shape, dtype), (count, read, written) in rows.items():
-        table.add_row(role, str(count), shape, dtype, show_bytes(read), show_bytes(written))
-    for reason, count in Counter(kept.reason for kept in opened.plan.kept).items():
-        table.add_row("kept", str(count), escape(printable(reason)), "", "", "", style="dim")
-    return table
-
-
-def make_closing_table(manifest: Manifest) -> Table:
-    """A row for each role: how many matrices, and the medians (the worst, for errors) of what was measured."""
-    measured = ("energy kept", "||edit||/||delta||", "lost to rounding", "1-objective", "warnings")
-    table = _table("role", "matrices", "rank", "k", *measured)
-    by_role: dict[str, list[TensorRecord]] = {}
-    for record in manifest.tensors:
-        by_role.setdefault(record.role, []).append(record)
-    for role, records in by_role.items():
-        median: dict[str, float] = {
-            name: statistics.median(getattr(record, name) for record in records)
-            for name in ("rank", "k", "energy_kept", "rounding")
-        }
-        ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
-        worst = max(1 - record.objective for record in records)
-        warned = sum(bool(record.warnings) for record in records)
-        table.add_row(
-            role,
-            str(len(records)),
-            f"{median['rank']:.0f}",
-            f"{median['k']:.0f}",
-            f"{median['energy_kept']:.3f}",
-            f"{ratio:.3f}",
-            f"{median['rounding']:.2g}",
-            f"{max(worst, 0):.0e}",
-            str(warned) if warned else "-",
-        )
-    return table
-
-
-def describe_warnings(manifest: Manifest) -> list[str]:
-    """Each kind of warning once, with how many matrices have it and the first of them."""
-    found: dict[str, list[str]] = {}
-    for record in manifest.tensors:
-        for warning in record.warnings:
-            found.setdefault(warning, []).append(record.name)
-    lines = []
-    for warning, names in list(found.items())[:10]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"warning: {printable(names[0])}{more}: {warning}")
-    if len(found) > 10:
-        lines.append(f"warning: {len(found) - 10} more kinds; the manifest lists all")
-    return lines
-
-
-def describe_kept(records: Sequence[KeptRecord]) -> list[str]:
-    """How many selected tensors stayed as they were, by reason."""
-    counts = Counter(kept.reason for kept in records)
-    return [f"kept {count}: {printable(reason)}" for reason, count in counts.items()]
-
-
-def make_survey_tables(sheet: Sheet) -> list[Table]:
-    """Medians for each role, and for each layer."""
-    columns = SURVEY_COLUMNS if sheet.kind == "survey" else EDIT_COLUMNS
-    keys, tables = list(columns), []
-    for first, summary in (("role", summarise_roles(sheet, keys)), ("layer", summarise_places(sheet, keys))):
-        table = _table(first, "matrices", *columns.values())
-        for name, count, medians in summary:
-            table.add_row(escape(printable(name)), str(count), *(f"{medians[key]:.3g}" for key in keys))
-        # Folded names are harder to read than folded headings.
-        table.columns[0].min_width = min(24, max((len(name) for name, _, _ in summary), default=0))
-        tables.append(table)
-    return tables
-
-
-def describe_notices(sheet: Sheet) -> list[str]:
-    """The warnings of a sheet, each with the option that answers it."""
-    lines = []
-    for notice in sheet.warnings:
-        answer = f" Answer: {notice.option}" if notice.option else ""
-        lines.append(f"warning: {notice.count} of {len(sheet.rows)}: {printable(notice.text, 400)}{answer}")
-    return lines
-
-
-def make_sweep_tables(outcome: Outcome) -> list[Table]:
-    """The heat map of K and beta where both were varied, and a row for each model, best first."""
-    tables = []
-    values = [t.score.scored.value for t in outcome.trials if t.candidate and t.score]
-    for heat in list_heat_maps(outcome):
-        if len(heat.rows) > 1 and len(heat.columns) > 1:
-            table = _table(escape(heat.title), *(f"beta {escape(beta)}" for beta in heat.columns))
-            for name, scores in zip(heat.rows, heat.cells, strict=True):
-                table.add_row(escape(name), *(_shade_cell(value, values, outcome.minimize) for value in scores))
-            tables.append(table)
-    header, rows = list_rows(outcome)
-    table = _table(*(escape(name) for name in header))
-    for trial, row in zip(outcome.trials, rows, strict=True):
-        best = outcome.best is not None and trial.key == outcome.best.key
-        style = "red" if trial.failed else "bold" if best else "dim" if trial.candidate is None else None
-        table.add_row(*(escape(printable(cell)) for cell in row), style=style)
-    return [*tables, table]
-
-
-def _shade_cell(value: float | None, values: Sequence[float], minimize: bool) -> Text:
-    if value is None:
-        return Text("-")
-    level = round(5 * shade(value, values, minimize))
-    return Text(f" {show_number(value)} ", style=SHADES[level])
-
-
-def make_batch_table(results: list[dict[str, Any]]) -> Table:
-    """A row for each job of a batch."""
-    table = _table("job", "status", "matrices", "seconds", "out or error", numbers=(2, 3))
-    for result in results:
-        good = result["status"] == "done"
-        last = result["out"] if good else result["error"]
-        table.add_row(
-            escape(printable(result["name"])),
-            "done" if good else "failed",
-            str(result.get("matrices", "-")),
-            f"{result['seconds']:.1f}",
-            escape(printable(last, 300)),
-            style=None if good else "red",
-        )
-    return table
-
-
-def _table(*columns: str, numbers: tuple[int, ...] | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        right = i in numbers if numbers is not None else i > 0
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    return table

@@ -1,0 +1,196 @@
+"""An output's edits made again from BASE and FT, and held against its bytes and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint
+from pome.comparison import Advance, Difference, compare_untouched
+from pome.manifest import Manifest, TensorRecord
+from pome.spec import EditSpec
+from pome.units import Plan, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = 4  # units recomputed without `full`
+# Another device or number of threads may round differently. Numbers of the spectrum then agree to this, and an edit
+# agrees entry by entry or, where its cut lies in a cluster, reaches the certificate's bound all the same.
+NUMBERS_AGREE = 1e-3
+EDITS_AGREE = 1e-3
+OBJECTIVE_BOUND = 1e-4
+MERGES_AGREE = 1e-6
+ROUNDINGS_AGREE = 0.05  # another rounding of some entries; what is lost to it is the root of a sum over all
+# Numbers that are next to 0 or 1 by themselves, and differ by what the certificate leaves open.
+RESIDUES_AGREE = {"objective": 1e-4, "orthogonality": 1e-4, "rounding": 1e-5}
+
+
+def recompute(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    spec: EditSpec,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> int:
+    """Edit a sample of the units again and compare bytes and records; the number of matrices recomputed."""
+    from pome.merge import make_patch, read_unit, see_ft
+
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    found += _check_plan(plan, manifest)
+    if found:
+        return 0
+    spec = dataclasses.replace(spec, device="cpu")
+    count = 0
+    for unit in _choose(plan.units, full):
+        data = read_unit(unit, tuned, base)
+        original = see_ft(unit, data)
+        out_bytes = made.read(unit.name, unit.out_start, unit.out_nbytes)
+        patch = make_patch(unit, data, spec, "cpu")
+        expected = patch.data if patch.data is not None else bytearray(original)
+        for fresh in patch.tensors:
+            count += 1
+            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+            if what:
+                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        if out_bytes != expected:
+            what = _judge(unit, out_bytes, expected, original, data[1], {r.part: r for r in patch.tensors})
+            if what:
+                found.append(Difference(unit.file, unit.name, what))
+        advance(unit.nbytes)
+    return count
+
+
+def _check_plan(plan: Plan, manifest: Manifest) -> Iterator[Difference]:
+    """What the manifest says was edited, kept and merged is what these inputs plan."""
+    records = {(record.name, record.part) for record in manifest.tensors}
+    kept = {(item.name, item.part) for item in manifest.kept}
+    planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
+    for name, part in sorted(records - planned, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select")
+    for name, part in sorted(planned - records - kept, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record")
+    for name in sorted(set(manifest.merged) ^ set(plan.merged)):
+        yield Difference(MANIFEST_NAME, name, "is merged by these inputs, or by the manifest, but not by both")
+
+
+def check_adapter(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    spec: EditSpec,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> tuple[int, int]:
+    """An edited adapter against the one that it was made from: (bytes compared, matrices recomputed)."""
+    from pome.adapt import agree, edit_loras
+
+    lows = {change.low.a: change.low for unit in plan.units if (change := unit.change) and change.low}
+    edited = {name for low in lows.values() for name in (low.a, low.b)}
+    rest = [
+        dataclasses.replace(side, tensors={name: at for name, at in side.tensors.items() if name not in edited})
+        for side in (made, tuned)
+    ]
+    compared = compare_untouched(rest[0], rest[1], set(), found, advance)
+    found += [Difference(ADAPTER_WEIGHTS, name, "missing") for name in sorted(edited - made.tensors.keys())]
+    found += _check_plan(plan, manifest)
+    if found:
+        return compared, 0
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
+    units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
+    count = 0
+    for lora in edit_loras(dataclasses.replace(plan, units=units), tuned, spec, "cpu"):
+        for fresh in lora.tensors:
+            count += 1
+            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+            if what:
+                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
+        if not agree(lora, made, room):
+            found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
+        advance(sum(unit.nbytes for unit in lora.units))
+    return compared, count
+
+
+def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
+    """All units, or a few spread over the model: the same ones each time."""
+    step = 1 if full else max(1, math.ceil(len(units) / SAMPLE))
+    return list(units[::step])
+
+
+def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
+    """What a record says otherwise than a recomputation, or None."""
+    if recorded is None:
+        return "has no record, though its delta is not zero"
+    for field in ("file", "role", "shape", "dtype", "rank", "k"):
+        if getattr(recorded, field) != getattr(fresh, field):
+            return f"{field} {getattr(recorded, field)}, recomputed {getattr(fresh, field)}"
+    for field in ("alpha", "beta", "sigma_max", "sigma_k", "noise_floor", "delta_norm", "edit_norm", "energy_kept"):
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not math.isclose(a, b, rel_tol=NUMBERS_AGREE):
+            return f"{field} {a}, recomputed {b}"
+    if not math.isclose(recorded.sigma_next, fresh.sigma_next, rel_tol=NUMBERS_AGREE, abs_tol=1e-6 * fresh.sigma_max):
+        return f"sigma_next {recorded.sigma_next}, recomputed {fresh.sigma_next}"
+    for field, slack in RESIDUES_AGREE.items():
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not abs(a - b) <= slack + ROUNDINGS_AGREE * abs(b) * (field == "rounding"):
+            return f"{field} {a}, recomputed {b}"
+    return None
+
+
+def _judge(
+    unit: Unit,
+    out_bytes: bytearray,
+    expected: bytearray,
+    ft_bytes: bytes,
+    base_bytes: bytearray,
+    records: dict[str | None, TensorRecord],
+) -> str | None:
+    """Whether bytes other than those recomputed here are still the edit: what is wrong, or None."""
+    import torch
+
+    from pome.patch import TORCH_DTYPES, put_view, take
+
+    def load(data: bytes | bytearray, dtype: str) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(unit.shape)
+
+    out, fresh = load(out_bytes, unit.out_dtype), load(expected, unit.out_dtype)
+    ft, base = load(ft_bytes, unit.dtype), load(base_bytes, unit.base_dtype)
+    rest = fresh.clone()
+    for part in unit.parts:
+        put_view(rest, part).copy_(put_view(out, part))
+    if not torch.equal(rest.view(torch.uint8), out.view(torch.uint8)):
+        # Merged entries are products and sums, which another machine may round to the neighbouring value.
+        ulps = 2 * torch.finfo(out.dtype).eps * rest.double().abs() + MERGES_AGREE * base.double().abs()
+        if unit.change is None or not bool(((rest.double() - out.double()).abs() <= ulps).all()):
+            return "entries outside the edited matrices are not FT's"
+    for part in unit.parts:
+        record = records.get(unit.label(part))
+        E, again = take(out, part).double(), take(fresh, part).double()
+        if record is None:
+            return "differs from FT, though its delta is zero"
+        # Edits that differ by d are stored differently in d / ulp of the entries, and there by one ulp: a square of
+        # d * ulp each. The root of the sum over ulp^2 is sqrt(12) times what the rounding lost.
+        room = math.sqrt(EDITS_AGREE**2 + 4 * EDITS_AGREE * record.rounding) * record.edit_norm
+        if float((E - again).norm()) <= room:
+            continue
+        W_base = take(base, part).double()
+        D = take(ft, part).double() - W_base
+        objective = float((D * (E - W_base)).sum()) / float((D * (again - W_base)).sum())
+        norm = float((E - W_base).norm()) / float((again - W_base).norm())
+        # What is lost to rounding points anywhere, and so adds to either one part in the root of the entries.
+        noise = OBJECTIVE_BOUND + 8 * record.rounding * (1 + record.rounding) / math.sqrt(E.numel())
+        if abs(objective - 1) > noise or abs(norm - 1) > noise:
+            which = record.part or "the matrix"
+            return f"{which} is not the edit of these inputs (objective {objective:.6f}, norm {norm:.6f} of the edit's)"
+    return None
