@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pome.kernel import products
 from pome.kernel.deflate import solve_deflated
 from pome.kernel.equalize import equalize
-from pome.kernel.products import add_upper, correct_root, decompose, gram, orthonormalise, polar, uncouple
+from pome.kernel.products import add_upper, correct_root, decompose, gram, orthonormalise, polar, reflect, uncouple
 from pome.kernel.rank import RankRule
 from pome.kernel.spectrum import Undecided
 from reference import plant
@@ -65,6 +65,30 @@ def test_uncoupling_is_the_inverse_root_to_first_order(p, rest, size, seed):
     values, X = torch.linalg.eigh(C)
     X = X * values.rsqrt() @ X.mT
     assert float(torch.linalg.matrix_norm(uncouple(half, torch.eye(k, dtype=torch.float64)) - X, 2)) < 4 * size**2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 40), st.floats(0, 1), st.sampled_from(["random", "axes", "mixed"]), st.integers(0, 999))
+def test_reflections_take_columns_to_the_first_axes_and_the_rest_to_their_complement(n, share, kind, seed):
+    p = min(n - 1, int(share * n))
+    Q = torch.linalg.qr(randn(n, max(p, 1), seed=seed, dtype=torch.float64)).Q[:, :p]
+    if kind != "random":
+        Q = torch.eye(n, dtype=torch.float64)[:, torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:p]]
+    if kind == "mixed" and p:
+        Q[:, -1] = randn(n, seed=seed, dtype=torch.float64)
+        Q = torch.linalg.qr(Q).Q
+    mirrors = reflect(Q)
+    unit = torch.eye(n, dtype=torch.float64)
+    H = mirrors.apply(unit).mT
+    assert torch.allclose(H.mT @ H, unit, atol=1e-12)
+    assert torch.allclose(H[:, :p].abs(), Q.abs(), atol=1e-12)
+    assert torch.allclose((H[:, :p].mT @ Q).abs(), unit[:p, :p], atol=1e-12)
+    G = randn(n, n, seed=seed + 1, dtype=torch.float64)
+    G = G + G.mT
+    left, right = mirrors.move(G)
+    assert torch.allclose(G - left @ right.mT - right @ left.mT, H.mT @ G @ H, atol=1e-11)
+    W = torch.linalg.qr(randn(n - p, n - p, seed=seed + 2, dtype=torch.float64)).Q
+    assert torch.allclose(mirrors.complete(Q, W), torch.cat((Q, H[:, p:] @ W), 1), atol=1e-12)
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian, squared_norm
 from pome.kernel.products import (
+    Mirrors,
     add_upper,
     decompose,
     estimate_norm,
@@ -31,6 +32,7 @@ from pome.kernel.products import (
     image_of,
     orthonormalise,
     polar,
+    reflect,
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
@@ -42,7 +44,7 @@ SPENT = 3.0  # ... even the least that the last one caught stands this many time
 STRONG = 6.0  # a direction this many times over the rms of the rest must be taken out before squaring ...
 APART = 3.0  # ... and with it go those that are this many times over it: less is left for rounding to be relative to
 POWERS = 5  # steps of subspace iteration, each on the n x n sum
-LIFT = 1.3  # where Q is put above the bulk, over the largest Ritz value of the bulk
+ESCAPED = 1.24  # largest eigenvalue of the bulk, over the largest Ritz value that the sketch saw of it
 # Least eigenvalue of R^T R, relative to the largest, that float32 can tell from zero. Its rounding was seen to move
 # eigenvalues by 0.1 to 2 EPS; 32 is the margin that lets the rank be called proved.
 FLOOR = 32.0 * EPS
@@ -57,13 +59,23 @@ LOST, NOTHING = 5e-6, 1e-8
 @dataclass(frozen=True)
 class Split:
     """D^T D (n x n) taken apart: strong right directions Q (n x p) with singular values theta (p, float64, descending),
-    residual = D^T D Q - Q theta^2 (n x p), and the Gram matrix of the rest, with Q lifted above its spectrum."""
+    residual = D^T D Q - Q theta^2 (n x p), and the Gram matrix G of the rest, n - p square, in the basis that `mirrors`
+    make of the complement of Q. `most` is what the largest eigenvalue of G should be, about."""
 
     Q: Tensor
     theta: Tensor
     residual: Tensor
     G: Tensor
-    lift: float
+    mirrors: Mirrors
+    most: float
+
+    def join(self, lam: Tensor) -> Tensor:
+        """Singular values of D (n, float64, CPU), from the eigenvalues of G, ascending. Raises Undecided when one of
+        them is too large for what the sketch left."""
+        lam = lam.cpu().double().flip(0)
+        if self.theta.numel() and not float(lam[0]) < ESCAPED * self.most:
+            raise Undecided("a strong direction escaped the sketch")
+        return torch.cat((self.theta, lam.clamp_min(0.0).sqrt()))
 
 
 def solve_deflated(
@@ -90,16 +102,10 @@ def solve_deflated(
 def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Basis:
     """All directions of `tall`, which is D (of that shape) or D^T, and the rank. Raises Undecided."""
     split = split_strong(tall)
-    lam, V = decompose(split.G.to(helper))
-    lam, V = lam.cpu().double().flip(0), V.to(tall.device).flip(1)
-    p = split.Q.shape[1]
-    if p and not float(lam[p]) < 0.95 * split.lift:
-        raise Undecided("a strong direction escaped the sketch")
-    V[:, :p] = split.Q
-    V[:, p:].addmm_(split.Q, split.Q.mT @ V[:, p:], alpha=-1.0)
-    sigma = lam.clamp_min(0.0).sqrt()
-    sigma[:p] = split.theta
-    noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
+    lam, W = decompose(split.G.to(helper))
+    sigma, p = split.join(lam), split.theta.numel()
+    V = split.mirrors.complete(split.Q, W.to(tall.device).flip(1))
+    noise = FLOOR * float(sigma[p]) ** 2 + (CANCEL * float(sigma[0])) ** 2
     rank = prove_rank(tall, V, sigma, noise, rank_tolerance(shape))
     return Basis(sigma, rank, V, residual=split.residual, strong=p, noise=noise)
 
@@ -123,7 +129,7 @@ def split_strong(D: Tensor) -> Split:
         if float(values[0]) <= SPENT**2 * rest or b == sketches[-1]:
             return separate(D, U, F, APART**2 * rest)
     none = D.new_zeros(n, 0)
-    return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), 0.0)
+    return Split(none, torch.zeros(0, dtype=torch.float64), none, gram(D), reflect(none), 0.0)
 
 
 def widen_sketch(D: Tensor, U: Tensor, F: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,13 +160,14 @@ def separate(D: Tensor, U: Tensor, F: Tensor, apart: float) -> Split:
     # Iteration has parted Q from what lies outside the sketch by the power 2 POWERS of the ratio, 1e-3 at a half.
     p = int((values > max(apart, 4.0 * float(values[-1]))).sum())
     X = X.flip(1)[:, :p].to(Q)
-    Q, FQ, GQ, theta = Q @ X, FQ @ X, GQ @ X, values[:p].sqrt()
+    Q, FQ, GQ = Q @ X, FQ @ X, GQ @ X
     residual = F.mT @ FQ + GQ - Q * values[:p].to(Q)
-    lift = LIFT * float(values[p] if p < values.numel() else values[-1])
-    F = F - FQ @ Q.mT  # F and G as seen from W, the complement of Q
-    T = GQ - Q @ (Q.mT @ GQ) / 2
-    add_upper(G, torch.cat((-Q, -T, F.mT, lift * Q), 1), torch.cat((T, Q, F.mT, Q), 1))
-    return Split(Q, theta, residual, G, lift)
+    mirrors = reflect(Q)
+    left, right = mirrors.move(G)
+    F = mirrors.apply(F.mT)[p:]
+    rest = G[p:, p:]  # H^T G H + H^T F^T F H without the rows and columns of Q
+    add_upper(rest, torch.cat((-left[p:], -right[p:], F), 1), torch.cat((right[p:], left[p:], F), 1))
+    return Split(Q, values[:p].sqrt(), residual, rest, mirrors, float(values[min(p, values.numel() - 1)]))
 
 
 def prove_rank(D: Tensor, V: Tensor, sigma: Tensor, noise: float, tolerance: float) -> int:

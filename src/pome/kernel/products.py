@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,46 @@ def orthonormalise(Y: Tensor) -> Tensor:
     else:
         Q = torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).to(Y)
     return Q
+
+
+@dataclass(frozen=True)
+class Mirrors:
+    """H = I - Y T Y^T (n x n, orthogonal): p Householder reflections at once, Y n x p and T p x p, upper triangular
+    (Schreiber and Van Loan, 1989). Its first p columns are the given ones, up to signs; the others their complement."""
+
+    Y: Tensor
+    T: Tensor
+
+    def apply(self, X: Tensor) -> Tensor:
+        """H^T X, n x anything."""
+        return X - self.Y @ (self.T.mT @ (self.Y.mT @ X))
+
+    def move(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and Z (n x p) with H^T G H = G - Y Z^T - Z Y^T, for a symmetric G (n x n)."""
+        X = G @ (self.Y @ self.T)
+        return self.Y, X - self.Y @ (self.T.mT @ (self.Y.mT @ X)) / 2
+
+    def complete(self, Q: Tensor, W: Tensor) -> Tensor:
+        """[Q, H W] (n x n), for the columns Q and a W (n - p square) in their complement."""
+        n, p = Q.shape
+        if not p:
+            return W
+        V = W.new_empty(n, n)
+        V[:, :p], V[:p, p:], V[p:, p:] = Q, 0.0, W
+        V[:, p:].addmm_(self.Y, self.T @ (self.Y[p:].mT @ W), alpha=-1.0)
+        return V
+
+
+def reflect(Q: Tensor) -> Mirrors:
+    """The reflections that take orthonormal columns Q (n x p) to the first p unit vectors, up to signs."""
+    packed, tau = torch.geqrf(widen(Q))
+    Y = packed.tril(-1)
+    Y.diagonal().fill_(1.0)
+    # A column that lies where it should takes no reflection, tau = 0, which has no inverse; turned round, it does.
+    tau = torch.where(tau == 0.0, 2.0, tau)
+    inverse = (Y.mT @ Y).triu(1) + tau.reciprocal().diag()
+    T = torch.linalg.solve_triangular(inverse, torch.eye(len(tau)).to(inverse), upper=True)
+    return Mirrors(Y.to(Q), T.to(Q))
 
 
 def estimate_norm(A: Tensor) -> float:

@@ -98,13 +98,8 @@ def find_values_deflated(D: Tensor) -> Tensor:
     Raises Undecided when float32 squares leave open which of them are zero.
     """
     split = split_strong(D)
-    lam = torch.linalg.eigvalsh(split.G, UPLO="U").cpu().double().flip(0)
-    p = split.theta.numel()
-    if p and not float(lam[p]) < 0.95 * split.lift:
-        raise Undecided("a strong direction escaped the sketch")
-    sigma: Tensor = lam.clamp_min(0.0).sqrt()
-    sigma[:p] = split.theta
-    noise = FLOOR * float(lam[0]) + (CANCEL * float(sigma[0])) ** 2
+    sigma = split.join(torch.linalg.eigvalsh(split.G, UPLO="U"))
+    noise = FLOOR * float(sigma[split.theta.numel()]) ** 2 + (CANCEL * float(sigma[0])) ** 2
     threshold = float(sigma[0]) * rank_tolerance((D.shape[0], D.shape[1]))
     if not float(sigma[-1]) > math.sqrt(noise + threshold**2):
         raise Undecided("singular values below the float32 floor")
