@@ -162,6 +162,9 @@ def describe(revision: str | None = None) -> Manifest:
     "broken",
     ["", "no metadata", "---\n[1, 2]\n---\nbody", "---\na: [\n---\nbody", "---\ntags: 3\n---\n", "---\n---\nbody",
      "---\nmodel-index: 5\nlicense: mit\n---\nbody", "---\n1: 2\n---\nbody", "---\nbody",
+     "---\ntags: &a [*a]\n---\nbody", "---\ntags: " + "[" * 3000 + "\n---\nbody",
+     "---\nlicense:\n  - &x0 [a]\n"
+     + "".join(f"  - &x{i} [{','.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 13)) + "---\nbody",
      "\ufeff---\r\nlicense: mit\r\n---\r\nbody"],
 )  # fmt: skip
 def test_any_card_of_ft_gives_a_card(broken: str) -> None:

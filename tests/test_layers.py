@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "kernel": set(),
     "manifest": {"errors"},
-    "card": {"manifest", "spec", "checkpoint.source"},
+    "yaml_text": set(),
+    "card": {"manifest", "spec", "checkpoint.source", "yaml_text"},
     "upload": {"errors", "checkpoint.hub_calls"},
     "quantization": {"errors", "checkpoint.header"},
     "selection": {"errors", "spec", "roles", "quantization", *CHECKPOINT},
@@ -98,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "language": {"errors", "evaluate", "checkpoint.clone"},
     "scorers": {"errors", "evaluate", "language"},
     "evidence": {"evaluate"},
-    "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers"},
+    "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers", "yaml_text"},
     "scratch": {"spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
     "trial": {"grid", "evaluate", "evidence", "pair", "manifest"},
     "journal": {"evaluate", "trial", "checkpoint.disk"},
@@ -138,7 +139,7 @@ GUESTS: dict[str, set[str]] = {
     "rich": {"tables", "progress", "actions"},
     "typer": {"cli"},
     "click": {"cli"},
-    "yaml": {"jobs", "card"},
+    "yaml": {"yaml_text", "jobs", "card"},
     "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_calls", "card", "upload"},
 }
 LOADED_AT_ONCE: dict[str, set[str]] = {

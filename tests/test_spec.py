@@ -112,6 +112,10 @@ def test_a_config_is_read_with_the_names_of_the_options(tmp_path: Path) -> None:
     assert read_config(write(tmp_path, text)) == {"layers": ["up", "re:a,b"], "rank_ratio": 0.25, "scale": "rms"}
 
 
+# A few hundred bytes that stand for 10^12 words.
+ALIASES = "layers:\n  - &x0 [a]\n" + "".join(f"  - &x{i} [{','.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 13))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -127,6 +131,8 @@ def test_a_config_is_read_with_the_names_of_the_options(tmp_path: Path) -> None:
         ("", "file.yaml: empty"),
         ("[" * 5000, "file.yaml: not YAML: nested too deeply"),
         ("beta: \0\n", "file.yaml: not YAML"),
+        ("layers: &a\n  - *a\n", "file.yaml:1: not YAML: nested too deeply"),
+        (ALIASES, "file.yaml:2: not YAML: over 1000000 values with the aliases written out"),
     ],
 )
 def test_a_wrong_config_is_refused_by_line(tmp_path: Path, text: str, said: str) -> None:
@@ -134,6 +140,16 @@ def test_a_wrong_config_is_refused_by_line(tmp_path: Path, text: str, said: str)
         read_config(write(tmp_path, text))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["jobs: &a\n  - *a\n", "jobs: [a]\ndefaults: &a\n  base: *a\n", ALIASES.replace("layers", "jobs")],
+    ids=["jobs", "defaults", "aliases"],
+)
+def test_a_batch_without_end_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SpecError, match=r"file.yaml:\d: not YAML: (nested|over)"):
+        read_batch(write(tmp_path, text))
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:

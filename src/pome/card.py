@@ -15,6 +15,7 @@ import yaml
 from pome.checkpoint.source import ADAPTER_WEIGHTS
 from pome.manifest import Manifest, SideRecord, TensorRecord
 from pome.spec import EditSpec
+from pome.yaml_text import compose
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
@@ -55,8 +56,9 @@ def _read_card(text: str) -> tuple[dict[str, Any], str]:
     if not text.lstrip().startswith("---"):
         return {}, text
     try:
+        compose(text.lstrip().removeprefix("---").partition("\n---")[0])
         card = ModelCard(text, ignore_metadata_errors=True)
-    except (ValueError, TypeError, yaml.YAMLError):
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}, text.lstrip().removeprefix("---").partition("\n---")[2].lstrip("-")
     return vars(card.data), card.text
 

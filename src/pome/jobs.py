@@ -17,6 +17,7 @@ from pome.grid import AXES, Grid, make_grid
 from pome.roles import ROLES
 from pome.scorers import make_scorer
 from pome.spec import EDIT_KEYS, OVERRIDE_KEYS, EditSpec, check_switch, merge_options, nearest
+from pome.yaml_text import compose
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_YAML_BYTES = 4 << 20
@@ -206,7 +207,7 @@ def _compose(path: Path) -> yaml.Node:
     if len(raw) > MAX_YAML_BYTES:
         raise SpecError(f"{path}: over {MAX_YAML_BYTES >> 20} MiB; this is not a configuration")
     try:
-        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+        root = compose(raw)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"{path}{line}: not YAML: {error.problem}") from None
