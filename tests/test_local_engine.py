@@ -10,7 +10,7 @@ from pome.engines.local import map_units
 
 
 def find_workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pome-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pome-read")]
 
 
 @settings(deadline=None, max_examples=60)
@@ -37,8 +37,9 @@ def test_an_error_is_raised_and_no_worker_is_left(where, workers):
 
 
 def test_closing_stops_the_workers():
-    seen = []
-    results = map_units(range(1000), ["cpu"], lambda n: n, lambda n, _, __: seen.append(n))
+    seen, many = [], 100_000  # seconds of work, of which the first is enough
+    before = len(find_workers())
+    results = map_units(range(many), ["cpu"], lambda n: n, lambda n, _, __: seen.append(n))
     next(results)
     results.close()
-    assert len(seen) < 1000 and not find_workers()
+    assert len(seen) < many and len(find_workers()) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
@@ -43,7 +43,6 @@ def recompute(
     """Edit a sample of the units again and compare bytes and records; the number of matrices recomputed."""
     from pome.merge import make_patch, read_unit, see_ft
 
-    records = {(record.name, record.part): record for record in manifest.tensors}
     found += _check_plan(plan, manifest)
     if found:
         return 0
@@ -55,11 +54,8 @@ def recompute(
         out_bytes = made.read(unit.name, unit.out_start, unit.out_nbytes)
         patch = make_patch(unit, data, spec, "cpu")
         expected = patch.data if patch.data is not None else bytearray(original)
-        for fresh in patch.tensors:
-            count += 1
-            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
-            if what:
-                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        count += len(patch.tensors)
+        found += _check_records(patch.tensors, manifest)
         if out_bytes != expected:
             what = _judge(unit, out_bytes, expected, original, data[1], {r.part: r for r in patch.tensors})
             if what:
@@ -105,16 +101,12 @@ def check_adapter(
     found += _check_plan(plan, manifest)
     if found:
         return compared, 0
-    records = {(record.name, record.part): record for record in manifest.tensors}
     chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
     units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
     count = 0
     for lora in edit_loras(dataclasses.replace(plan, units=units), tuned, spec, "cpu"):
-        for fresh in lora.tensors:
-            count += 1
-            what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
-            if what:
-                found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
+        count += len(lora.tensors)
+        found += _check_records(lora.tensors, manifest)
         room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
         if not agree(lora, made, room):
             found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
@@ -126,6 +118,15 @@ def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
     """All units, or a few spread over the model: the same ones each time."""
     step = 1 if full else max(1, math.ceil(len(units) / SAMPLE))
     return list(units[::step])
+
+
+def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Iterator[Difference]:
+    """The manifest says of these matrices what a recomputation finds."""
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    for fresh in tensors:
+        what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+        if what:
+            yield Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}")
 
 
 def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
