@@ -132,9 +132,7 @@ def load_model(folder: Path, vocabulary: dict[str, int], classes: int) -> Any:
     if missing := sorted(loading["missing_keys"]):
         raise ScoringError(f"{folder}: lacks {len(missing)} weights of the model, as {missing[0]}")
     if len(vocabulary) > model.config.vocab_size:
-        raise ScoringError(
-            f"{folder}: vocab.txt has {len(vocabulary)} tokens, the model {model.config.vocab_size}"
-        )
+        raise ScoringError(f"{folder}: vocab.txt has {len(vocabulary)} tokens, the model {model.config.vocab_size}")
     return model.eval()
 
 

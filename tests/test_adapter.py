@@ -182,9 +182,7 @@ def test_adapters_of_single_experts_are_merged_into_the_stack_as_peft_does(kind:
 
 
 def test_dora_and_replaced_modules_are_edited_by_their_whole_delta(tmp_path: Path) -> None:
-    pair = make_pair(
-        tmp_path, "llama", target_modules=["up_proj"], use_dora=True, modules_to_save=["lm_head"]
-    )
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"], use_dora=True, modules_to_save=["lm_head"])
     manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(layers=("up", "head"), rank=4))
     merged, base, out = pair.save_merged(tmp_path / "merged"), read_tensors(pair.base), read_tensors(tmp_path / "out")
     assert len(manifest.tensors) == 3

@@ -53,9 +53,7 @@ def test_a_real_pair_in_float32(rxnfp: Pair, references: dict[str, Reference], t
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_real_pair_in_sixteen_bits(
-    rxnfp: Pair, references: dict[str, Reference], tmp_path: Path, dtype: str
-) -> None:
+def test_a_real_pair_in_sixteen_bits(rxnfp: Pair, references: dict[str, Reference], tmp_path: Path, dtype: str) -> None:
     """Written in 16 bits from float32, and from and to 16 bits: within a unit in the last place of the reference."""
     kind = getattr(torch, dtype)
     narrow = []

@@ -130,8 +130,16 @@ KERNEL_ALONE = {"kernel"}
 # Who else may be imported, and by which rooms alone.
 GUESTS: dict[str, set[str]] = {
     "torch": {
-        "kernel", "patch", "merge", "adapt", "measure", "recomputation", "checkpoint.fp8", "scratch", "evidence",
-        "language"
+        "kernel",
+        "patch",
+        "merge",
+        "adapt",
+        "measure",
+        "recomputation",
+        "checkpoint.fp8",
+        "scratch",
+        "evidence",
+        "language",
     },
     "transformers": {"language"},
     "lm_eval": {"language"},

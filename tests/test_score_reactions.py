@@ -74,9 +74,7 @@ def test_the_batches_change_nothing(rxnfp: Pair, scored: dict[str, Any]) -> None
     assert score(rxnfp.fine_tuned, batch_size=7)["examples"] == pytest.approx(scored["examples"], rel=1e-3, abs=1e-5)
 
 
-def test_models_without_the_head_are_refused(
-    rxnfp: Pair, rxnfp_bare: Pair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_without_the_head_are_refused(rxnfp: Pair, rxnfp_bare: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (rxnfp.base, rxnfp_bare.fine_tuned):
         assert score_reactions.main([str(folder)]) == 1
         out, err = capsys.readouterr()

@@ -119,7 +119,7 @@ def _run_edit(job: Job, console: Console) -> dict[str, Any]:
 
     assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
     if not job.overwrite:
-        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec)
+        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec, job.publication.has_card)
         if finished is not None:
             console.print("done by an earlier run", highlight=False)
             push(Path(job.out), job.publication, console)
@@ -154,7 +154,7 @@ def _run_sweep(job: Job, console: Console) -> dict[str, Any]:
     assert job.base is not None and job.fine_tuned is not None and job.sweep is not None  # the spec saw to it
     out = Path(job.out)
     if not job.overwrite:
-        finished = find_swept(out, job.base, job.fine_tuned, job.sweep.describe())
+        finished = find_swept(out, job.base, job.fine_tuned, job.sweep.describe(), job.publication.has_card)
         if finished is not None:
             console.print("done by an earlier run", highlight=False)
             push(out, job.publication, console)
@@ -209,7 +209,7 @@ def make_edit(
         check_login(publication.push_to_hub)
     # Everything that can be refused without torch is refused before torch takes its seconds to load.
     with open_pair(base, ft, spec) as opened:
-        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        check_target(out, opened.list_inputs(), overwrite)
         console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
     with show_progress(console) as progress:
         return edit(base, ft, out, spec, progress, overwrite=overwrite, fresh=fresh, card=publication.has_card)
@@ -223,15 +223,13 @@ def push(out: Path, publication: Publication, console: Console) -> None:
         console.print(f"uploaded to {address}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_plan(
-    base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool
-) -> None:
+def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool) -> None:
     from pome.checkpoint.target import check_target
     from pome.pair import open_pair
     from pome.tables import describe_plan, make_plan_table, show_bytes
 
     with open_pair(base, ft, spec) as opened:
-        check_target(out, [Path(base).expanduser(), Path(ft).expanduser()], overwrite)
+        check_target(out, opened.list_inputs(), overwrite)
         console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
         console.print(make_plan_table(opened))
         console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)

@@ -103,11 +103,19 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
     return done
 
 
-def agree(lora: EditedLora, made: Checkpoint, room: float) -> bool:
-    """Whether an edited adapter holds this LoRA: the same products of B and A, to a difference of norm `room`."""
-    B, A = (_read(made, name) for name in (lora.low.b, lora.low.a))
-    if lora.B is None or lora.A is None or (A.shape, B.shape) != (lora.A.shape, lora.B.shape):
-        return lora.B is None
+def agree(lora: EditedLora, made: Checkpoint, ft: Checkpoint, room: float) -> bool:
+    """Whether an edited adapter holds this LoRA: the same products of B and A, to a difference of norm `room`.
+
+    A LoRA whose every delta is zero has FT's bytes.
+    """
+    names = lora.low.b, lora.low.a
+    if lora.B is None or lora.A is None:
+        return all(_read_bytes(made, name) == _read_bytes(ft, name) for name in names)
+    if any(made.tensors[name][1].dtype != lora.units[0].out_dtype for name in names):
+        return False
+    B, A = (_read(made, name) for name in names)
+    if (A.shape, B.shape) != (lora.A.shape, lora.B.shape):
+        return False
     sides = [
         (b.reshape(len(b), lora.rank, -1).permute(2, 0, 1).double(), a.reshape(-1, lora.rank, a.shape[1]).double())
         for b, a in ((B, A), (lora.B, lora.A))
@@ -115,6 +123,11 @@ def agree(lora: EditedLora, made: Checkpoint, room: float) -> bool:
     each = zip(*sides[0], *sides[1], strict=True)  # expert by expert
     squares = (float((b @ a - fresh_b @ fresh_a).square().sum()) for b, a, fresh_b, fresh_a in each)
     return abs(lora.low.scaling) * math.sqrt(sum(squares)) <= room
+
+
+def _read_bytes(side: Checkpoint, name: str) -> tuple[str, bytearray]:
+    _, entry = side.tensors[name]
+    return entry.dtype, side.read(name, entry.start, entry.nbytes)
 
 
 def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> None:
@@ -189,9 +202,7 @@ def _edit_lora(units: list[Unit], ft: Checkpoint, spec: EditSpec, device: str) -
             last = first + a.shape[0]
             new_A[expert, first:last], new_B[:, first:last, expert] = a, b
             first = last
-    return EditedLora(
-        whole, tuple(units), new_A.flatten(0, 1), new_B.flatten(1, 2), rank, tuple(tensors), tuple(kept)
-    )
+    return EditedLora(whole, tuple(units), new_A.flatten(0, 1), new_B.flatten(1, 2), rank, tuple(tensors), tuple(kept))
 
 
 def _read(ft: Checkpoint, name: str) -> Tensor:

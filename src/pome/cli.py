@@ -46,7 +46,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted(str(error) or "interrupted; nothing was written") from None
+            raise Interrupted(str(error) or "interrupted; run the same command again") from None
 
 
 app = typer.Typer(
@@ -319,7 +319,15 @@ def batch_command(
         raise SpecError(f"--set {printable(wrong)}: write NAME=VALUE")
     jobs = read_batch(file, only or (), {name: value for name, _, value in pairs})
     console = make_console(quiet)
-    results = [run_job(job, console) for job in jobs]
+    results: list[dict[str, Any]] = []
+    for job in jobs:
+        try:
+            results.append(run_job(job, console))
+        except KeyboardInterrupt as error:
+            said = str(error) or "interrupted"
+            raise KeyboardInterrupt(
+                f"{printable(job.name)}: {said}; {len(results)} of {len(jobs)} jobs came to an end before it"
+            ) from None
     from pome.tables import make_batch_table
 
     console.print(make_batch_table(results))
@@ -349,7 +357,7 @@ def run_command(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted; nothing was written")
+        complain("interrupted; run the same command again")
         return 130
     except USAGE_ERROR as error:
         error.show()

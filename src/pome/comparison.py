@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 
 from pome.checkpoint.clone import hash_file
 from pome.checkpoint.files import File, read_range
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
-from pome.manifest import FileRecord, Manifest, SideRecord
+from pome.manifest import FileRecord, SideRecord
 from pome.units import Plan
 
 CHUNK = 8 << 20
-MODEL_CARD = "README.md"  # which a run may write in the place of FT's
 
 Advance = Callable[[int], None]
 
@@ -39,11 +40,10 @@ def check_input(side: Checkpoint, record: SideRecord, advance: Advance) -> Itera
             )
 
 
-def compare_rest(made: Checkpoint, tuned: Checkpoint, manifest: Manifest, advance: Advance) -> Iterator[Difference]:
-    """Everything that is no tensor is FT's too: headers, index and side files; but for a model card."""
-    kept = manifest.spec.get("dtype") == "keep"
+def compare_headers(made: Checkpoint, template: Checkpoint, kept: bool) -> Iterator[Difference]:
+    """The headers are those of FT (of BASE where an adapter was merged): all of them if `kept`, else their metadata."""
     for name, weights in made.files.items():
-        theirs = tuned.files.get(name)
+        theirs = template.files.get(name)
         if theirs is None:
             continue  # its tensors are reported one by one
         if kept:
@@ -52,19 +52,30 @@ def compare_rest(made: Checkpoint, tuned: Checkpoint, manifest: Manifest, advanc
         else:
             same = weights.header.metadata == theirs.header.metadata
         if not same:
-            yield Difference(name, None, "its header is not FT's")
-    for name, record in manifest.files.items():
-        if name in made.files or name == MODEL_CARD or (name == tuned.index and not kept):
+            yield Difference(name, None, f"its header is not that of {template.source}")
+
+
+def compare_side_files(
+    files: Mapping[str, FileRecord],
+    beside: Mapping[str, Path],
+    recorded: Mapping[str, FileRecord],
+    written: AbstractSet[str],
+    advance: Advance,
+) -> Iterator[Difference]:
+    """Every one of `files` but those `written` by the run has the bytes of the input's file that it was copied from.
+
+    `beside` says where that lies now. Of an input on the Hub there is only what was `recorded` of its commit.
+    """
+    for name, record in files.items():
+        if name in written:
             continue
-        if tuned.dequantized and name in (tuned.index, "config.json"):
-            continue  # written anew, without the scales and without the word of them
-        theirs_now = manifest.fine_tuned.files.get(name)
-        if theirs_now is not None and tuned.folder is not None and (tuned.folder / name).is_file():
-            theirs_now = FileRecord(*hash_file(tuned.folder / name, advance))
-        if theirs_now is None:
+        theirs = FileRecord(*hash_file(beside[name], advance)) if name in beside else recorded.get(name)
+        if theirs is None:
             yield Difference(name, None, "FT has no such file")
-        elif theirs_now != record:
-            yield Difference(name, None, "its bytes are not FT's")
+        elif theirs != record:
+            yield Difference(name, None, "its bytes are not those of the file that it is a copy of")
+    for name in sorted((beside.keys() & recorded.keys()) - files.keys() - written):
+        yield Difference(name, None, "missing, though the edit copies it")
 
 
 def compare_untouched(

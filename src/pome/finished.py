@@ -8,34 +8,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pome.card import CARD_NAME
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import open_checkpoint
 from pome.errors import PomeError
 from pome.manifest import CHECKSUM, Manifest, read_manifest
 from pome.spec import EditSpec
 
-
-def find_finished(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], spec: EditSpec
-) -> Manifest | None:
-    """The manifest of `out` if this edit made it and no input is newer, so that a batch need not repeat it."""
-    return _find(out, base, ft, lambda manifest: manifest.sweep is None and manifest.spec == spec.to_mapping())
+Source = str | os.PathLike[str]
 
 
-def find_swept(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], sweep: dict[str, Any]
-) -> Manifest | None:
+def find_finished(out: Path, base: Source, ft: Source, spec: EditSpec, card: bool) -> Manifest | None:
+    """The manifest of `out` if this edit made it, it is whole, and no input is newer: a batch need not repeat it.
+
+    With `card`, an output without a model card is not what was asked for.
+    """
+    return _find(out, base, ft, card, lambda made: made.sweep is None and made.spec == spec.to_mapping())
+
+
+def find_swept(out: Path, base: Source, ft: Source, sweep: dict[str, Any], card: bool) -> Manifest | None:
     """The same for the best of a sweep; `sweep` has its scorer and its grid, as the manifest tells them."""
-    return _find(out, base, ft, lambda made: made.sweep is not None and sweep.items() <= made.sweep.items())
+    return _find(out, base, ft, card, lambda made: made.sweep is not None and sweep.items() <= made.sweep.items())
 
 
-def _find(
-    out: Path, base: str | os.PathLike[str], ft: str | os.PathLike[str], is_it: Callable[[Manifest], bool]
-) -> Manifest | None:
+def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Manifest], bool]) -> Manifest | None:
     try:
         manifest = read_manifest(out / MANIFEST_NAME)
         same = (manifest.base.source, manifest.fine_tuned.source) == (os.fspath(base), os.fspath(ft))
         if not same or not is_it(manifest) or manifest.timing.get(CHECKSUM) != manifest.checksum():
+            return None
+        # Sizes, not hashes: what a batch asks at every start must not read every output. `verify` reads them.
+        if any((out / name).stat().st_size != record.bytes for name, record in manifest.files.items()):
+            return None
+        copied = {**manifest.base.files, **manifest.fine_tuned.files}
+        if card and manifest.files.get(CARD_NAME) in (None, copied.get(CARD_NAME)):
             return None
         created = datetime.datetime.fromisoformat(manifest.created).timestamp()
         for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):

@@ -34,9 +34,7 @@ def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
     return mine, base.read(unit.base_name, unit.base_start, unit.base_nbytes)
 
 
-def make_patch(
-    unit: Unit, data: Data, spec: EditSpec, device: str, recall: patch.Recall | None = None
-) -> Patch:
+def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, recall: patch.Recall | None = None) -> Patch:
     """What a unit comes to, from what `read_unit` gave. Raises NumericalError."""
     mine, base = data
     if isinstance(mine, dict):

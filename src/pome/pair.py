@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pome
+from pome.checkpoint.files import CHANGED
 from pome.checkpoint.output import Staging, update_index
 from pome.checkpoint.sidefiles import SideFile, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
-from pome.errors import PairingError, printable
+from pome.errors import CheckpointError, PairingError, printable
 from pome.plan import check_overrides, make_plan
 from pome.spec import EditSpec
 from pome.units import Plan
@@ -49,6 +50,22 @@ class Opened:
     side_files: list[SideFile]
     not_copied: dict[str, str]
     template: Checkpoint  # whose weight files the output begins as: FT, or BASE where FT is an adapter merged into it
+    beside: dict[Path, list[int]]  # what is read or copied beside the weights, and its size and time
+
+    def list_inputs(self) -> list[Path]:
+        """Every folder and file that is an input, as given and as found."""
+        sides = (self.base, self.ft)
+        given = [Path(side.source).expanduser() for side in sides] + [side.folder for side in sides if side.folder]
+        stored = [weights.file.stored for side in sides for weights in side.files.values() if weights.file.stored]
+        return [*given, *stored, *self.beside]
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file that was read or copied is no longer what it was."""
+        for side in (self.base, self.ft):
+            side.check_unchanged()
+        for path, before in self.beside.items():
+            if _identify(path) != before:
+                raise CheckpointError(f"{printable(str(path))}: {CHANGED}")
 
 
 @contextlib.contextmanager
@@ -75,8 +92,20 @@ def open_pair(
             )
         plan = make_plan(sides[0], sides[1], spec)
         check_overrides(plan, spec)
-        beside = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
-        yield Opened(pretrained, tuned, plan, *beside, pretrained if merges else tuned)
+        side_files, not_copied = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
+        template = pretrained if merges else tuned
+        paths = [file.path for file in side_files] + [path for side in sides for path in side.companions]
+        beside = {path: _identify(path) for path in paths}
+        yield Opened(pretrained, tuned, plan, side_files, not_copied, template, beside)
+
+
+def _identify(path: Path) -> list[int]:
+    """Size and time of a file as it is now. Raises CheckpointError."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(path))}: cannot be read: {error.strerror}") from None
+    return [info.st_size, info.st_mtime_ns]
 
 
 def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
@@ -85,7 +114,12 @@ def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
     command |= spec.to_mapping()
     for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):
         command[name] = [weights.file.identity for weights in side.files.values()]
-    command["side_files"] = [[file.name, file.size] for file in opened.side_files]
+    fetched = [side.folder for side in (opened.base, opened.ft) if side.folder is not None and side.revision]
+    command["side_files"] = [
+        # A commit's files never change, though the cache may fetch them at another time.
+        [str(path.resolve()), size, 0 if any(path.is_relative_to(folder) for folder in fetched) else time]
+        for path, (size, time) in opened.beside.items()
+    ]
     return command
 
 

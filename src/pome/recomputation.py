@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint
+from pome.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from pome.comparison import Advance, Difference, compare_untouched
 from pome.manifest import Manifest, TensorRecord
 from pome.spec import EditSpec
@@ -101,6 +102,7 @@ def check_adapter(
     found += _check_plan(plan, manifest)
     if found:
         return compared, 0
+    found += _check_config(made, tuned, plan, manifest)
     chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
     units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
     count = 0
@@ -108,10 +110,25 @@ def check_adapter(
         count += len(lora.tensors)
         found += _check_records(lora.tensors, manifest)
         room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
-        if not agree(lora, made, room):
+        if not agree(lora, made, tuned, room):
             found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
         advance(sum(unit.nbytes for unit in lora.units))
     return compared, count
+
+
+def _check_config(made: Checkpoint, tuned: Checkpoint, plan: Plan, manifest: Manifest) -> Iterator[Difference]:
+    """An edited adapter's config is FT's but for the ranks and alphas of what was edited."""
+    from pome.adapt import configure
+
+    edited = {record.name for record in manifest.tensors}
+    lows = {
+        unit.change.low.a: unit.change.low
+        for unit in plan.units
+        if unit.name in edited and unit.change and unit.change.low
+    }
+    ranks = [(low, made.tensors[low.a][1].shape[0] // low.experts) for low in lows.values()]
+    if made.adapter_config != json.loads(configure(tuned.adapter_config or {}, ranks)):
+        yield Difference(ADAPTER_CONFIG, None, "is not FT's with the ranks and alphas of the edit")
 
 
 def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:

@@ -60,8 +60,7 @@ def edit(
     spec = spec or EditSpec()
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
-        inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
-        target = check_target(Path(os.fspath(out)), inputs, overwrite)
+        target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite)
         run = _Run(opened, spec, progress or Progress(), begun, card, recall, sweep)
         return run.make(target, overwrite, fresh)
 
@@ -115,8 +114,7 @@ class _Run:
                         with self._hashing_output(staging) as trail:
                             self._edit(staging, devices, trail)
                     base, fine_tuned = self._join_hashes(hashes)
-                for side in (self.opened.base, self.opened.ft):
-                    side.check_unchanged()
+                self.opened.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
                 if self.card:
                     # Before the hashes, which are of what is there.
@@ -220,7 +218,7 @@ class _Run:
         trail = Trail((unit.file, unit.out_start) for unit in todo)
         pool = ThreadPoolExecutor(1, thread_name_prefix="pome-hash")
         self.output_hashes = {
-            name: pool.submit(self._hash, staging.output / name, lambda _: None, functools.partial(trail.wait, name))
+            name: pool.submit(self._hash, staging.output / name, wait=functools.partial(trail.wait, name))
             for name in dict.fromkeys(unit.file for unit in self.opened.plan.units)
         }
         try:
@@ -239,24 +237,17 @@ class _Run:
 
             def submit(side: Checkpoint, extra: list[SideFile]) -> dict[str, Future[tuple[int, str]]]:
                 paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
-                if side.index is not None and side.folder is not None:
-                    paths[side.index] = side.folder / side.index
+                paths |= {path.name: path for path in side.companions}
                 paths |= {file.name: file.path for file in extra}
-                return {name: pool.submit(self._hash, path, self._stop_if_cancelled) for name, path in paths.items()}
+                return {name: pool.submit(self._hash, path) for name, path in paths.items()}
 
-            config = []
-            added = opened.side_files
-            if opened.template is opened.base:
+            theirs = [
                 # What goes along is hashed with the side that it comes from.
-                added = [file for file in added if opened.ft.folder and file.path.is_relative_to(opened.ft.folder)]
-                config = [file for file in opened.side_files if file not in added]
-            elif opened.base.folder is not None and (opened.base.folder / "config.json").is_file():
-                config = [SideFile("config.json", opened.base.folder / "config.json", 0)]
-            try:
-                yield [submit(opened.base, config), submit(opened.ft, added)]
-            finally:
-                self.cancelled.set()
-                pool.shutdown(cancel_futures=True)
+                [file for file in opened.side_files if side.folder and file.path.is_relative_to(side.folder)]
+                for side in (opened.base, opened.ft)
+            ]
+            with self._cancelling():
+                yield [submit(opened.base, theirs[0]), submit(opened.ft, theirs[1])]
 
     def _join_hashes(self, hashes: list[dict[str, Future[tuple[int, str]]]]) -> tuple[SideRecord, SideRecord]:
         records = []
@@ -311,7 +302,7 @@ class _Run:
             advance(size)
             return size, digest
 
-        with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool:
+        with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool, self._cancelling():
             files = {name: FileRecord(*made) for name, made in zip(names, pool.map(find_hash, names), strict=True)}
         self.progress.finish("hash")
         timing: dict[str, float | str] = {
@@ -320,14 +311,24 @@ class _Run:
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()
 
-    def _hash(
-        self, path: Path, advance: Callable[[int], None], wait: Callable[[int], None] | None = None
-    ) -> tuple[int, str]:
+    @contextlib.contextmanager
+    def _cancelling(self) -> Iterator[None]:
+        """An error or Ctrl-C inside ends all hashing, so that no pool keeps the process waiting for it."""
         try:
-            return hash_file(path, advance, wait)
+            yield
+        except BaseException:
+            self.cancelled.set()
+            raise
+
+    def _hash(
+        self, path: Path, advance: Callable[[int], None] = lambda _: None, wait: Callable[[int], None] | None = None
+    ) -> tuple[int, str]:
+        def go_on(count: int) -> None:
+            if self.cancelled.is_set():
+                raise CheckpointError("hashing was cancelled")
+            advance(count)
+
+        try:
+            return hash_file(path, go_on, wait)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}; run the same command again") from None
-
-    def _stop_if_cancelled(self, _: int) -> None:
-        if self.cancelled.is_set():
-            raise CheckpointError("hashing was cancelled")

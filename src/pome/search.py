@@ -57,16 +57,12 @@ def sweep(
     """
     with open_pair(base, ft, _shared_spec(grid), whole=True, whole_base=True) as opened:
         plans = _make_plans(opened, grid)
-        inputs = [Path(os.fspath(source)).expanduser() for source in (base, ft)]
         # Only for the command as it was: what it wrote is of these inputs, which the staging folder's command proves.
         written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
-        target = check_target(Path(os.fspath(out)), inputs, overwrite or written is not None)
+        target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
         with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:
-            scores = staging.folder / "scores.jsonl"
-            if fresh:
-                scores.unlink(missing_ok=True)
-            journal = Journal(scores, command, retry_failed)
+            journal = Journal(staging.folder / "scores.jsonl", command, retry_failed)
             search = _Search(opened, plans, grid, scorer, staging, journal, listener or Listener())
             try:
                 outcome = search.run()
@@ -177,8 +173,7 @@ class _Search:
                 candidate = search.send(None if trial.score is None else sign * _chosen_by(trial.score).value)
         except StopIteration:
             pass
-        for side in (self.opened.base, self.opened.ft):
-            side.check_unchanged()
+        self.opened.check_unchanged()
         return self._judge(reference.score)
 
     def _check_space(self, basis_bytes: int) -> None:

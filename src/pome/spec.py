@@ -103,9 +103,7 @@ class EditSpec:
         put(self, "rank_ratio", _number("rank_ratio", self.rank_ratio, above=0, at_most=1))
         put(self, "energy", _number("energy", self.energy, above=0, at_most=1))
         put(self, "beta", _number("beta", self.beta, above=0))
-        if self.rank is not None and (
-            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
-        ):
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise SpecError(f"rank: {self.rank!r} is not a whole number of at least 1")
         _choice("rank_rule", self.rank_rule, RANK_RULES)
         _choice("scale", self.scale, SCALES)
@@ -159,6 +157,8 @@ class EditSpec:
 
 
 EDIT_KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
+
+
 def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
     dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()

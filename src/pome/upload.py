@@ -32,7 +32,8 @@ def push_output(folder: Path, repo: str, *, private: bool = False) -> str:
         address = ask_hub(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
         message = "Upload the output of pome edit"
         ask_hub(repo, lambda: api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
-    except HubError as error:
+    except (HubError, KeyboardInterrupt) as error:
         again = shlex.join(["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])])
-        raise HubError(f"{error}; {folder} is complete, upload it with `{again}`") from None
+        said = f"{str(error) or 'interrupted'}; {folder} is complete, upload it with `{again}`"
+        raise type(error)(said) from None
     return str(address)

@@ -8,10 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pome.card import CARD_NAME
 from pome.checkpoint.clone import hash_file
-from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import Checkpoint, open_checkpoint
-from pome.comparison import Advance, Difference, check_input, compare_other_rows, compare_rest, compare_untouched
+from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
+from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from pome.comparison import (
+    Advance,
+    Difference,
+    check_input,
+    compare_headers,
+    compare_other_rows,
+    compare_side_files,
+    compare_untouched,
+)
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.plan import make_plan
@@ -82,9 +91,9 @@ def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Difference]:
 
 
 def _check_files(folder: Path, files: dict[str, FileRecord], advance: Advance) -> Iterator[Difference]:
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     for name in sorted(present - files.keys() - {MANIFEST_NAME}):
-        if not name.startswith(STRANGERS):
+        if Path(name).parts[0] not in STRANGERS:
             yield Difference(name, None, "the manifest does not name it")
     for name, record in files.items():
         if name not in present:
@@ -122,30 +131,45 @@ def _check_against_inputs(
         if found:
             return 0, 0
         made, tuned = sides[:2]
-        if tuned.adapter_config is not None:
-            if base is None:
-                raise VerificationError(
-                    f"{printable(os.fspath(ft))}: an adapter; give --base too, whose bytes the output has elsewhere"
-                )
-            spec = _read_spec(manifest)
-            plan = make_plan(sides[2], tuned, spec)
-            if manifest.spec["out_format"] == "adapter":
-                return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
-            touched = {unit.name for unit in plan.units}
-            compared = compare_untouched(made, sides[2], touched, found, advance)
-            return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, found, advance)
-        found += compare_rest(made, tuned, manifest, advance)
+        spec = _read_spec(manifest)
+        adapted = tuned.adapter_config is not None
+        if adapted and base is None:
+            raise VerificationError(
+                f"{printable(os.fspath(ft))}: an adapter; give --base too, whose bytes the output has elsewhere"
+            )
+        merged = adapted and spec.out_format == "full"
+        template = sides[2] if merged else tuned
+        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged >= adapted)
+        side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
+        beside = {file.name: file.path for file in side_files}
+        if template.index is not None and template.folder is not None:
+            beside[template.index] = template.folder / template.index
+        recorded = {**(manifest.base.files if merged else {}), **manifest.fine_tuned.files}
+        found += compare_side_files(manifest.files, beside, recorded, _list_written(made, template, spec), advance)
         if base is None:
             return compare_untouched(made, tuned, {record.name for record in manifest.tensors}, found, advance), 0
-        spec = _read_spec(manifest)
         plan = make_plan(sides[2], tuned, spec)
-        edited = {unit.name for unit in plan.units}
-        compared = compare_untouched(made, tuned, edited, found, advance)
-        compared += compare_other_rows(made, tuned, plan, found)
+        if adapted and not merged:
+            return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
+        compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)
+        if not merged:
+            compared += compare_other_rows(made, tuned, plan, found)
         return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, found, advance)
     finally:
         for side in sides:
             side.close()
+
+
+def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set[str]:
+    """Files of an output that are no copies: weights, a model card, and what a change of the layout rewrites."""
+    written = {*made.files, CARD_NAME}
+    if made.adapter_config is not None:
+        written.add(ADAPTER_CONFIG)
+    if template.index is not None and (spec.dtype != "keep" or template.dequantized):
+        written.add(template.index)
+    if template.dequantized:
+        written.add("config.json")  # without the word of the scales
+    return written
 
 
 def _read_spec(manifest: Manifest) -> EditSpec:

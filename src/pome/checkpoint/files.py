@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from pome.checkpoint.header import MAX_HEADER_BYTES
 from pome.errors import CheckpointError, printable
 
+CHANGED = "changed while being read; wait until nothing writes there, then run the same command again with --fresh"
+
 
 class File(Protocol):
     """One weight file, open for reading at any offset."""
@@ -107,10 +109,7 @@ class LocalFile:
         except OSError as error:
             raise CheckpointError(f"{self.where}: went away while being read: {error.strerror}") from None
         if now != (self._identity, self._identity):
-            raise CheckpointError(
-                f"{self.where}: changed while being read; wait until nothing writes there, then run the same command "
-                "again with --fresh"
-            )
+            raise CheckpointError(f"{self.where}: {CHANGED}")
 
     def close(self) -> None:
         os.close(self.fd)

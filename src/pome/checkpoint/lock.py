@@ -20,6 +20,7 @@ from typing import Any
 from pome.checkpoint.clone import write_at
 from pome.errors import OutputError, printable
 
+LOCK_NAME = "lock"
 HEARTBEAT_SECONDS = 5.0
 WATCH_SECONDS = 4 * HEARTBEAT_SECONDS  # a live holder moves the file's time in this, however slow its disk
 
@@ -47,8 +48,8 @@ class Lock:
 
 
 def take_lock(folder: Path) -> Lock:
-    """Hold `folder/lock`. Raises OutputError naming the run that holds it, OSError if the file cannot be made."""
-    path = folder / "lock"
+    """Hold the lock file of `folder`. Raises OutputError naming the run that holds it, OSError if it cannot be made."""
+    path = folder / LOCK_NAME
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:

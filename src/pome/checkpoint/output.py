@@ -39,7 +39,7 @@ from pome.checkpoint.disk import (
 )
 from pome.checkpoint.files import File
 from pome.checkpoint.header import Header
-from pome.checkpoint.lock import Lock, take_lock
+from pome.checkpoint.lock import LOCK_NAME, Lock, take_lock
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.target import STAGING_SUFFIX
 from pome.errors import OutputError
@@ -50,9 +50,7 @@ _SPARE = 16 << 20  # room for journal, manifest and directories when free space 
 class Staging:
     """An output in the making; use as a context manager, which releases the lock and deletes nothing."""
 
-    def __init__(
-        self, target: Path, command: dict[str, Any], fresh: bool, suffix: str = STAGING_SUFFIX
-    ) -> None:
+    def __init__(self, target: Path, command: dict[str, Any], fresh: bool, suffix: str = STAGING_SUFFIX) -> None:
         self.target = target
         self.folder = target.with_name(target.name + suffix)
         self.output = self.folder / "output"
@@ -94,7 +92,8 @@ class Staging:
     def _restore_replaced(self) -> None:
         """Put the former OUT back, where the second of the two renames of an overwrite did not come to pass."""
         replaced = self.folder / "replaced"
-        if replaced.exists() and not self.target.exists():
+        # After the second rename there is no output here, and `replaced` may be half removed.
+        if replaced.exists() and self.output.exists() and not self.target.exists():
             os.rename(replaced, self.target)
 
     def _open_progress(self) -> None:
@@ -106,8 +105,11 @@ class Staging:
                 f"{', '.join(differing)}); finish that one, or give --fresh to drop its progress"
             )
         if stored != self._command or self._fresh or not self.output.is_dir():
-            for name in ("command", "journal", "output", "replaced", "publishing"):
-                remove(self.folder / name)
+            # All of it speaks of other inputs, a sweep's decompositions and scores too. First what vouches for it.
+            remove(self.folder / "command")
+            for path in list(self.folder.iterdir()):
+                if path.name != LOCK_NAME:
+                    remove(path)
             # Before anything new: a power cut must not leave the old journal with the new command.
             sync_folder(self.folder)
             self.output.mkdir()
@@ -226,7 +228,9 @@ class Staging:
         if self._sync_failed:
             return
         self._sync_failed = True
-        for name, fd in self._files.items():
+        with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
+            files = list(self._files.items())
+        for name, fd in files:
             with explain(self.output / name):
                 os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)

@@ -64,6 +64,15 @@ class Checkpoint:
         """File and tensor, for messages."""
         return f"{self.files[self.tensors[name][0]].file.where}: tensor {printable(name)}"
 
+    @property
+    def companions(self) -> list[Path]:
+        """The files on this machine that say what the weights are: configs and index."""
+        if self.folder is None and self.revision is not None:
+            return []  # read from the Hub
+        here = self.folder or Path(self.source).expanduser().parent
+        said = {"config.json": self.config, ADAPTER_CONFIG: self.adapter_config, self.index: self.index}
+        return [here / name for name, there in said.items() if name and there is not None]
+
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a weight file is no longer what was opened."""
         for weights in self.files.values():
@@ -74,9 +83,7 @@ class Checkpoint:
             weights.file.close()
 
 
-def open_checkpoint(
-    source: str | os.PathLike[str], *, whole: bool = False, dequantize: bool = False
-) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open a folder, a `.safetensors` file or a Hub repository: headers, index and config, no tensor data.
 
     Of a repository only what is read is downloaded, unless `whole`: then all its files are, as FT's must be. With
@@ -152,10 +159,9 @@ def _open_listing(source: str, listing: Listing) -> Checkpoint:
         return _open_adapter(source, listing)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if "adapter_config.json" in names and "config.json" not in names:
+    if ADAPTER_CONFIG in names and "config.json" not in names:
         raise CheckpointError(
-            f"{label}: holds a PEFT adapter (adapter_config.json), not full weights; merge it first: "
-            "PeftModel.from_pretrained(base, DIR).merge_and_unload().save_pretrained(NEW_DIR)"
+            f"{label}: holds the config of a PEFT adapter beside weights that are not an adapter's; keep one of the two"
         )
     weight_map: dict[str, str] | None = None
     index = None

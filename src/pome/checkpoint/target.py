@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ from pome.errors import OutputError, printable
 STAGING_SUFFIX = ".pome-staging"
 
 
-def check_target(out: Path, inputs: list[Path], overwrite: bool) -> Path:
-    """The absolute path of OUT, if an output may be made there. Raises OutputError; writes nothing."""
+def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> Path:
+    """The absolute path of OUT, if an output may be made there. Raises OutputError; writes nothing.
+
+    `inputs` are folders and files that must outlive the run, wherever their links lead.
+    """
     target = Path(os.path.abspath(out.expanduser()))
-    real = Path(os.path.realpath(target))
+    real, staging = (Path(os.path.realpath(path)) for path in (target, staging_folder(target)))
     for given in inputs:
         source = Path(os.path.realpath(given))
+        shown = printable(str(given), 1000)
         if real == source or source in real.parents:
-            raise OutputError(f"{printable(str(out))}: OUT lies inside {given}; choose a folder outside the inputs")
-        if real in source.parents:
-            raise OutputError(f"{printable(str(out))}: OUT holds {given}; choose a folder of its own")
+            raise OutputError(f"{printable(str(out))}: OUT lies inside {shown}; choose a folder outside the inputs")
+        if {real, staging} & {source, *source.parents}:
+            raise OutputError(f"{printable(str(out))}: OUT holds {shown}; choose a folder of its own")
     if out.suffix == ".safetensors":
         raise OutputError(f"{printable(str(out))}: OUT is a folder; give it a name without .safetensors")
     if target.is_symlink():

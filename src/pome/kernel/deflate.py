@@ -78,9 +78,7 @@ class Split:
         return torch.cat((self.theta, lam.clamp_min(0.0).sqrt()))
 
 
-def solve_deflated(
-    D: Tensor, rule: RankRule, known: Known | None = None, helper: torch.device | None = None
-) -> Kept:
+def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper: torch.device | None = None) -> Kept:
     """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace.
 
     With a `helper`, only the `eigh` of the short side goes there: for a device that cannot hold D and its products.
@@ -249,9 +247,7 @@ def estimate_loss(sigma: Tensor, k: int, coupling: float, settled: slice) -> flo
     return float(cost.sum())
 
 
-def estimate_angle(
-    D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis, coupling: float, settled: slice
-) -> float:
+def estimate_angle(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis, coupling: float, settled: slice) -> float:
     """By how much the kept subspace is turned, relative in the Frobenius norm, by a `coupling` of every pair (kept,
     dropped) but of those `settled` among the directions that are not strong; by what is left of the coupling of the
     strong ones; and by the rounding of D V_k in which they cancel."""

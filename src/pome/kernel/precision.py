@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,18 +17,45 @@ def full_precision(device: torch.device) -> Iterator[None]:
     With `torch.set_float32_matmul_precision("medium")` even a CPU multiplies float32 matrices in bfloat16 where it has
     the instructions, which is an error of 1e-3 where the certificate asks for 1e-5.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        if all(hasattr(backend, "fp32_precision") for backend in backends):
-            for backend in backends:
-                stack.callback(restore_precision, backend, backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        else:  # torch before 2.9 has one switch for both
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        _enter()
+        try:
+            yield
+        finally:
+            _leave()
+
+
+# The switches of products are the process's, not the thread's: the first thread in saves them, the last out restores.
+_lock = threading.Lock()
+_inside = 0
+_settings = ExitStack()
+
+
+def _enter() -> None:
+    global _inside
+    with _lock:
+        if _inside == 0:
+            _switch(_settings)
+        _inside += 1
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _settings.close()
+
+
+def _switch(stack: ExitStack) -> None:
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        for backend in backends:
+            stack.callback(restore_precision, backend, backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+    else:  # torch before 2.9 has one switch for both
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
 
 
 def restore_precision(backend: Any, before: str) -> None:
