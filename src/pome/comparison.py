@@ -57,25 +57,28 @@ def compare_headers(made: Checkpoint, template: Checkpoint, kept: bool) -> Itera
 
 def compare_side_files(
     files: Mapping[str, FileRecord],
-    beside: Mapping[str, Path],
+    beside: Mapping[str, Path] | None,
     recorded: Mapping[str, FileRecord],
     written: AbstractSet[str],
     advance: Advance,
 ) -> Iterator[Difference]:
     """Every one of `files` but those `written` by the run has the bytes of the input's file that it was copied from.
 
-    `beside` says where that lies now. Of an input on the Hub there is only what was `recorded` of its commit.
+    `beside` says where those lie now; without it, as of an input on the Hub, what was `recorded` of them counts.
     """
     for name, record in files.items():
         if name in written:
             continue
-        theirs = FileRecord(*hash_file(beside[name], advance)) if name in beside else recorded.get(name)
+        if beside is None:
+            theirs = recorded.get(name)
+        else:
+            theirs = FileRecord(*hash_file(beside[name], advance)) if name in beside else None
         if theirs is None:
-            yield Difference(name, None, "FT has no such file")
+            yield Difference(name, None, "no input has such a file")
         elif theirs != record:
             yield Difference(name, None, "its bytes are not those of the file that it is a copy of")
-    for name in sorted((beside.keys() & recorded.keys()) - files.keys() - written):
-        yield Difference(name, None, "missing, though the edit copies it")
+    for name in sorted(set(recorded if beside is None else beside) - files.keys() - written):
+        yield Difference(name, None, "missing, though an input has it")
 
 
 def compare_untouched(

@@ -204,11 +204,25 @@ def _judge(
             continue
         W_base = take(base, part).double()
         D = take(ft, part).double() - W_base
-        objective = float((D * (E - W_base)).sum()) / float((D * (again - W_base)).sum())
-        norm = float((E - W_base).norm()) / float((again - W_base).norm())
-        # What is lost to rounding points anywhere, and so adds to either one part in the root of the entries.
-        noise = OBJECTIVE_BOUND + 8 * record.rounding * (1 + record.rounding) / math.sqrt(E.numel())
-        if abs(objective - 1) > noise or abs(norm - 1) > noise:
-            which = record.part or "the matrix"
-            return f"{which} is not the edit of these inputs (objective {objective:.6f}, norm {norm:.6f} of the edit's)"
+        if not _is_certified((E - W_base) / record.alpha, (again - W_base) / record.alpha, D, record):
+            return f"{record.part or 'the matrix'} is not the edit of these inputs"
     return None
+
+
+def _is_certified(P: Tensor, again: Tensor, D: Tensor, record: TensorRecord) -> bool:
+    """Whether another P than the one recomputed solves the same problem, which only a cut in a cluster allows.
+
+    Both hold what storage lost. That moves the singular values by no more than its norm (Mirsky), and points anywhere,
+    so that it adds to the objective one part in the root of the entries.
+    """
+    import torch
+
+    if record.sigma_k - record.sigma_next > EDITS_AGREE * record.sigma_k:
+        return False
+    gram = P.mT @ P if P.shape[0] >= P.shape[1] else P @ P.mT
+    s = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
+    s[: record.k] -= 1.0
+    if float(s.norm()) > (EDITS_AGREE + (1 + ROUNDINGS_AGREE) * record.rounding) * math.sqrt(record.k):
+        return False
+    objective = float((D * P).sum()) / float((D * again).sum())
+    return abs(objective - 1) <= OBJECTIVE_BOUND + 8 * record.rounding * (1 + record.rounding) / math.sqrt(P.numel())

@@ -140,12 +140,15 @@ def _check_against_inputs(
         merged = adapted and spec.out_format == "full"
         template = sides[2] if merged else tuned
         found += compare_headers(made, template, kept=spec.dtype == "keep" and merged >= adapted)
-        side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
-        beside = {file.name: file.path for file in side_files}
-        if template.index is not None and template.folder is not None:
-            beside[template.index] = template.folder / template.index
+        beside = None
+        if all(side.folder is not None or side.revision is None for side in sides[1:]):
+            side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
+            beside = {file.name: file.path for file in side_files}
+            if template.index is not None and template.folder is not None:
+                beside[template.index] = template.folder / template.index
         recorded = {**(manifest.base.files if merged else {}), **manifest.fine_tuned.files}
-        found += compare_side_files(manifest.files, beside, recorded, _list_written(made, template, spec), advance)
+        written = _list_written(made, template, spec)
+        found += compare_side_files(manifest.files, beside, recorded, written, advance)
         if base is None:
             return compare_untouched(made, tuned, {record.name for record in manifest.tensors}, found, advance), 0
         plan = make_plan(sides[2], tuned, spec)
