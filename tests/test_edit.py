@@ -25,6 +25,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from pome import EditSpec, NumericalError
+from pome.patch import measure_norm
 from reference import plant, reference_edit
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -249,6 +250,33 @@ def test_an_edit_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
         pome.edit(base, ft, tmp_path / "out", EditSpec(beta=1000))
     pome.edit(base, ft, tmp_path / "out", EditSpec(beta=1000, dtype="float32"))
     assert bool(read_tensors(tmp_path / "out")[up(0)].isfinite().all())
+
+
+@pytest.mark.parametrize("which", ["a half that was not selected", "a delta of zero"])
+def test_no_other_dtype_makes_infinity_of_what_is_not_edited(tmp_path: Path, which: str) -> None:
+    name = "model.layers.0.mlp.gate_up_proj.weight" if "half" in which else up(0)
+    base = {name: torch.randn(8, 6), up(1): torch.randn(8, 6)}
+    base[name][0, 0] = 1e6  # of the gate
+    ft = {key: t + 0.01 * torch.randn(t.shape) * (key != name or "half" in which) for key, t in base.items()}
+    folders = [write_checkpoint(tmp_path / side, t, config={"model_type": "phi3"}) for side, t in
+               (("base", base), ("ft", ft))]  # fmt: skip
+    with pytest.raises(NumericalError, match=rf"tensor {name}: its values overflow F16"):
+        pome.edit(*folders, tmp_path / "out", EditSpec(dtype="float16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_out_of_range_names_the_tensor(tmp_path: Path) -> None:
+    huge = [torch.full((4, 4), sign * 1.7e308, dtype=torch.float64) for sign in (1, -1)]
+    folders = [write_checkpoint(tmp_path / side, {up(0): t}, config=LLAMA) for side, t in zip("ab", huge, strict=True)]
+    with pytest.raises(NumericalError, match=rf"tensor {up(0)}: .*--exclude"):
+        pome.edit(*folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-25, 1.0, 1e25, 3e38])
+def test_what_storage_loses_is_measured_where_squares_leave_float32(size: float) -> None:
+    """A share of 0 for an edit that vanished, or one that no JSON can hold, would pass for a good one."""
+    lost = torch.randn(40, 30).clamp_(-1, 1) * size
+    assert measure_norm(lost.clone()) == pytest.approx(float(lost.double().norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])

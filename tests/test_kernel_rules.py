@@ -41,6 +41,12 @@ def test_noise_floor_counts_what_lies_above(sigma, floor):
 
 
 # The table of omega(beta) in Gavish and Donoho 2014 (its cubic fit is 0.56 b^3 - 0.95 b^2 + 1.82 b + 1.43).
+def test_equal_directions_hold_their_share_exactly():
+    for n in range(10, 151):
+        sigma = torch.ones(n, dtype=torch.float64)
+        assert [count_energy(sigma, i / n) for i in range(1, n + 1)] == list(range(1, n + 1))
+
+
 @pytest.mark.parametrize("aspect", [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 def test_gavish_donoho_threshold_follows_the_published_fit(aspect):
     n = 2000
@@ -122,6 +128,16 @@ def test_rank_beside_the_default_rule_is_fixed_and_bounded_by_the_rank():
         {"scale": "loud"},
         {"beta": math.nan},
         {"beta": 0.0},
+        {"beta": "1"},
+        {"beta": True},
+        {"rank": 2.5},
+        {"rank": True},
+        {"rank": "3"},
+        {"rank": 3, "rank_rule": "energy"},
+        {"rank_ratio": None},
+        {"rank_ratio": True},
+        {"energy": "0.5"},
+        {"noise_floor": math.nan},
     ],
 )
 def test_options_that_make_no_sense_are_refused(options):

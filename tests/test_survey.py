@@ -15,9 +15,9 @@ from checkpoints import LLAMA, llama_pair, read_tensors, run_python, write_check
 from pome import EditSpec, edit
 from pome.errors import NumericalError
 from pome.findings import find_place, sort_places
-from pome.kernel.equalize import ZeroDelta
 from pome.kernel.noise import measure_grid, storage_noise_floor
 from pome.kernel.rank import RankRule, count_effective, count_energy, count_gavish_donoho, count_signal
+from pome.kernel.spectrum import ZeroDelta
 from pome.kernel.values import measure_bearing, measure_product, measure_values
 from pome.survey import survey
 from reference import plant

@@ -28,7 +28,7 @@ from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.errors import NumericalError, printable
 from pome.manifest import KeptRecord, TensorRecord
 from pome.merge import orient, take_factors
-from pome.patch import TORCH_DTYPES, equalize_part, put_view, record_part
+from pome.patch import TORCH_DTYPES, equalize_part, measure_norm, put_view, record_part, to_bytes
 from pome.roles import Part
 from pome.spec import EditSpec
 from pome.units import Plan, Unit
@@ -90,7 +90,7 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
             for name, tensor in ((lora.low.a, lora.A), (lora.low.b, lora.B)):
                 if tensor is not None:
                     places[name] = lora.units[0].out_dtype, tuple(tensor.shape), buffer.tell()
-                    buffer.write(tensor.contiguous().view(torch.uint8).numpy().data)
+                    buffer.write(to_bytes(tensor))
             done.append(dataclasses.replace(lora, A=None, B=None))
         buffer.flush()
         _assemble(ft, places, buffer.fileno(), folder)
@@ -183,7 +183,7 @@ def _edit_lora(units: list[Unit], ft: Checkpoint, spec: EditSpec, device: str) -
                     "--beta or --dtype float32"
                 )
             lost = low.scaling * (U.double() @ V.double()) - value
-            rounding = float(torch.linalg.vector_norm(lost)) / result.edit_norm
+            rounding = measure_norm(lost) / result.edit_norm
             tensors.append(record_part(unit, part, result, 0.0, rounding))
             pieces[at].append(_place(U, V, unit, part, rows, B.shape[1]))
             # What is selected leaves the old LoRA.

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pome.errors import NumericalError
 from pome.findings import Matrix, find_place
-from pome.kernel.equalize import Unsolved, ZeroDelta
+from pome.kernel.equalize import Unsolved
 from pome.kernel.noise import Grid, measure_grid
 from pome.kernel.rank import RANK_RULES, RankRule, count_signal, measure_effective
 from pome.kernel.scale import SCALES, choose_scale
+from pome.kernel.spectrum import ZeroDelta
 from pome.kernel.values import measure_bearing, measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.merge import Data, load_pieces, merge_as_peft, orient, split_factors, take_factors
@@ -92,7 +93,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
         values = measure_values(D[0]) if len(D) == 1 else measure_product(*D)
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
-    except Unsolved as error:
+    except (Unsolved, ValueError) as error:
         raise NumericalError(
             f"{describe_part(unit, part)}: {error}; leave it out with --exclude to see the others"
         ) from None

@@ -16,7 +16,7 @@ from pome.errors import NumericalError, printable
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
-from pome.patch import TORCH_DTYPES, Patch, edit_part, put_view, take
+from pome.patch import TORCH_DTYPES, Patch, check_range, edit_part, put_view, take, to_bytes
 from pome.roles import Part
 from pome.spec import EditSpec
 from pome.units import Unit
@@ -49,9 +49,7 @@ def see_ft(unit: Unit, data: Data) -> bytes:
         return bytes(mine)  # type: ignore[arg-type]
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     _, stored = merge_as_peft(unit.change, load_pieces(mine), unit.expert, base)
-    seen = bytearray(stored.numel() * stored.element_size())  # not through numpy, which pome does not depend on
-    torch.frombuffer(seen, dtype=stored.dtype).copy_(stored.reshape(-1))
-    return bytes(seen)
+    return bytes(to_bytes(stored))
 
 
 def load_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
@@ -116,6 +114,7 @@ def merge_unit(
             edited.append(record)
         else:
             kept.append(dataclasses.replace(record, reason="its delta is zero: the adapter leaves it as it is in BASE"))
+    check_range(unit, out, stored)
     return Patch(unit, data, tuple(edited), tuple(kept), time.perf_counter() - begun)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pome.errors import NumericalError, printable
-from pome.kernel.equalize import Equalized, Unsolved, ZeroDelta, equalize, equalize_factors
+from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
-from pome.kernel.spectrum import Known
+from pome.kernel.spectrum import Known, ZeroDelta
 from pome.manifest import KeptRecord, TensorRecord
 from pome.roles import Part
 from pome.spec import EditSpec
@@ -72,8 +72,26 @@ def patch_unit(
         else:
             kept.append(record)
         seconds += time.perf_counter() - begun
+    check_range(unit, out, ft)
     unchanged = not edited and data is ft_bytes
     return Patch(unit, None if unchanged else data, tuple(edited), tuple(kept), seconds)
+
+
+def check_range(unit: Unit, out: Tensor, source: Tensor) -> None:
+    """Raise NumericalError where another dtype made infinity of a value that was none, edited or not."""
+    if out.dtype != source.dtype and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
+        raise NumericalError(
+            f"tensor {printable(unit.name)}: its values overflow {unit.out_dtype}; choose --dtype bfloat16 or float32, "
+            "or leave it out with --exclude"
+        )
+
+
+def to_bytes(tensor: Tensor) -> bytearray:
+    """A tensor's entries as they are stored; not through numpy, which pome does not depend on."""
+    data = bytearray(tensor.numel() * tensor.element_size())
+    if data:
+        torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.reshape(-1))
+    return data
 
 
 def put_view(stored: Tensor, part: Part) -> Tensor:
@@ -159,7 +177,14 @@ def edit_part(
     # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
     lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
     out.copy_(W.reshape(out.shape))
-    return record_part(unit, part, result, floor, float(torch.linalg.vector_norm(lost)) / result.edit_norm)
+    return record_part(unit, part, result, floor, measure_norm(lost) / result.edit_norm)
+
+
+def measure_norm(A: Tensor) -> float:
+    """norm_F(A), which is overwritten, also where the squares of its entries leave the range of its dtype."""
+    low, high = torch.aminmax(A)
+    largest = max(-float(low), float(high))
+    return largest * float(torch.linalg.vector_norm(A.div_(largest))) if largest else 0.0
 
 
 def equalize_part(
@@ -189,7 +214,7 @@ def equalize_part(
         )
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
-    except Unsolved as error:
+    except (Unsolved, ValueError) as error:  # no solver, or numbers out of the range of floats
         where = describe_part(unit, part)
         raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
 

@@ -33,6 +33,7 @@ from pome.kernel.products import (
     orthonormalise,
     polar,
     reflect,
+    scaled_image,
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
@@ -93,7 +94,9 @@ def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper
     if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
         raise Undecided("the singular values leave k open")
     settle_cut(tall, V, sigma, k, basis)
-    P = polar(tall, V[:, :k], sigma[:k], tall is not D, basis.strong)
+    B = scaled_image(tall, V[:, :k], sigma[:k])
+    sigma[rank:] = 0.0
+    P = polar(B, V[:, :k], sigma[:k], tall is not D, basis.strong)
     return Kept(P, sigma, rank, k, EPS * float(sigma[basis.strong] / sigma[k - 1]) ** 2)
 
 
@@ -206,6 +209,8 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
         low, high = (max(p, k - half), min(n, k + half)) if k > p else (0, p)
         settled = slice(max(low - p, 0), high - p)
         coupling = diagonalise(D, V, sigma, low, high)
+        if k == p < n:  # what is left next to the strong ones is the first of the others
+            diagonalise(D, V, sigma, p, min(n, p + WINDOW))
         lost = estimate_loss(sigma[p:], k - p, coupling, settled) / float(sigma[:k].sum()) if k > p else 0.0
         if lost <= NOTHING and is_open(sigma, k):
             return
@@ -242,7 +247,7 @@ def estimate_loss(sigma: Tensor, k: int, coupling: float, settled: slice) -> flo
     kept, dropped = sigma[:k, None], sigma[k:]
     apart = (kept - dropped).clamp_min(0.0)
     cost = (kept + dropped).square_().mul_(apart).reciprocal_().mul_(coupling**2)
-    cost = torch.minimum(cost, apart)
+    cost = torch.minimum(cost, apart).nan_to_num_(0.0)  # equal ones without a coupling: 0 times infinity
     cost[settled.start :, : max(settled.stop - k, 0)] = 0.0
     return float(cost.sum())
 

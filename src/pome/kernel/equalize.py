@@ -30,9 +30,9 @@ from pome.kernel.gram import solve_gram
 from pome.kernel.lowrank import solve_factors
 from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
-from pome.kernel.rank import RankRule, count_signal
+from pome.kernel.rank import RankRule, count_signal, is_number
 from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import Kept, Known, Solver, Undecided
+from pome.kernel.spectrum import Kept, Known, Solver, Undecided, ZeroDelta
 from pome.kernel.svd import solve_svd
 
 RUNGS: tuple[tuple[str, Solver], ...] = (
@@ -43,10 +43,6 @@ RUNGS: tuple[tuple[str, Solver], ...] = (
 SMALL = 96  # short side below which a float64 SVD is as fast as anything
 # Entries between these bounds can be squared and summed in float32 without overflow, and without losing the small ones.
 LEAST, MOST = 2.0**-30, 2.0**30
-
-
-class ZeroDelta(ValueError):
-    """Nothing to equalize: every entry of the delta is zero."""
 
 
 class Unsolved(ArithmeticError):
@@ -234,8 +230,13 @@ def finish(
     """Scale what was found for D back to the delta = 2^exponent * D, and by alpha. `square` is norm_F(D)^2."""
     kept, certificate = found.kept, found.certificate
     sigma, k = shift(kept.sigma, exponent), kept.k
-    delta_norm = math.ldexp(math.sqrt(square), exponent)
+    try:
+        delta_norm = math.ldexp(math.sqrt(square), exponent)
+    except OverflowError:
+        delta_norm = math.inf
     alpha = beta * choose_scale(scale, sigma, k, shape, delta_norm)
+    if not (0.0 < alpha < math.inf and 0.0 < delta_norm < math.inf):
+        raise ValueError(f"out of the range of numbers: norm of the delta {delta_norm:.1e}, alpha {alpha:.1e}")
     return Equalized(
         value=multiply(kept.P, alpha),
         rank=kept.rank,
@@ -292,6 +293,8 @@ def shift(tensor: Tensor, exponent: int) -> Tensor:
 
 def check_shape(tensor: Tensor, what: str) -> None:
     """Raise ValueError for anything but a non-empty matrix of floats."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise ValueError(f"{what} must be a dense tensor, not {type(tensor).__name__}")
     if tensor.ndim != 2 or tensor.numel() == 0 or not tensor.is_floating_point():
         raise ValueError(f"{what} must be a non-empty m x n float tensor, not {describe(tensor)}")
 
@@ -308,8 +311,8 @@ def check_scale(scale: str, beta: float) -> None:
     """Raise ValueError for an unknown scale, or a beta that is no positive number."""
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is none of {', '.join(SCALES)}")
-    if not (math.isfinite(beta) and beta > 0.0):
-        raise ValueError(f"beta must be a positive number, not {beta}")
+    if not (is_number(beta) and beta > 0.0):
+        raise ValueError(f"beta must be a positive number, not {beta!r}")
 
 
 def summarise(failure: Exception) -> str:

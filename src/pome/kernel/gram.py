@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pome.kernel.products import decompose, gram, measure_cut, polar, widen
+from pome.kernel.products import decompose, gram, measure_cut, polar, scaled_image, widen
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, recall
 
@@ -35,7 +35,9 @@ def solve_gram(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
     check_cut(sigma, k, start, noise)
     if k < start:
         measure_cut(tall, V, sigma, k)
-    P = polar(tall, V[:, :k], sigma[:k], flipped=shape[0] < shape[1])
+    sigma[rank:] = 0.0
+    B = scaled_image(tall, V[:, :k], sigma[:k])
+    P = polar(B, V[:, :k], sigma[:k], flipped=shape[0] < shape[1])
     return Kept(P.to(D), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Basis, Kept, Known, recall
+from pome.kernel.spectrum import Basis, Kept, Known, ZeroDelta, recall
+
+CANCELLED = 2.0**-46  # rounding of a float64 product, relative to its factors: what is no larger is zero
 
 
 def solve_factors(b: Tensor, a: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
@@ -32,6 +34,8 @@ def find_basis(b: Tensor, a: Tensor) -> Basis:
     Qb, Rb = torch.linalg.qr(widen(b))
     Qa, Ra = torch.linalg.qr(widen(a).mT)
     U, s, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+    if float(s[0]) <= CANCELLED * float(Rb.norm()) * float(Ra.norm()):
+        raise ZeroDelta("the factors multiply to zero")
     sigma = torch.zeros(min(shape), dtype=torch.float64, device="cpu")
     sigma[: s.numel()] = s.cpu()
     return Basis(sigma, count_rank(sigma, shape), Qa @ Vh.mT, Qb @ U)

@@ -138,55 +138,72 @@ def measure_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int) -> None:
     sigma[k - 1 : k + 1] = lengths.sort(descending=True).values.cpu()
 
 
-def polar(D: Tensor, V: Tensor, sigma: Tensor, flipped: bool, strong: int = 0) -> Tensor:
-    """Orthonormal polar factor of B = D V times V^T, for V (n x k) nearly the leading singular vectors of D (m x n).
+def scaled_image(D: Tensor, V: Tensor, sigma: Tensor) -> Tensor:
+    """D V with every column divided by its singular value (m x k, in the precision of D): nearly U."""
+    return (D @ V).mul_(sigma.reciprocal().to(D))
 
-    B scaled by 1 / sigma is nearly orthonormal already; what is missing is (B^T B)^(-1/2), k x k, on the thin side. The
-    rounding of V lets a little of the `strong` leading directions into every other column, times the ratio of their
-    singular values: mostly that is what there is to correct, and it has only strong rows.
+
+def polar(B: Tensor, V: Tensor, sigma: Tensor, flipped: bool, strong: int = 0) -> Tensor:
+    """Orthonormal polar factor of D V times V^T, for V (n x k) nearly the leading singular vectors of D (m x n), from
+    B = D V / sigma.
+
+    B is nearly orthonormal already. Its defect E = B^T B - I is what the rounding of V mixed in, times the ratio of
+    singular values: a rotation d of V makes E_ij = d_ij (s_i^2 - s_j^2) / (s_i s_j). So the factor of D V, which any d
+    leaves as it is, is to first order B (I - L) with L_ij = E_ij s_i / (s_i + s_j): of two directions the weaker one
+    gives way. The symmetric half of E would be the factor of B, and is off by s_i / (2 s_j) times d. Mostly there is
+    nothing to correct but what the `strong` leading directions left in all others, which has only strong rows.
     """
-    B = (D @ V).mul_(sigma.reciprocal().to(D))
     W, most = V.mT, ORTHONORMAL * torch.finfo(B.dtype).eps
     if measure_defect(B) > most:
-        half = B[:, :strong].mT @ B[:, strong:] / 2
-        is_enough = half.numel() > 0 and measure_defect(B, half) <= most
-        W = uncouple(half, W) if is_enough else correct_root(gram(B), W)
+        coupling = couple(B, sigma, strong)
+        is_enough = 0 < strong < B.shape[1] and measure_defect(B, coupling) <= most
+        W = uncouple(coupling, W) if is_enough else correct_root(gram(B), W, sigma)
     return W.mT @ B.mT if flipped else B @ W
 
 
-def uncouple(half: Tensor, X: Tensor) -> Tensor:
-    """C^(-1/2) X, to first order, for a C (k x k) that is the identity but for a coupling 2 half (p x (k - p)) of the
-    first p rows to the others."""
-    p = half.shape[0]
-    return X - torch.cat((half @ X[p:], half.mT @ X[:p]))
+Coupling = tuple[Tensor, Tensor]  # the blocks p x (k - p) and (k - p) x p of an L that is zero elsewhere
 
 
-def correct_root(C: Tensor, W: Tensor) -> Tensor:
-    """C^(-1/2) W for C (k x k) near the identity.
+def couple(B: Tensor, sigma: Tensor, p: int) -> Coupling:
+    """What the first p columns of B (m x k) and the others have to give each other."""
+    E = B[:, :p].mT @ B[:, p:]
+    share = share_of(sigma[:p], sigma[p:]).to(E)
+    return E * share, (E * (1.0 - share)).mT
 
-    T = I - E/2 + 3/8 E^2 with E = C - I leaves T C T = I + O(E^3); once more where E was not small. Where E is so small
-    that its square is less than rounding, I - E/2 is enough.
-    """
-    for _ in range(3):
+
+def uncouple(coupling: Coupling, X: Tensor) -> Tensor:
+    """(I - L) X."""
+    upper, lower = coupling
+    return X - torch.cat((upper @ X[len(upper) :], lower @ X[: len(upper)]))
+
+
+def share_of(s: Tensor, t: Tensor) -> Tensor:
+    """s_i / (s_i + t_j)."""
+    return s[:, None] / (s[:, None] + t)
+
+
+def correct_root(C: Tensor, W: Tensor, sigma: Tensor) -> Tensor:
+    """T W for the T that `polar` asks for, with C = B^T B (k x k) near the identity: one step of first order after the
+    other, each of which squares what is left of E = C - I."""
+    share = share_of(sigma, sigma).to(C)
+    for _ in range(5):
         E = C.clone()
         E.diagonal().sub_(1.0)
         size = float(torch.linalg.matrix_norm(E))
         if not size < 0.7:
             break
+        L = E.mul_(share)
+        W = torch.addmm(W, L, W, alpha=-1.0)
         if size**2 < torch.finfo(E.dtype).eps * C.shape[0] ** 0.5:
-            return torch.addmm(W, E, W, alpha=-0.5)
-        T = torch.addmm(E, E, E, beta=-0.5, alpha=0.375)
-        T.diagonal().add_(1.0)
-        W = T @ W
-        if size < 0.05:
             return W
-        C = T @ C @ T
+        L.diagonal().sub_(1.0)
+        C = L.mT @ C @ L
     raise Undecided("the kept directions are not orthogonal enough")
 
 
-def measure_defect(B: Tensor, half: Tensor | None = None) -> float:
-    """norm_F(B^T B - I) / sqrt(k), about, for B (m x k), uncoupled first if `half` is given, by a few probes."""
+def measure_defect(B: Tensor, coupling: Coupling | None = None) -> float:
+    """norm_F(B^T B - I) / sqrt(k), about, for B (m x k), uncoupled first if so, by a few probes."""
     probes = draw_gaussian(B.shape[1], 4, B)
-    image = B.mT @ (B @ (probes if half is None else uncouple(half, probes)))
-    image = image if half is None else uncouple(half, image)
+    image = B.mT @ (B @ (probes if coupling is None else uncouple(coupling, probes)))
+    image = image if coupling is None else uncouple((coupling[1].mT, coupling[0].mT), image)
     return float(torch.linalg.vector_norm(image - probes) / torch.linalg.vector_norm(probes))

@@ -15,6 +15,10 @@ from torch import Tensor
 GAP, SUBSPACE = 0.99e-3, 1e-4
 
 
+class ZeroDelta(ValueError):
+    """Nothing to equalize: every entry of the delta is zero."""
+
+
 class Undecided(ArithmeticError):
     """The solver's precision cannot settle what was asked (rank, k, or the cut): the next rung must."""
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from pome.kernel.certificate import draw_gaussian
 from pome.kernel.deflate import CANCEL, FLOOR, split_strong
 from pome.kernel.equalize import SMALL, Unsolved, check_shape, normalise, shift, summarise
+from pome.kernel.lowrank import CANCELLED
 from pome.kernel.precision import full_precision
 from pome.kernel.products import gram
 from pome.kernel.rank import count_rank, rank_tolerance
-from pome.kernel.spectrum import Undecided
+from pome.kernel.spectrum import Undecided, ZeroDelta
 
 LEADING = 16  # directions of the base that a delta is held against
 BESIDE = 8  # more of them in the subspace iteration, so that the last of the leading converges too
@@ -81,6 +82,8 @@ def measure_product(b: Tensor, a: Tensor) -> Values:
         core = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().mT).R.mT
         sigma = torch.zeros(min(shape), dtype=torch.float64)
         found = torch.linalg.svdvals(core).cpu()
+        if float(found[0]) <= CANCELLED * float(B.double().norm()) * float(A.double().norm()):
+            raise ZeroDelta("the factors multiply to zero")
         sigma[: found.numel()] = found
         return finish_values(sigma, up + down, shape)
 
@@ -88,7 +91,6 @@ def measure_product(b: Tensor, a: Tensor) -> Values:
 def finish_values(sigma: Tensor, exponent: int, shape: tuple[int, int]) -> Values:
     """Zero what lies below the numerical rank, and undo the scaling by 2^-exponent."""
     rank = count_rank(sigma, shape)
-    sigma[rank:] = 0.0
     return Values(shift(sigma, exponent), rank)
 
 
