@@ -113,6 +113,21 @@ def test_a_batch_that_is_run_again_repeats_no_finished_job(capsys: pytest.Captur
     assert "error: first: one: exists" in err
 
 
+@pytest.mark.parametrize("harm", ["gone", "cut", "no card"])
+def test_an_output_that_is_not_whole_is_not_called_done(capsys: pytest.CaptureFixture[str], harm: str) -> None:
+    text = "jobs:\n  - {name: a, base: base, fine_tuned: ft, out: one}\n"
+    assert run(capsys, text)[0] == 0
+    weights = Path("one/model.safetensors")
+    if harm == "gone":
+        weights.unlink()
+    elif harm == "cut":
+        os.truncate(weights, 1000)
+    else:
+        text = text.replace("out: one", "out: one, card: true")
+    status, _, err = run(capsys, text)
+    assert status == 1 and "one: exists" in err and "done by an earlier run" not in err
+
+
 def test_a_job_may_overwrite_and_an_edit_may_be_verified(capsys: pytest.CaptureFixture[str]) -> None:
     text = "jobs:\n  - {name: a, base: base, fine_tuned: ft, out: one, overwrite: true}\n"
     text += "  - {name: b, command: verify, out: one, base: base, fine_tuned: ft}\n"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from checkpoints import (
     read_tensors,
     write_checkpoint,
 )
-from pome import EditSpec, OutputError, edit
+from pome import CheckpointError, EditSpec, OutputError, edit
 from pome.checkpoint import clone
 from pome.checkpoint.output import Staging
 from pome.checkpoint.target import check_target
@@ -148,6 +149,9 @@ def test_an_out_that_cannot_be_is_refused_and_nothing_is_written(
     assert "is a symbolic link" in refuse(tmp_path, tmp_path / "link", overwrite=True)
     assert "OUT is a folder" in refuse(tmp_path, tmp_path / "out.safetensors")
     assert "Not a directory" in refuse(tmp_path, tmp_path / "file/out")
+    assert "no output of pome, and is not replaced" in refuse(tmp_path, tmp_path / "there", overwrite=True)
+    edit(tmp_path / "base", ft, tmp_path / "made")
+    assert "OUT lies inside the output" in refuse(tmp_path, tmp_path / "made/inner")
     (tmp_path / "there/below").mkdir()
     for folder in ("there", "there/below"):
         monkeypatch.chdir(tmp_path / folder)
@@ -238,10 +242,50 @@ def test_short_reads_and_writes_of_the_system_are_gone_on_with(tmp_path: Path, m
     assert_same_output(tmp_path / "out", tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("suffix", [".pome-staging", ".pome-sweep"])
+def test_no_folder_of_somebody_else_is_taken_for_our_own(tmp_path: Path, suffix: str) -> None:
+    """What lies in a staging folder is removed in the end, and so must be what pome put there."""
+    base, ft = llama_pair(tmp_path)
+    staging = tmp_path / f"out{suffix}"
+    ft.rename(staging)
+    with pytest.raises(OutputError, match="OUT holds"):
+        edit(base, staging, tmp_path / "out")
+    staging.mkdir(exist_ok=True)
+    (staging / "output").mkdir()
+    for file in list(staging.glob("*.*")):
+        file.rename(staging / "output" / file.name)
+    before = hash_tree(tmp_path)
+    with pytest.raises(OutputError, match="OUT holds"):
+        edit(base, staging / "output", tmp_path / "out")
+    assert hash_tree(tmp_path) == before
+    (staging / "output").rename(ft)
+    (staging / "notes.txt").write_text("mine")
+    assert "holds notes.txt, which pome did not put there" in refuse(tmp_path, tmp_path / "out")
+    (staging / "notes.txt").unlink()
+    staging.rmdir()
+    staging.symlink_to(ft)
+    assert "OUT holds" in refuse(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["weights", "config.json"])
+def test_an_input_whose_files_are_links_into_out_keeps_them(tmp_path: Path, what: str) -> None:
+    base, ft = llama_pair(tmp_path)
+    edit(base, ft, tmp_path / "out")
+    name = "model.safetensors" if what == "weights" else what
+    (ft / name).unlink()
+    (ft / name).symlink_to(tmp_path / "out" / name)
+    assert "OUT holds" in refuse(tmp_path, tmp_path / "out", overwrite=True)
+
+
+def former_output(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "pome_manifest.json").write_text("{}")
+    (folder / "old").write_text("old")
+
+
 def test_overwrite_replaces_the_whole_and_leaves_no_litter(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_text("old")
+    former_output(tmp_path / "out")
     edit(base, ft, tmp_path / "out", overwrite=True)
     assert_only_edited(ft, tmp_path / "out", UP)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft", "out"]
@@ -249,8 +293,7 @@ def test_overwrite_replaces_the_whole_and_leaves_no_litter(tmp_path: Path) -> No
 
 def test_an_overwrite_that_fails_keeps_the_former_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = llama_pair(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_text("old")
+    former_output(tmp_path / "out")
     renames = iter(range(10))
     with monkeypatch.context() as patch:
         # The former OUT is moved aside by the first rename; the second, which brings the new one, fails.
@@ -264,6 +307,18 @@ def test_an_overwrite_that_fails_keeps_the_former_out(tmp_path: Path, monkeypatc
         edit(base, ft, tmp_path / "out")
     assert (tmp_path / "out/old").read_text() == "old"
     edit(base, ft, tmp_path / "out", overwrite=True)
+    assert_only_edited(ft, tmp_path / "out", UP)
+
+
+def test_what_an_overwrite_left_half_removed_is_not_put_back(tmp_path: Path) -> None:
+    """Killed amid the removal of the former OUT, and the new one moved away since: there is nothing to put back."""
+    base, ft = llama_pair(tmp_path)
+    former_output(tmp_path / STAGING)
+    (tmp_path / STAGING).rename(tmp_path / "replaced")
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / "replaced").rename(tmp_path / STAGING / "replaced")
+    (tmp_path / STAGING / "publishing").write_text("{}")
+    edit(base, ft, tmp_path / "out")
     assert_only_edited(ft, tmp_path / "out", UP)
 
 
@@ -330,7 +385,78 @@ def test_an_input_that_changed_since_is_another_command(tmp_path: Path, monkeypa
     assert "it differs in base" in refuse(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["cut", "torn", "garbage", "lost"])
+BESIDE = ["ft/config.json", "ft/tokenizer.json", "ft/model.safetensors.index.json", "base/config.json"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("when", ["between two runs", "within one"])
+def test_a_file_beside_the_weights_that_changed_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, when: str
+) -> None:
+    """Of its old and its new bytes OUT would hold some, and the manifest hash others. Its size stays what it was."""
+    base, ft = llama_pair(tmp_path, shards=2)
+    (ft / "tokenizer.json").write_text('{"a": 1}')
+
+    def change() -> None:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content.replace(b": ", b" :", 1))
+        assert (tmp_path / name).read_bytes() != content
+
+    class Change(pome.Progress):
+        def finish(self, task: str) -> None:
+            if task == "edit":
+                change()
+
+    if when == "within one":
+        with pytest.raises(CheckpointError, match=f"{name}: changed while being read"):
+            edit(base, ft, tmp_path / "out", progress=Change())
+        assert not (tmp_path / "out").exists()
+    else:
+        with monkeypatch.context() as patch:
+            interrupt_after(1, patch)
+            with pytest.raises(Interrupted):
+                edit(base, ft, tmp_path / "out")
+        change()
+        assert "unfinished run of another command" in refuse(tmp_path, tmp_path / "out")
+
+
+def test_a_commit_while_workers_open_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync lets other threads run, which may come to another shard meanwhile."""
+    base, ft = llama_pair(tmp_path, layers=12, shards=8)
+    monkeypatch.setattr(pome.run, "COMMIT_UNITS", 1)
+    fdatasync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        time.sleep(0.002)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    spec = EditSpec(layers=("ffn",))
+    for name in ("one", "two", "three"):
+        assert len(edit(base, ft, tmp_path / name, spec).tensors) == 36
+
+
+def test_an_interrupt_does_not_wait_for_the_hashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last task hashes what no unit touched; Ctrl-C amid it must not wait for the rest."""
+    base, ft = llama_pair(tmp_path)
+    for i in range(200):
+        (ft / f"side{i}.txt").write_text("x" * 100)
+    hashed: list[str] = []
+
+    class Stop(pome.Progress):
+        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+            if task == "hash":
+                hashed.append(note)
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
+        edit(base, ft, tmp_path / "out", progress=Stop())
+    assert len(hashed) < 20
+    edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
+
+
+@pytest.mark.parametrize("damage", ["cut", "torn", "garbage", "another shape", "lost"])
 def test_a_damaged_journal_costs_work_and_no_truth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -342,6 +468,7 @@ def test_a_damaged_journal_costs_work_and_no_truth(
         "cut": b"".join(lines)[:-1],
         "torn": b"".join(lines) + b'{"unit": "model.la',
         "garbage": b"".join(lines[:-1]) + b"\0\0\0\n",
+        "another shape": b"".join(lines[:-1]) + b'{"unit": "x", "file": []}\n',
         "lost": b"",
     }
     journal.write_bytes(damaged[damage])
@@ -351,6 +478,13 @@ def test_a_damaged_journal_costs_work_and_no_truth(
     assert_only_edited(ft, tmp_path / "out", UP)
     edit(base, ft, tmp_path / "again")
     assert_same_output(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_copy_that_was_cut_since_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ft = stop_in_the_middle(tmp_path, monkeypatch)
+    os.truncate(tmp_path / STAGING / "output/model.safetensors", 3000)
+    edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
 
 
 def test_a_journal_line_is_written_after_the_bytes_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from browser import open_page
-from checkpoints import environment, hash_tree, llama_pair, perturb, read_manifest, read_tensors, write_checkpoint
-from pome import Equalized, edit, equalize, make_grid, make_scorer, sweep
+from checkpoints import (
+    environment,
+    hash_tree,
+    llama_pair,
+    perturb,
+    read_manifest,
+    read_tensors,
+    run_python,
+    write_checkpoint,
+)
+from pome import EditSpec, Equalized, edit, equalize, make_grid, make_scorer, sweep
 from pome.cli import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel.equalize import equalize_factors
@@ -210,10 +219,37 @@ def test_a_scorer_that_fails_marks_its_candidate_and_nothing_else(pair, tmp_path
     assert [trial.label for trial in failed] == ["up K=0.5 frobenius beta=1"]
     assert said in failed[0].failed
     assert outcome.best.label == "up K=0.5 frobenius beta=2"
-    if outcome.manifest is None:
-        again = sweep(*pair, tmp_path / "out", make_grid({"beta": "1,2"}), scorer, retry_failed=True)
-        assert not [trial for trial in again.trials if trial.failed]
-        assert len(log.read_text().splitlines()) == 5
+
+
+def test_what_failed_is_scored_again_on_request_and_nothing_else(pair, tmp_path):
+    log = tmp_path / "log"
+    seen = f"echo {{model}} >> {log}; if [ $(wc -l < {log}) = 3 ]; then exit 1; fi"
+    scorer = make_scorer(score_cmd=f"{seen}; echo 1")  # nothing beats the fine-tuned model, so the scores stay
+    for retry, failed, calls in ((False, 1, 4), (False, 1, 4), (True, 0, 5)):
+        outcome = sweep(*pair, tmp_path / "out", make_grid({"beta": "1,2"}), scorer, retry_failed=retry)
+        assert outcome.manifest is None
+        assert (len([trial for trial in outcome.trials if trial.failed]), len(log.read_text().splitlines())) == (
+            failed, calls,
+        )  # fmt: skip
+
+
+def test_a_fresh_sweep_keeps_no_decomposition_of_another_model(pair, tmp_path):
+    """Stopped, FT trained on, and begun anew: what is written is the edit of the new FT."""
+    base, ft = pair
+    log = tmp_path / "log"
+    stop = f"echo x >> {log}; if [ $(wc -l < {log}) = 4 ]; then kill -9 $PPID; fi; {CHECKSUM}"
+    arguments = ["sweep", str(base), str(ft), str(tmp_path / "out"), "--beta", "1,2", "--write-best"]
+    assert run_python("-m", "pome", *arguments, "--score-cmd", stop).returncode != 0
+    assert list((tmp_path / "out.pome-sweep/bases").iterdir())
+    tensors = read_tensors(ft)
+    save_file({name: t + 2e-6 * torch.randn(t.shape) for name, t in tensors.items()}, ft / "model.safetensors")
+    refused = run_python("-m", "pome", *arguments, "--score-cmd", stop)
+    assert refused.returncode == 1 and "--fresh" in refused.stderr
+    done = run_python("-m", "pome", *arguments, "--score-cmd", stop, "--fresh")
+    assert done.returncode == 0, done.stderr
+    beta = read_manifest(tmp_path / "out")["spec"]["beta"]
+    edit(base, ft, tmp_path / "plain", EditSpec(beta=beta))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
 
 
 def test_without_a_score_for_the_fine_tuned_model_there_is_no_sweep(pair, tmp_path, capsys):

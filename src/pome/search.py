@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pome.checkpoint.output import Staging
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.target import check_target
+from pome.checkpoint.target import SWEEP_SUFFIX, check_target
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.evaluate import FolderScorer, ModelScorer, Score, Scored
 from pome.grid import BASE, FINE_TUNED, Candidate, Grid, walk
@@ -29,8 +29,6 @@ from pome.units import Plan
 
 if TYPE_CHECKING:
     from pome.scratch import Maker
-
-SWEEP_SUFFIX = ".pome-sweep"
 
 
 def sweep(

@@ -91,7 +91,7 @@ def _describe_self() -> dict[str, Any]:
 def _read_holder(fd: int) -> dict[str, Any] | None:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return holder if isinstance(holder, dict) else None
 

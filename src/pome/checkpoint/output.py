@@ -22,7 +22,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pome.checkpoint.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.checkpoint.disk import (
@@ -61,7 +61,7 @@ class Staging:
         self._lock: Lock | None = None
         self._journal = -1
         self._sync_failed = False
-        self.copied: set[str] = set()
+        self.copied: dict[str, int] = {}  # name -> bytes
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
     def __enter__(self) -> Staging:
@@ -127,21 +127,21 @@ class Staging:
                     entry = json.loads(line) if line.endswith(b"\n") else None
                 except ValueError:
                     entry = None
-                if not isinstance(entry, dict) or not ("copied" in entry or "unit" in entry):
+                if not _is_entry(entry):
                     break
                 good += len(line)
                 if "copied" in entry:
-                    self._note_copied(entry["copied"])
+                    self._note_copied(entry["copied"], entry["bytes"])
                 else:
                     self.finished[entry["unit"]] = entry
         os.ftruncate(self._journal, good)
         os.lseek(self._journal, 0, os.SEEK_END)
 
-    def _note_copied(self, name: str) -> None:
+    def _note_copied(self, name: str, size: int) -> None:
         """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
         if name in self.copied:
             self.finished = {key: entry for key, entry in self.finished.items() if entry["file"] != name}
-        self.copied.add(name)
+        self.copied[name] = size
 
     def check_space(self, needed: int, probe: Path | None) -> None:
         """Refuse early what cannot fit: OutputError, unless FT's bytes can be shared on this file system."""
@@ -189,7 +189,7 @@ class Staging:
         """(source, empty copy) open for the caller to fill, then synced and journalled; None if done already."""
         assert source is not None  # FT was opened whole
         target = self.output / name
-        if name in self.copied and target.is_file():
+        if name in self.copied and target.is_file() and target.stat().st_size == self.copied[name]:
             yield None
             return
         fd = open_regular(source)
@@ -201,11 +201,12 @@ class Staging:
                 try:
                     yield fd, copy
                     os.fsync(copy)
+                    size = os.fstat(copy).st_size
                 finally:
                     os.close(copy)
                 sync_folder(target.parent)
-                append_synced(self._journal, json.dumps({"copied": name}).encode() + b"\n")
-                self._note_copied(name)
+                append_synced(self._journal, json.dumps({"copied": name, "bytes": size}).encode() + b"\n")
+                self._note_copied(name, size)
         finally:
             os.close(fd)
 
@@ -292,6 +293,16 @@ class Staging:
             if name not in self._files:
                 self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             return self._files[name]
+
+
+def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a journal line is one that this room or the run writes."""
+    if not isinstance(entry, dict):
+        return False
+    if "copied" in entry:
+        return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
+    texts, lists = (entry.get("unit"), entry.get("file")), (entry.get("tensors"), entry.get("kept"))
+    return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
 
 
 def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:

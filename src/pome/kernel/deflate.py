@@ -97,7 +97,7 @@ def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper
     B = scaled_image(tall, V[:, :k], sigma[:k])
     sigma[rank:] = 0.0
     P = polar(B, V[:, :k], sigma[:k], tall is not D, basis.strong)
-    return Kept(P, sigma, rank, k, EPS * float(sigma[basis.strong] / sigma[k - 1]) ** 2)
+    return Kept(P, sigma, rank, k, find_resolution(sigma, k, basis.strong))
 
 
 def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Basis:
@@ -202,9 +202,10 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
     subspace by a known angle, and takes a known share of the objective. Raises Undecided when that is too much.
     """
     n, p = V.shape[1], basis.strong
+    doubt = find_resolution(sigma, k, p)
     # Where the data leave the cut open there is mostly nothing to gain but the digits of s_k: a look at a few will do.
     for half in (WINDOW // 4, WINDOW):
-        if half < WINDOW and (k <= p or not is_open(sigma, k)):
+        if half < WINDOW and (k <= p or not is_open(sigma, k, doubt)):
             continue
         low, high = (max(p, k - half), min(n, k + half)) if k > p else (0, p)
         settled = slice(max(low - p, 0), high - p)
@@ -212,9 +213,9 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
         if k == p < n:  # what is left next to the strong ones is the first of the others
             diagonalise(D, V, sigma, p, min(n, p + WINDOW))
         lost = estimate_loss(sigma[p:], k - p, coupling, settled) / float(sigma[:k].sum()) if k > p else 0.0
-        if lost <= NOTHING and is_open(sigma, k):
+        if lost <= NOTHING and is_open(sigma, k, doubt):
             return
-    if is_open(sigma, k):
+    if is_open(sigma, k, doubt):
         if not lost <= LOST:
             raise Undecided(f"the cut is known to {lost:.0e} of the objective only")
         return
@@ -223,9 +224,14 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
         raise Undecided(f"the kept subspace is known to {angle:.0e} only")
 
 
-def is_open(sigma: Tensor, k: int) -> bool:
-    """Whether the singular values leave open which directions come before the cut."""
-    return k < sigma.numel() and float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1])
+def is_open(sigma: Tensor, k: int, doubt: float) -> bool:
+    """Whether the singular values leave open which directions come before the cut, beyond `doubt` about their gap."""
+    return k < sigma.numel() and float(sigma[k - 1] - sigma[k]) <= (GAP - doubt) * float(sigma[k - 1])
+
+
+def find_resolution(sigma: Tensor, k: int, p: int) -> float:
+    """The relative gap at the cut that rounding of the float32 squares leaves in doubt, `p` strong directions apart."""
+    return EPS * float(sigma[min(p, k - 1)] / sigma[k - 1]) ** 2
 
 
 def diagonalise(D: Tensor, V: Tensor, sigma: Tensor, low: int, high: int) -> float:
