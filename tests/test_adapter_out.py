@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pome
 from adapters import FUSED_EXPERTS, LINEAR, Pair, configure, make_pair, rewrite
 from checkpoints import hash_tree, read_tensors
 from hub_server import HubServer
 from pome import EditSpec, NumericalError, PairingError
+from pome.manifest import Manifest
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "plain": ("llama", ("up",), {"target_modules": LINEAR}),
@@ -108,18 +111,44 @@ def test_what_has_no_such_form_is_refused(tmp_path: Path) -> None:
     refuse(ill, pome.CheckpointError, "its rank is 6, by adapter_config.json it is 7")
 
 
-def test_verify_finds_an_edited_adapter_of_other_inputs(tmp_path: Path) -> None:
+FACTOR = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+TAMPERINGS: dict[str, tuple[str, str, Callable[[Path], None]]] = {  # form of the output, file, what was done to it
+    "a factor": ("adapter", "adapter_model.safetensors", lambda out: rewrite_tensor(out, FACTOR)),
+    "its config": ("adapter", "adapter_config.json", lambda out: edit_json(out / "adapter_config.json", lora_alpha=99)),
+    "a tokenizer": ("adapter", "tokenizer.json", lambda out: edit_json(out / "tokenizer.json", a=2)),
+    "the merged tokenizer": ("full", "tokenizer.json", lambda out: edit_json(out / "tokenizer.json", a=2)),
+    "the merged config": ("full", "config.json", lambda out: edit_json(out / "config.json", hidden_act="relu")),
+    "a file more": ("full", "evil.py", lambda out: edit_json(out / "evil.py")),
+}
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**(json.loads(file.read_bytes()) if file.exists() else {}), **values}))
+
+
+def rewrite_tensor(out: Path, name: str) -> None:
+    tensors = load_file(out / "adapter_model.safetensors")
+    save_file(tensors | {name: tensors[name] * 1.1}, out / "adapter_model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("what", TAMPERINGS)
+def test_verify_finds_what_was_done_to_an_edit_of_an_adapter_however_well_sealed(what: str, tmp_path: Path) -> None:
+    form, name, tamper = TAMPERINGS[what]
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
-    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-    file = tmp_path / "out/adapter_model.safetensors"
-    raw = bytearray(file.read_bytes())
-    size = int.from_bytes(raw[:8], "little")
-    start = 8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0]
-    raw[start : start + 4] = b"\0\0\x40\x40"
-    file.write_bytes(raw)
-    verdict = pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True)
-    assert [item.file for item in verdict.differences] == ["adapter_model.safetensors"]
+    edit_json(pair.adapter / "tokenizer.json", a=1)
+    out = tmp_path / "out"
+    pome.edit(pair.base, pair.adapter, out, EditSpec(out_format=form))
+    assert pome.verify(out, pair.base, pair.adapter, full=True).ok
+    tamper(out)
+    raw = json.loads((out / "pome_manifest.json").read_bytes())
+    for file in out.iterdir():
+        if file.name != "pome_manifest.json":
+            content = file.read_bytes()
+            raw["files"][file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "pome_manifest.json").write_text(Manifest.from_json(json.dumps(raw), "test").sealed().to_json())
+    assert pome.verify(out).ok
+    found = pome.verify(out, pair.base, pair.adapter, full=True).differences
+    assert {item.file for item in found} == {name}
 
 
 def test_the_card_of_an_adapter_says_what_it_goes_on(hub: HubServer, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import pome
-from checkpoints import llama_pair, read_ranges
+from checkpoints import LLAMA, llama_pair, perturb, random_llama, read_ranges, read_tensors, write_checkpoint
 from pome import EditSpec, PomeError, edit, verify
 from pome.manifest import Manifest
 
@@ -129,6 +130,35 @@ def test_files_that_came_or_went_are_found(out: Path) -> None:
     assert not is_found(out)
 
 
+@pytest.mark.parametrize("name", [".gitpayload.py", ".cached.bin", ".github/run.py", "linked"])
+def test_only_what_git_and_the_hub_leave_is_passed_over(out: Path, name: str) -> None:
+    (out / ".cache/huggingface").mkdir(parents=True)
+    (out / ".cache/huggingface/x.lock").write_text("")
+    (out / ".gitattributes").write_text("")
+    assert not is_found(out)
+    if name == "linked":
+        (out / name).symlink_to("/etc")
+    else:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    assert is_found(out)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json", "evil.py"])
+def test_files_that_came_or_went_are_found_however_well_sealed(made: Path, out: Path, name: str) -> None:
+    """Also where the manifest says of an added file that FT has it."""
+    raw = json.loads((out / MANIFEST).read_bytes())
+    if name == "evil.py":
+        (out / name).write_text("evil")
+        raw["files"][name] = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
+        raw["fine_tuned"]["files"][name] = raw["files"][name]
+    else:
+        (out / name).unlink()
+        del raw["files"][name]
+    reseal(out, raw)
+    assert is_found(out, made / "base", made / "ft")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", MANIFEST, "model-00001-of-00002.safetensors"])
 def test_what_is_no_file_in_the_place_of_one_is_found_and_not_waited_for(out: Path, name: str) -> None:
     for replacement in ("fifo", "device", "folder", "loop"):
@@ -188,6 +218,58 @@ OTHER_EDITS = {
     "another k": {"rank": 5},
     "another rule for alpha": {"scale": "mean"},
 }
+
+
+def test_another_matrix_of_the_same_objective_and_norm_is_found(tmp_path: Path) -> None:
+    """<D, E> and norm(E) as those of the edit, and no singular value as it should be."""
+    base, ft = llama_pair(tmp_path)
+    out = tmp_path / "out"
+    edit(base, ft, out)
+    W, W_ft, W_out = (read_tensors(folder)[UP].double() for folder in (base, ft, out))
+    D, E = W_ft - W, W_out - W
+    along = (D * E).sum() / D.square().sum() * D
+    N = torch.randn(D.shape, dtype=torch.float64)
+    N -= (N * D).sum() / D.square().sum() * D
+    forged = (W + along + N * ((E.norm() ** 2 - along.norm() ** 2).sqrt() / N.norm())).float()
+    assert float((forged - W_out).norm()) > 0.5 * float(E.norm())
+    start, end = read_ranges(out / "model.safetensors")[UP]
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[start:end] = forged.numpy().tobytes()
+    (out / "model.safetensors").write_bytes(content)
+    reseal(out)
+    assert [item.tensor for item in verify(out, base, ft, full=True).differences] == [UP]
+
+
+def test_another_basis_of_a_cluster_at_the_cut_passes(tmp_path: Path) -> None:
+    """Where every direction is as good as any other, those that another machine keeps are right as well."""
+    base = random_llama(1)
+    name = UP.replace("1", "0")
+    turned = torch.linalg.qr(torch.randn(40, 16, dtype=torch.float64)).Q.contiguous()
+    write_checkpoint(tmp_path / "base", base | {name: torch.zeros(40, 16)}, config=LLAMA)
+    write_checkpoint(tmp_path / "ft", base | {name: (0.01 * turned).float()}, config=LLAMA)
+    edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / MANIFEST).read_bytes())["tensors"][0]
+    assert record["k"] == 8 and "cluster" in record["warnings"][0]
+    tensors = read_tensors(tmp_path / "out")
+    other = turned @ torch.diag(torch.tensor([0.0, 1.0] * 8).double())
+    save_file(tensors | {name: (record["alpha"] * other).float()}, tmp_path / "out/model.safetensors", {"format": "pt"})
+    reseal(tmp_path / "out")
+    assert verify(tmp_path / "out", tmp_path / "base", tmp_path / "ft", full=True).ok
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_zero_delta_in_another_dtype_needs_no_base_to_be_proved(tmp_path: Path, dtype: str) -> None:
+    tensors = random_llama(2, dtype=torch.float32 if dtype != "float32" else torch.bfloat16)
+    write_checkpoint(tmp_path / "base", tensors, config=LLAMA)
+    ft = perturb(tensors) | {UP: tensors[UP]}
+    write_checkpoint(tmp_path / "ft", ft, config=LLAMA)
+    out = tmp_path / "out"
+    assert [item.name for item in edit(tmp_path / "base", tmp_path / "ft", out, EditSpec(dtype=dtype)).kept] == [UP]
+    assert verify(out, None, tmp_path / "ft").ok
+    stored = read_tensors(out)
+    save_file(stored | {UP: stored[UP] * 2}, out / "model.safetensors", {"format": "pt"})
+    reseal(out)
+    assert [item.tensor for item in verify(out, None, tmp_path / "ft").differences] == [UP]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

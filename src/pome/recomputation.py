@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
@@ -13,7 +13,7 @@ from pome.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from pome.comparison import Advance, Difference, compare_untouched
 from pome.manifest import Manifest, TensorRecord
 from pome.spec import EditSpec
-from pome.units import Plan, Unit
+from pome.units import STORED_NAMES, Plan, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,26 @@ def _check_plan(plan: Plan, manifest: Manifest) -> Iterator[Difference]:
         yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record")
     for name in sorted(set(manifest.merged) ^ set(plan.merged)):
         yield Difference(MANIFEST_NAME, name, "is merged by these inputs, or by the manifest, but not by both")
+
+
+def is_converted(made: Checkpoint, name: str, spec: EditSpec) -> bool:
+    """Whether a tensor of an output has the dtype that `--dtype` asked for."""
+    return name in made.tensors and made.tensors[name][1].dtype == STORED_NAMES.get(spec.dtype)
+
+
+def compare_converted(made: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Difference]:
+    """Tensors that were written in another dtype, and not edited, hold FT's values."""
+    import torch
+
+    from pome.patch import TORCH_DTYPES, to_bytes
+
+    for name in sorted(set(names) & tuned.tensors.keys()):
+        (file, mine), (_, theirs) = made.tensors[name], tuned.tensors[name]
+        if theirs.dtype not in TORCH_DTYPES or mine.shape != theirs.shape:
+            continue  # the comparison of the tables says so
+        values = torch.frombuffer(tuned.read(name, theirs.start, theirs.nbytes), dtype=TORCH_DTYPES[theirs.dtype])
+        if made.read(name, mine.start, mine.nbytes) != to_bytes(values.to(TORCH_DTYPES[mine.dtype])):
+            yield Difference(file, name, "its values are not FT's, and it was not edited")
 
 
 def check_adapter(

@@ -24,7 +24,7 @@ from pome.comparison import (
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.plan import make_plan
-from pome.recomputation import check_adapter, recompute
+from pome.recomputation import check_adapter, compare_converted, is_converted, recompute
 from pome.spec import EditSpec
 
 # What a Hub or git leaves beside an output that was uploaded and fetched again.
@@ -150,7 +150,11 @@ def _check_against_inputs(
         written = _list_written(made, template, spec)
         found += compare_side_files(manifest.files, beside, recorded, written, advance)
         if base is None:
-            return compare_untouched(made, tuned, {record.name for record in manifest.tensors}, found, advance), 0
+            edited = {record.name for record in manifest.tensors}
+            # Selected, and of a zero delta: FT's values in the dtype that was asked for.
+            converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
+            found += compare_converted(made, tuned, converted)
+            return compare_untouched(made, tuned, edited | converted, found, advance), 0
         plan = make_plan(sides[2], tuned, spec)
         if adapted and not merged:
             return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)

@@ -51,9 +51,9 @@ def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None)
         if scales is None or codes.entry.dtype not in CODES:
             continue
         block = _read_block(config)
-        m, n = codes.entry.shape[-2:]
-        expected = (*codes.entry.shape[:-2], -(-m // block[0]), -(-n // block[1]))
-        if scales.entry.shape != expected or scales.entry.dtype not in SCALES:
+        *stack, m, n = (1, 1, *codes.entry.shape)
+        expected = (*stack[2:], -(-m // block[0]), -(-n // block[1]))
+        if len(codes.entry.shape) < 2 or scales.entry.shape != expected or scales.entry.dtype not in SCALES:
             raise CheckpointError(
                 f"{scales.file.where}: tensor {printable(name + SUFFIX)}: {scales.entry.dtype} "
                 f"{list(scales.entry.shape)} are not the scales of {list(codes.entry.shape)} in blocks of "
