@@ -236,7 +236,7 @@ def test_two_threads_at_once_leave_the_precision_as_it_was():
         with full_precision(torch.device("cpu")):
             other.start()
             assert inside.wait(10)
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "highest"
         leave.set()
         other.join()
         assert torch.get_float32_matmul_precision() == "medium"
