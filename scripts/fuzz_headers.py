@@ -32,7 +32,8 @@ from hostile import (  # noqa: E402
     make_hostile_index,
     make_sane_file,
 )
-from pome.checkpoint.header import parse_header, parse_index, read_header  # noqa: E402
+from pome.checkpoint.files import LocalFile, read_header  # noqa: E402
+from pome.checkpoint.header import parse_header, parse_index  # noqa: E402
 from pome.errors import HeaderError  # noqa: E402
 
 HANG_SECONDS = 2
@@ -65,10 +66,13 @@ def feed_file(seed: int, path: Path) -> str:
     rng = Random(seed)
     sane = rng.random() < 0.1
     path.write_bytes(make_sane_file(rng) if sane else make_hostile_file(rng))
+    file = LocalFile(path)
     try:
-        header = read_header(path)
+        header = read_header(file)
     except HeaderError:
         return "sane files refused" if sane else "files refused"
+    finally:
+        file.close()
     try:
         expected = read_reference(path)
     except SafetensorError:

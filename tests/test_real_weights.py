@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 import real_weights
-from pome.checkpoint.header import read_header
+from checkpoints import read_tensors
 from real_weights import RXNFP, Pair, RealWeightsError, Trio
 
 
@@ -26,10 +26,7 @@ def test_the_bert_pair_holds_every_tensor(rxnfp: Pair, rxnfp_bare: Pair) -> None
 
 
 def test_the_trio_agrees_but_for_the_row_that_tcr_has_more(anarcii: Trio) -> None:
-    shapes = [
-        {name: entry.shape for name, entry in read_header(folder / "model.safetensors").tensors.items()}
-        for folder in anarcii
-    ]
+    shapes = [{name: t.shape for name, t in read_tensors(folder).items()} for folder in anarcii]
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) == 66
     other = {name: (shape, shapes[2][name]) for name, shape in shapes[0].items() if shape != shapes[2][name]}

@@ -20,7 +20,7 @@ from pome.spec import EditSpec
 from pome.units import Unit, fan_out_in
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SMALL = 1 << 20  # entries of a matrix that is worked on in float64
+FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
 )
@@ -125,7 +125,7 @@ def _edit_part(
     check_finite(unit, part, ft, base)
     # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
     # Where float64 costs next to nothing it is used, and even entries in which base and edit cancel come out right.
-    exact = torch.float64 in (ft.dtype, base.dtype) or ft.numel() <= SMALL
+    exact = torch.float64 in (ft.dtype, base.dtype) or ft.numel() <= FLOAT64_ENTRIES
     working = torch.float64 if exact else torch.float32
     W_base = base.to(working)
     D = ft.to(working) - W_base

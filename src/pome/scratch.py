@@ -17,7 +17,7 @@ from pome.engines.local import map_units
 from pome.kernel.spectrum import Basis, Known, Undecided
 from pome.merge import Data, make_patch, read_unit, see_ft
 from pome.pair import Opened
-from pome.patch import SMALL, TORCH_DTYPES
+from pome.patch import FLOAT64_ENTRIES, TORCH_DTYPES
 from pome.roles import Part
 from pome.spec import EditSpec
 from pome.units import Plan, Unit, fan_out_in
@@ -106,7 +106,7 @@ def count_bytes(plans: list[Plan]) -> int:
             if low is not None:
                 sizes[unit.key, unit.label(part)] = 8 * low.rank * (m + n)
             else:
-                sizes[unit.key, unit.label(part)] = (8 if m * n <= SMALL else 5) * short * short
+                sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
     return sum(sizes.values())
 
 

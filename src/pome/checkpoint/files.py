@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pome.checkpoint.header import MAX_HEADER_BYTES
+from pome.checkpoint.header import MAX_HEADER_BYTES, Header, read_header_with
 from pome.errors import CheckpointError, printable
 
 CHANGED = "changed while being read; wait until nothing writes there, then run the same command again with --fresh"
@@ -159,6 +160,11 @@ def read_range(file: File, start: int, nbytes: int, what: str) -> bytearray:
             )
         done += got
     return buffer
+
+
+def read_header(file: File) -> Header:
+    """The table of a weight file; nothing else of it is read. Raises HeaderError."""
+    return read_header_with(functools.partial(read_range, file, what="header"), file.size, file.where)
 
 
 def read_json(listing: Listing, name: str) -> Mapping[str, Any]:

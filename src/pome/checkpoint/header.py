@@ -10,8 +10,6 @@ JSON is walked one entry at a time: memory and time stay in proportion to the te
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -67,26 +65,6 @@ class Header:
     metadata: dict[str, str] | None
     data_start: int
     file_size: int
-
-
-def read_header(fd_or_path: int | str | os.PathLike[str], where: str | None = None) -> Header:
-    """Read a file's header and nothing else. `where` names the file in messages (default: the path itself).
-
-    Raises HeaderError for what is not a regular file, cannot be read, or breaks the format.
-    """
-    if isinstance(fd_or_path, int):
-        return _read_from(fd_or_path, where or f"file descriptor {fd_or_path}")
-    where = where or os.fspath(fd_or_path)
-    try:
-        # O_NONBLOCK: opening a FIFO that has no writer must not hang.
-        fd = os.open(fd_or_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        _refuse(where, f"cannot be opened ({reason}); check the path and its permissions", error)
-    try:
-        return _read_from(fd, where)
-    finally:
-        os.close(fd)
 
 
 def read_header_with(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> Header:
@@ -201,25 +179,6 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
 
 def _is_plain_name(shard: str) -> bool:
     return shard.endswith(".safetensors") and shard.isprintable() and not set(shard) & {"/", "\\"}
-
-
-def _read_from(fd: int, where: str) -> Header:
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            _refuse(where, "is not a regular file; give a .safetensors file")
-        return read_header_with(lambda at, count: _read_bytes(fd, count, at), status.st_size, where)
-    except OSError as error:
-        _refuse(where, f"cannot be read ({error.strerror}); check the disk", error)
-
-
-def _read_bytes(fd: int, count: int, offset: int) -> bytes:
-    pieces = []
-    while count and (piece := os.pread(fd, count, offset)):
-        pieces.append(piece)
-        count -= len(piece)
-        offset += len(piece)
-    return b"".join(pieces)
 
 
 def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorEntry, int]:

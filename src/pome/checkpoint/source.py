@@ -7,7 +7,6 @@ shards with their index; or one `.safetensors` file. A PEFT adapter is opened as
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_json, read_range
+from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_header, read_json, read_range
 from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
-from pome.checkpoint.header import Header, TensorEntry, parse_index, read_header_with
+from pome.checkpoint.header import Header, TensorEntry, parse_index
 from pome.checkpoint.hub import fetch_snapshot, is_repository, list_repository
 from pome.errors import CheckpointError, printable
 
@@ -245,8 +244,7 @@ def _gather(opened: Iterable[tuple[str, File]]) -> Gathered:
     try:
         for name, file in opened:
             try:
-                read = functools.partial(read_range, file, what="header")
-                files[name] = WeightFile(name, file, read_header_with(read, file.size, file.where))
+                files[name] = WeightFile(name, file, read_header(file))
             except BaseException:
                 file.close()
                 raise
