@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
-    "checkpoint.sidefiles": {"errors", "checkpoint.source"},
+    "checkpoint.sidefiles": {"errors", "checkpoint.source", "checkpoint.hub"},
     "checkpoint.trail": {"errors"},
     "checkpoint.disk": {"errors", "checkpoint.files", "checkpoint.clone"},
     "checkpoint.target": {
