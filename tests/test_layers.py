@@ -100,7 +100,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scorers": {"errors", "evaluate", "language"},
     "evidence": {"evaluate"},
     "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers", "yaml_text"},
-    "scratch": {"spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
+    "scratch": {
+        "spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local", "checkpoint.disk"
+    },
     "trial": {"grid", "evaluate", "evidence", "pair", "manifest"},
     "journal": {"evaluate", "trial", "checkpoint.disk"},
     "search": {
