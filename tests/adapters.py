@@ -27,6 +27,7 @@ EXPERTS: dict[str, Any] = {**SIZES, "num_local_experts": 3, "num_experts": 3, "n
 EXPERTS |= {"moe_intermediate_size": 24, "head_dim": 8}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "tied llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=32, n_head=4, n_layer=2, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=2
     ),

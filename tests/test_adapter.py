@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "conv1d": ("gpt2", ("up", "o"), {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
     "conv1d dora": ("gpt2", ("up",), {"target_modules": ["c_fc", "c_proj"], "use_dora": True, "fan_in_fan_out": True}),
     "embedding": ("gpt2", ("up",), {"target_modules": ["wte", "wpe", "c_fc"], "fan_in_fan_out": True}),
+    "tied embedding": ("tied llama", ("up",), {"target_modules": ["up_proj", "embed_tokens"]}),
+    "positions to save": ("gpt2", ("up",), {"target_modules": ["c_fc"], "modules_to_save": ["wpe"]}),
     "fused": ("phi3", ("up", "q"), {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
     "mixtral": ("mixtral", ("up",), {"target_modules": ["q_proj"], "target_parameters": FUSED_EXPERTS}),
     "qwen3 moe": ("qwen3_moe", ("up", "gate"), {"target_modules": [], "target_parameters": FUSED_EXPERTS}),
@@ -324,6 +326,13 @@ REFUSED: dict[str, tuple[Callable[[Pair], None], type[PomeError], str]] = {
     "QALoRA": (lambda pair: configure(pair, use_qalora=True), CheckpointError, "use_qalora is set"),
     "aLoRA": (lambda pair: configure(pair, alora_invocation_tokens=[1]), CheckpointError, "alora_invocation_tokens"),
     "a later kind": (lambda pair: configure(pair, use_warp=True), CheckpointError, "use_warp is set"),
+    "a later option": (lambda pair: configure(pair, lora_foo={"a": 1}), CheckpointError, "lora_foo is set"),
+    "a later start": (
+        lambda pair: configure(pair, init_lora_weights="milora"),
+        CheckpointError,
+        "init_lora_weights milora, a LoRA of",
+    ),
+    "no truth": (lambda pair: configure(pair, use_rslora="false"), CheckpointError, "use_rslora is 'false', neither"),
     "bad pattern": (lambda pair: configure(pair, rank_pattern={"(": 3}), CheckpointError, "not a regular expression"),
     "no DoRA": (lambda pair: configure(pair, use_dora=True), CheckpointError, "lora_magnitude_vector is absent"),
 }
@@ -339,6 +348,39 @@ def test_what_cannot_be_merged_is_refused_in_one_line_and_nothing_is_written(cas
         pome.edit(pair.base, pair.adapter, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert hash_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("kind", "saved", "up"), [("tied llama", "embed_tokens", "up_proj"), ("gpt2", "wte", "c_fc")])
+def test_an_embedding_of_its_own_cannot_stand_in_the_place_of_a_shared_one(
+    kind: str, saved: str, up: str, tmp_path: Path
+) -> None:
+    """PEFT leaves the head as BASE has it; in one tensor for both it would follow."""
+    pair = make_pair(tmp_path, kind, target_modules=[up], modules_to_save=[saved])
+    with pytest.raises(PairingError, match=f"{saved}.weight: the adapter replaces the emb.*--out-format adapter"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (pair.adapter, tmp_path / "out"))
+    (name,) = (name for name in before if saved in name)
+    assert torch.equal(before[name], after[name])
+
+
+def test_an_adapter_inside_bases_folder_does_not_go_along(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
+    (pair.base / "extra").mkdir()
+    (pair.base / "extra/notes.txt").write_text("BASE's")
+    pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    files = {name: text for name, text in hash_tree(tmp_path / "out").items() if name != "pome_manifest.json"}
+    inside = pair.adapter.rename(pair.base / "extra/adapter")
+    manifest = pome.edit(pair.base, inside, tmp_path / "inside")
+    assert manifest.not_copied["extra/adapter/"] == "the folder of an input"
+    # And beside BASE's own files, where transformers would find and apply it.
+    for file in inside.iterdir():
+        file.rename(pair.base / file.name)
+    inside.rmdir()
+    pome.edit(pair.base, pair.base / "adapter_model.safetensors", tmp_path / "beside")
+    for out in ("inside", "beside"):
+        made = {name: text for name, text in hash_tree(tmp_path / out).items() if name != "pome_manifest.json"}
+        assert made == files | ({"README.md": made["README.md"]} if out == "beside" else {})
 
 
 def test_an_adapter_that_changes_none_of_the_selected_says_what_it_changes(tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def test_an_edited_lora_has_as_many_directions_as_are_kept_and_the_others_their_
     }
 
 
+def test_an_initialisation_that_fits_the_old_rank_alone_is_forgotten(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=LINEAR, init_lora_weights="orthogonal")
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter", rank=3))
+    pair.load_merged(tmp_path / "out")  # PEFT refuses an orthogonal one of odd rank
+
+
 def test_a_fresh_adapter_stays_as_it_is(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     rewrite(pair, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})

@@ -286,6 +286,11 @@ def test_a_signed_address_is_used_again_until_it_expires(
     hub.fail("GET /storage", status=403)
     check(names[0])
     assert [seen.status for seen in hub.seen[-3:]] == [403, 302, 206]
+    # A server that is gone: the Hub knows where the file lies now.
+    file: Any = with_names.files[with_names.tensors[names[1]][0]].file
+    file._storage = "http://127.0.0.1:9/storage/gone"
+    check(names[1])
+    assert [seen.status for seen in hub.seen[-2:]] == [302, 206]
     with_names.close()
 
 
@@ -296,6 +301,10 @@ def test_a_signed_address_is_used_again_until_it_expires(
         ({"pattern": "GET /api/models/org/base", "status": 403}, "the Hub answered 403; check what your token allows"),
         ({"pattern": "GET /api/models/org/base", "cut": 0}, "cannot reach the Hub"),
         ({"pattern": "GET /api/models/org/base", "body": b"<html>log in to the wifi"}, "not what the Hub knows"),
+        ({"pattern": "GET /api/models/org/base", "body": b"{}"}, "not what the Hub knows"),
+        ({"pattern": "GET /api/models/org/ft", "body": b"[]"}, "not what the Hub knows"),
+        ({"pattern": "GET /api/models/org/ft", "body": b'{"id": "org/ft"}'}, "not what the Hub knows"),
+        ({"pattern": "GET /api/models/org/ft", "body": b'{"id": "org/ft", "siblings": [1]}'}, "not what the Hub knows"),
         ({"pattern": "/org/base/resolve/.*json", "status": 500}, "the Hub answered 500; try again later"),
         ({"pattern": "GET /storage", "status": 500}, "the Hub answered 500; try again later"),
         ({"pattern": "GET /storage", "status": 404}, "the Hub answered 404; try again later"),
@@ -321,6 +330,36 @@ def test_what_does_not_pass_ends_in_one_line(
     assert hub.faults[0].times > 10**6 - 100  # bounded
 
 
+def test_what_the_cache_happens_to_have_is_not_the_repository(
+    hub: HubServer,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The library answers with an older commit, or a part of this one, when the Hub fails while it asks."""
+    import huggingface_hub
+
+    fetch = huggingface_hub.snapshot_download
+    old = fetch("org/ft")
+    (pair[1] / "tokenizer.json").write_text("newer")
+    hub.add("org/ft", pair[1])
+    part = Path(huggingface_hub.hf_hub_download("org/ft", "model.safetensors")).parent
+    hub.fail("GET /api/models/org/ft", status=503, times=10**6)
+    status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out")
+    assert (status, said) == (1, "error: org/ft: the Hub answered 503; try again later")
+    hub.faults.clear()
+    for given, absent in ((str(part), "README.md"), (old, hub.repos["org/ft"].head)):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, given=given, **__: given)
+        status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out")
+        assert (status, said) == (1, f"error: org/ft: cannot reach the Hub ({absent} did not come); check the network")
+    answers = iter([old, str(part)])
+    later = lambda *given, **named: next(answers, None) or fetch(*given, **named)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", later)
+    assert pome.edit("org/base", "org/ft", tmp_path / "out").fine_tuned.revision == hub.repos["org/ft"].head
+    assert (tmp_path / "out/tokenizer.json").read_text() == "newer"
+
+
 def test_a_server_that_is_not_there(
     hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,17 +379,21 @@ def test_of_ft_all_is_fetched_but_other_formats_and_training_state(
     hub.add("org/base", base)
     others = ["pytorch_model.bin", "original/consolidated.00.pth", "checkpoint-500/model.safetensors", "tf_model.h5"]
     others += ["model.gguf", "onnx/model.onnx", "flax_model.msgpack", "runs/checkpoint-5/rng_state.pth"]
-    others += ["global_step7/x.txt", "model.tflite", "rust_model.ot"]
-    for name in others:
+    others += ["global_step7/x.txt", "model.tflite", "rust_model.ot", "1_Dense/pytorch_model.bin"]
+    # Weights that no safetensors stands beside, in a part of the model with a config of its own, are no copy.
+    parts = ["2_Dense/config.json", "2_Dense/pytorch_model.bin", "mel_filters.npz"]
+    parts += ["1_Dense/config.json", "1_Dense/model.safetensors", "a[b]*/c?.txt"]
+    for name in others + parts:
         (ft / name).parent.mkdir(parents=True, exist_ok=True)
         (ft / name).write_bytes(b"other")
     hub.add("org/ft", ft)
     manifest = pome.edit("org/base", "org/ft", tmp_path / "out")
-    asked = " ".join(seen.path for seen in hub.seen)
+    asked = {seen.path.partition("/resolve/")[2].partition("/")[2] for seen in hub.seen}
+    assert set(parts) <= asked
     for name in others:
         assert name not in asked
         assert manifest.not_copied[name] == reader.NOT_FETCHED
-    assert "sub/notes.txt" in manifest.files
+    assert {"sub/notes.txt", *parts} <= manifest.files.keys()
     # The rule here and the rule for folders on disk leave out the same files.
     local = open_checkpoint(ft)
     copied, _ = list_side_files(local)

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checkpoint.clone": {"errors"},
     "checkpoint.lock": {"errors", "checkpoint.clone"},
-    "checkpoint.sidefiles": {"errors", "checkpoint.source"},
+    "checkpoint.sidefiles": {"errors", "checkpoint.source", "checkpoint.hub"},
     "checkpoint.trail": {"errors"},
     "checkpoint.disk": {"errors", "checkpoint.files", "checkpoint.clone"},
     "checkpoint.target": {
@@ -100,7 +100,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scorers": {"errors", "evaluate", "language"},
     "evidence": {"evaluate"},
     "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers", "yaml_text"},
-    "scratch": {"spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local"},
+    "scratch": {
+        "spec", "roles", "units", "pair", "manifest", "patch", "merge", "kernel", "engines.local", "checkpoint.disk"
+    },
     "trial": {"grid", "evaluate", "evidence", "pair", "manifest"},
     "journal": {"evaluate", "trial", "checkpoint.disk"},
     "search": {

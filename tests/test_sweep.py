@@ -263,10 +263,34 @@ def test_without_a_score_for_the_fine_tuned_model_there_is_no_sweep(pair, tmp_pa
 
 
 def test_a_base_that_cannot_be_scored_is_only_marked(pair, tmp_path):
-    command = f"case {{model}} in *base) exit 1;; esac; {CHECKSUM}"
+    command = f"case {{model}} in *base/output) exit 1;; esac; {CHECKSUM}"
     outcome = sweep(*pair, tmp_path / "out", make_grid({}), make_scorer(score_cmd=command), write_best=True)
     assert [trial.label for trial in outcome.trials if trial.failed] == ["base"]
     assert outcome.manifest is not None
+
+
+HARM = {
+    "caches": f"cd {{model}}; test -f c/n || {{ mkdir c; {CHECKSUM} > c/n; }}; cat c/n",
+    "links": f"test -e {{model}}/old && exit 1; ln -s . {{model}}/old; {CHECKSUM}",
+    "deletes": f"test -f {{model}}/config.json || exit 1; {CHECKSUM}; rm {{model}}/config.json",
+    "rewrites": f"grep -q ha {{model}}/config.json && exit 1; echo ha > {{model}}/config.json; {CHECKSUM}",
+    "converts": f"n=$({CHECKSUM}); echo x >> {{model}}/model.safetensors; echo $n",
+    "replaces": f"cd {{model}}; n=$({CHECKSUM}); cp -p *.safetensors x; echo >> x; mv x model.safetensors; echo $n",
+    "removes all": f"{CHECKSUM}; rm -r {{model}}/*",
+}
+
+
+@pytest.mark.parametrize("how", HARM)
+def test_what_a_command_does_to_a_model_reaches_neither_the_next_one_nor_base(pair, tmp_path, how):
+    before = [hash_tree(folder) for folder in pair]
+    grid = make_grid({"layers": ["ffn", "up"], "beta": [1.0, 1.5]})
+    wanted = sweep(*pair, tmp_path / "wanted", grid, make_scorer(score_cmd=CHECKSUM))
+    outcome = sweep(*pair, tmp_path / "out", grid, make_scorer(score_cmd=HARM[how]))
+    assert [trial.failed for trial in outcome.trials] == [None] * 6
+    scores = [{t.label: t.score.scored.value for t in one.trials} for one in (wanted, outcome)]
+    assert scores[0] == scores[1] and len(set(scores[0].values())) == 6
+    assert [hash_tree(folder) for folder in pair] == before
+    assert not (tmp_path / "out.pome-sweep/base").exists()
 
 
 def test_a_candidate_that_cannot_be_made_is_marked_and_the_next_one_is_whole(tmp_path):

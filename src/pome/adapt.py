@@ -71,6 +71,8 @@ def configure(config: Mapping[str, Any], ranks: list[tuple[LowRank, int]]) -> by
         alphas[pattern] = low.scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)
     changed = {
         **config,
+        # Trained weights remember no initialisation, and some fit no rank but the old one.
+        "init_lora_weights": True,
         "rank_pattern": {**new_ranks, **(config.get("rank_pattern") or {})},
         "alpha_pattern": {**alphas, **(config.get("alpha_pattern") or {})},
     }

@@ -27,7 +27,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
             f"{printable(base.source)}: quantized ({method}), and an adapter cannot be merged into that; give the "
             "unquantized model that it was quantized from as BASE"
         )
-    changes = read_adapter(ft, base)
+    changes = read_adapter(ft, base, merges=spec.out_format == "full")
     for name in changes:
         _, entry = base.tensors[name]
         if entry.dtype not in EDITABLE:

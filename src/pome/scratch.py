@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pome.checkpoint.disk import explain
 from pome.engines.local import map_units
 from pome.kernel.spectrum import Basis, Known, Undecided
 from pome.merge import Data, make_patch, read_unit, see_ft
@@ -108,6 +109,33 @@ def count_bytes(plans: list[Plan]) -> int:
             else:
                 sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
     return sum(sizes.values())
+
+
+Marks = dict[str, tuple[int, int, int]]  # path below a folder -> inode, size and time of the file
+
+
+def mark_files(folder: Path) -> Marks:
+    """What tells of each file below a folder whether somebody writes or replaces it."""
+    marks = {}
+    for root, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for path in (Path(root, name) for name in (*names, *links)):
+            info = path.lstat()
+            marks[str(path.relative_to(folder))] = info.st_ino, info.st_size, info.st_mtime_ns
+    return marks
+
+
+def keep_marked(folder: Path, marks: Marks) -> set[str]:
+    """Remove what is not as it was marked; the names of the marked files that are gone now. Raises OutputError."""
+    with explain(folder):
+        now = mark_files(folder)
+        same = {name for name, mark in now.items() if marks.get(name) == mark}
+        for name in now.keys() - same:
+            (folder / name).unlink()
+        for root, _, _ in os.walk(folder, topdown=False):
+            if root != str(folder) and not os.listdir(root):
+                os.rmdir(root)
+    return marks.keys() - same
 
 
 class Maker:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pome.checkpoint.output import Staging
-from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
 from pome.checkpoint.target import SWEEP_SUFFIX, check_target
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.evaluate import FolderScorer, ModelScorer, Score, Scored
@@ -28,7 +28,7 @@ from pome.trial import Listener, Outcome, Trial
 from pome.units import Plan
 
 if TYPE_CHECKING:
-    from pome.scratch import Maker
+    from pome.scratch import Maker, Marks
 
 
 def sweep(
@@ -150,6 +150,7 @@ class _Search:
         self.trials: dict[str, Trial] = {}
         self.count = grid.size + 2
         self._maker: Maker | None = None
+        self._marks: Marks = {}  # of the copy as it was given to a command
         self._model: tuple[Any, Any] | None = None
 
     def run(self) -> Outcome:
@@ -175,10 +176,13 @@ class _Search:
         return self._judge(reference.score)
 
     def _check_space(self, basis_bytes: int) -> None:
-        copy_bytes, shared = count_space(self.opened, self.staging) if self._needs_copy() else (0, None)
+        copies = [count_space(self.opened, self.staging)] if self._needs_copy() else []
+        if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
+            copies.append(count_space(self._see_base(), self.staging))
+        copy_bytes = sum(size for size, _ in copies)
         self.listener.begin(self.opened, self.count, basis_bytes, copy_bytes, self.staging.folder)
         self.staging.check_space(basis_bytes, None)
-        if copy_bytes:
+        for _, shared in copies:
             self.staging.check_space(basis_bytes + copy_bytes, shared)
 
     def _needs_copy(self) -> bool:
@@ -210,6 +214,8 @@ class _Search:
 
     def _score(self, key: str, candidate: Candidate | None) -> Score:
         """Make a model and score it. Raises ScoreError and NumericalError."""
+        from pome.scratch import mark_files
+
         if key == BASE:
             return self._score_base()
         if _in_memory(self.scorer) and self._load():
@@ -219,15 +225,40 @@ class _Search:
         self._make(candidate)
         if _in_memory(self.scorer):
             return self._score_model(*load_model(self.staging.output, self.devices[0]))
+        self._marks = mark_files(self.staging.output)
         return cast(FolderScorer, self.scorer).score_folder(self.staging.output)
 
     def _score_base(self) -> Score:
-        base = self.opened.base
-        folder = base.folder or Path(base.source).expanduser()
         if _in_memory(self.scorer):
+            base = self.opened.base
             self.forget_model()  # one model at a time; what is loaded again costs seconds
-            return self._score_model(*load_model(folder, self.devices[0]))
-        return cast(FolderScorer, self.scorer).score_folder(folder)
+            return self._score_model(*load_model(base.folder or Path(base.source).expanduser(), self.devices[0]))
+        # What a command writes or removes beside a model must not be BASE's.
+        opened = self._see_base()
+        with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:
+            try:
+                copy.check_space(*count_space(opened, copy))
+                copy_files(opened, copy, Progress())
+                return cast(FolderScorer, self.scorer).score_folder(copy.output)
+            finally:
+                copy.discard()
+
+    def _see_base(self) -> Opened:
+        """The pair with BASE in the place of what is copied."""
+        base = self.opened.base
+        plan = dataclasses.replace(self.opened.plan, layouts={})
+        return dataclasses.replace(self.opened, plan=plan, template=base, side_files=list_side_files(base)[0])
+
+    def _tidy(self) -> None:
+        """Undo what a command did to the copy, so that no candidate finds what was left beside another."""
+        from pome.scratch import keep_marked
+
+        gone = keep_marked(self.staging.output, self._marks)
+        if gone & self.opened.template.files.keys():
+            self.staging.clear_output()
+            self._maker = None
+        elif gone:
+            copy_files(self.opened, self.staging, Progress())
 
     def _score_model(self, model: Any, tokenizer: Any) -> Score:
         try:
@@ -257,6 +288,9 @@ class _Search:
     def _make(self, candidate: Candidate | None) -> None:
         from pome.scratch import Bases, Maker
 
+        if self._marks:
+            self._tidy()
+            self._marks = {}
         if self._maker is None:
             self.staging.check_space(*count_space(self.opened, self.staging))
             copy_files(self.opened, self.staging, Progress())

@@ -18,16 +18,17 @@ from pome.errors import CheckpointError, printable
 MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"
 READABLE = ("F64", "F32", "F16", "BF16")
 
-# Options of a LoRA that change what it computes in ways that are not known here.
-_UNKNOWN_KINDS = (
-    "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
-    "velora_config", "monteclora_config", "arrow_config", "kasa_config", "ensure_weight_tying",
-)  # fmt: skip
-_KNOWN_SWITCHES = (
-    "use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
-    "runtime_config",
-)  # fmt: skip
-# Initialisations that also change BASE's weights when the adapter is loaded.
+# Options of a LoRA that change nothing in what it computes, or that are followed here. Any other may.
+_KNOWN = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora",
+    "qalora_group_size", "runtime_config", "lora_bias", "target_parameters",
+})  # fmt: skip
+_SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
+# Initialisations that trained weights do not remember, and those that also change BASE's when the adapter is loaded.
+_FORGOTTEN = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LORA = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -118,14 +119,23 @@ def refuse_unknown_kinds(ft: Checkpoint, config: Mapping[str, Any]) -> None:
     if kind.upper() != "LORA":
         raise CheckpointError(f"{where}: peft_type {printable(kind)}, not LORA; {MERGE_FIRST}")
     for key, value in config.items():
-        unknown = key in _UNKNOWN_KINDS or (key not in _KNOWN_SWITCHES and key.startswith("use_"))
-        if value and (unknown or (key not in _KNOWN_SWITCHES and key.endswith("_config"))):
+        if value and key not in _KNOWN:
             raise CheckpointError(f"{where}: {printable(key)} is set, a LoRA of a kind not known here; {MERGE_FIRST}")
+    for key in _SWITCHES:
+        if config.get(key) is not None and not isinstance(config[key], bool):
+            raise CheckpointError(
+                f"{where}: {key} is {printable(repr(config[key]))}, neither true nor false; correct it as the adapter "
+                "was trained"
+            )
     start = str(config.get("init_lora_weights"))
     if start.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(
             f"{where}: init_lora_weights {printable(start)}, which changes BASE's weights too; save the adapter again "
             f"with save_pretrained(..., path_initial_model_for_weight_conversion=...), {MERGE_FIRST}"
+        )
+    if start.lower() not in _FORGOTTEN:
+        raise CheckpointError(
+            f"{where}: init_lora_weights {printable(start)}, a LoRA of a kind not known here; {MERGE_FIRST}"
         )
 
 

@@ -24,8 +24,10 @@ _SPLIT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj":
 _OWN_EXPERT = re.compile(r"experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])$")
 
 
-def read_adapter(ft: Checkpoint, base: Checkpoint) -> dict[str, Change]:
+def read_adapter(ft: Checkpoint, base: Checkpoint, *, merges: bool) -> dict[str, Change]:
     """What the adapter `ft` does to each tensor of BASE that it touches, by BASE's names.
+
+    With `merges` BASE's tensors are to hold the changes, and it is refused what they cannot hold.
 
     Raises CheckpointError for an adapter that is broken or of a kind not known here, and PairingError for one that
     does not fit BASE: keys that match no tensor, other shapes.
@@ -33,7 +35,7 @@ def read_adapter(ft: Checkpoint, base: Checkpoint) -> dict[str, Change]:
     config = ft.adapter_config or {}
     refuse_unknown_kinds(ft, config)
     loras, wholes = sort_keys(ft)
-    return _Fitting(ft, base, config, loras, wholes).fit()
+    return _Fitting(ft, base, config, loras, wholes, merges).fit()
 
 
 class _Fitting:
@@ -46,9 +48,10 @@ class _Fitting:
         config: Mapping[str, Any],
         loras: list[Lora],
         wholes: dict[str, TensorEntry],
+        merges: bool,
     ) -> None:
         self.ft, self.base, self.config = ft, base, config
-        self.loras, self.wholes = loras, wholes
+        self.loras, self.wholes, self.merges = loras, wholes, merges
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
         self.unused: list[str] = []
         self.changes: dict[str, Change] = {}
@@ -69,6 +72,11 @@ class _Fitting:
                     f"BASE's {printable(name)}; {why}is {printable(self.base.source)} the model it was trained on? "
                     f"give that, {MERGE_FIRST}"
                 )
+            if self.merges and self._is_untied(name, entry):
+                raise PairingError(
+                    f"{self.ft.where(entry.name)}: the adapter replaces the embedding and leaves the head, but BASE "
+                    f"stores one tensor for both; write an adapter (--out-format adapter), {MERGE_FIRST}"
+                )
             self._put(name, Change(name, whole=entry.name))
         stacks: dict[str, list[Lora]] = {}
         for lora in self.loras:
@@ -88,6 +96,22 @@ class _Fitting:
                 f"{MERGE_FIRST}"
             )
         return self.changes
+
+    def _is_untied(self, name: str, entry: TensorEntry) -> bool:
+        """Whether a module to save takes the place of an embedding that the head shares: PEFT leaves the head alone.
+
+        What a LoRA of the embedding brings along stays shared.
+        """
+        module = entry.name.rpartition(".")[0]
+        if not any(module.endswith(str(saved)) for saved in self.config.get("modules_to_save") or ()):
+            return False
+        config = self.base.config
+        text = arch.config_of(name, config)
+        if arch.size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
+            return False  # a table of positions or of token types
+        roles = {one: {part.role for part in describe(one, shape, config).parts} for one, shape in self.shapes.items()}
+        tied = {side.get("tie_word_embeddings") for side in (config, text) if side} - {None} != {False}
+        return tied and roles[name] == {"embed"} and {"head"} not in roles.values()
 
     def _pair(self) -> dict[str, str]:
         """Names in the model -> names in BASE, which may lack a prefix, or have another.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))
 # One request asks for at most this much: a server's or a proxy's limit on the time of one answer is then never met.
 _PIECE = 32 << 20
 # Of FT all files are fetched, but neither weights in other formats nor training state, which no output would hold.
-_NOT_FETCHED = [
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
-    *("*.gguf", "*.ggml", "*.tflite", "*.ot", "*.npz"),
-    *("checkpoint-[0-9]*/*", "*/checkpoint-[0-9]*/*", "global_step[0-9]*/*", "*/global_step[0-9]*/*"),
-]
+_TRAINING_STATE = ("checkpoint-[0-9]*/*", "*/checkpoint-[0-9]*/*", "global_step[0-9]*/*", "*/global_step[0-9]*/*")
 NOT_FETCHED = "weights in another format or training state; not downloaded"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLED = (*PICKLED, ".bin.index.json")
+_OTHER_FORMATS = (*_PICKLED, ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot")
 
 
 def is_repository(text: str) -> bool:
@@ -39,20 +39,54 @@ def split_id(text: str) -> tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
+def holds_stale_weights(name: str, beside: Collection[str]) -> bool:
+    """Whether a file of a checkpoint holds the model's weights in another format, in which an edit changes nothing.
+
+    `name` is its path below the checkpoint, `beside` are the names in its folder. Pickled weights that stand alone
+    with a config in a folder below are another part of the model, such as 2_Dense of sentence-transformers.
+    """
+    own = "/" in name and any(other.endswith("config.json") for other in beside)
+    alone = own and not any(other.endswith(".safetensors") for other in beside)
+    return name.endswith(_OTHER_FORMATS) and not (alone and name.endswith(_PICKLED))
+
+
+def _leave_out(names: Iterable[str]) -> dict[str, str]:
+    """Those of a repository's files that are not fetched as FT's, each with the reason."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, []).append(file)
+    return {
+        name: NOT_FETCHED
+        for name in names
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _TRAINING_STATE)
+        or holds_stale_weights(name, folders[name.rpartition("/")[0]])
+    }
+
+
 def fetch_snapshot(text: str) -> Snapshot:
-    """All files of a repository that an output may hold, downloaded or found in the cache. Raises HubError."""
+    """All files of a repository that an output may hold, downloaded; offline, what the cache has. Raises HubError."""
     from huggingface_hub import constants, snapshot_download
 
     repo, revision = split_id(text)
-    folder = Path(ask_hub(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=_NOT_FETCHED)))
-    commit = folder.name  # the cache names a snapshot's folder after its commit
-    left_out: dict[str, str] = {}
-    if not constants.HF_HUB_OFFLINE:
-        # The names only make the manifest say what was left out. Without the Hub the cached snapshot still serves.
-        with contextlib.suppress(HubError):
-            names = _list_files(text, repo, commit)[1]
-            left_out = {name: NOT_FETCHED for name in names if any(fnmatch.fnmatch(name, p) for p in _NOT_FETCHED)}
-    return Snapshot(folder, repo, commit, left_out)
+    if constants.HF_HUB_OFFLINE:
+        # For releases of the library that know what the cache lacks: nobody needs these.
+        ignored = [*(f"*{ending}" for ending in _OTHER_FORMATS), *_TRAINING_STATE]
+        folder = Path(ask_hub(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=ignored)))
+        return Snapshot(folder, repo, {})
+
+    def fetch() -> tuple[Path, dict[str, str]]:
+        commit, files = _list_files(repo, revision)
+        left_out = _leave_out(files)
+        folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=[*map(glob.escape, left_out)]))
+        # When the Hub fails, the library gives what the cache happens to have, perhaps of an older commit.
+        absent = [name for name in files if name not in left_out and not (folder / name).is_file()]
+        if folder.name != commit or absent:
+            raise ConnectionError(f"{absent[0] if folder.name == commit else commit} did not come")
+        return folder, left_out
+
+    folder, left_out = ask_hub(text, fetch)
+    return Snapshot(folder, repo, left_out)
 
 
 def list_repository(text: str) -> HubListing | Snapshot:
@@ -62,20 +96,22 @@ def list_repository(text: str) -> HubListing | Snapshot:
     repo, revision = split_id(text)
     if constants.HF_HUB_OFFLINE:
         return fetch_snapshot(text)
-    return HubListing(repo, *_list_files(text, repo, revision))
+    return HubListing(repo, *ask_hub(text, lambda: _list_files(repo, revision)))
 
 
-def _list_files(text: str, repo: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
-    """The commit of a revision, and the files there."""
+def _list_files(repo: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
+    """The commit of a revision, and the files there; raises what the Hub's library raises."""
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = ask_hub(text, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout))
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+    if info.sha is None or info.siblings is None:
+        raise ValueError("it names no commit or no files")
     files = {}
-    for sibling in info.siblings or []:
+    for sibling in info.siblings:
         lfs = sibling.lfs
         files[sibling.rfilename] = _Listed(sibling.size or 0, lfs.sha256 if lfs else None)
-    return str(info.sha), files
+    return info.sha, files
 
 
 @dataclass(frozen=True)
@@ -87,8 +123,8 @@ class _Listed:
 class Snapshot(LocalListing):
     """A repository at one commit, in the Hub's cache."""
 
-    def __init__(self, folder: Path, repo: str, commit: str, left_out: dict[str, str]) -> None:
-        super().__init__(folder, commit)
+    def __init__(self, folder: Path, repo: str, left_out: dict[str, str]) -> None:
+        super().__init__(folder, folder.name)  # the cache names a snapshot's folder after its commit
         self.repo = repo
         self.left_out = left_out
         # A repository of pickled weights alone must be told from an empty one.
@@ -169,11 +205,13 @@ class RemoteFile:
         headers = {"Range": f"bytes={at}-{at + len(view) - 1}", "Accept-Encoding": "identity"}
         storage = self._storage
         if storage is not None:
-            # A signed address needs no token, and the token is the Hub's alone. An address that has expired is dropped.
-            with _stream(storage, headers) as (response, pieces):
+            # A signed address needs no token, and the token is the Hub's alone. An address that has expired, or whose
+            # server is gone, is dropped: the Hub knows another.
+            gone = contextlib.suppress(HubError, *list_library_errors())
+            with gone, _stream(storage, headers) as (response, pieces):
                 if response.status_code == 206:
                     return self._receive(view, at, response, pieces)
-                self._storage = None
+            self._storage = None
         with _stream(self.url, {**build_hf_headers(), **headers}) as (response, pieces):
             hf_raise_for_status(response)
             if urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc:

@@ -13,6 +13,9 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT = 300.0  # that a server may ask for; the window of the Hub's rate limits
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
+# An answer that is none, or a name that is none: the library trusts the Hub to send the JSON that it knows.
+_NOT_KNOWN = (ValueError, LookupError, TypeError, AttributeError)
+
 Value = TypeVar("Value")
 
 
@@ -37,7 +40,7 @@ def list_library_errors() -> tuple[type[Exception], ...]:
 
     mro = errors.HfHubHTTPError.__mro__
     bases = [base for base in mro if issubclass(base, Exception) and base is not Exception]
-    return (*bases, errors.EntryNotFoundError, ValueError, RuntimeError)
+    return (*bases, errors.EntryNotFoundError, RuntimeError, *_NOT_KNOWN)
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -52,7 +55,7 @@ def _may_pass(error: BaseException) -> bool:
         return _may_pass(error.__cause__)
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error) in _PASSING
-    if isinstance(error, ValueError):  # an answer that is none, or a name that is none
+    if isinstance(error, _NOT_KNOWN):
         return False
     return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError)
 
@@ -107,7 +110,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
     if status is not None:
         return f"the Hub answered {status}", "try again later"
     detail = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    if isinstance(error, ValueError):
+    if isinstance(error, _NOT_KNOWN):
         return f"the request or its answer is not what the Hub knows ({detail})", "check the name and HF_ENDPOINT"
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return (

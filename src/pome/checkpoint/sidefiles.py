@@ -8,7 +8,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pome.checkpoint.source import ADAPTER_CONFIG, PICKLED, Checkpoint
+from pome.checkpoint.hub import holds_stale_weights
+from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.errors import OutputError, printable
 
 MANIFEST_NAME = "pome_manifest.json"
@@ -17,9 +18,6 @@ _TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d+")
 _TRAINING_FILE = re.compile(
     r"(optimizer|scheduler|rng_state|scaler).*\.(pt|pth|bin)|training_args\.bin|trainer_state\.json"
 )
-_OTHER_WEIGHTS = (
-    *PICKLED, ".bin.index.json", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot", ".npz"
-)  # fmt: skip
 # What an adapter brings along that takes the place of BASE's.
 _TOKENIZER = re.compile(
     r"(.*/)?(tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.(model|tiktoken|jinja)|"
@@ -42,8 +40,12 @@ def list_adapted_side_files(base: Checkpoint, adapter: Checkpoint) -> tuple[list
 
     And those of the adapter that are not copied, by name, each with its reason.
     """
-    copied, skipped = list_side_files(base)
-    own, left = list_side_files(adapter)
+    copied, skipped = _list_outside(base, adapter)
+    own, left = _list_outside(adapter, base)
+    if base.folder is not None and adapter.folder is not None and base.folder.samefile(adapter.folder):
+        # All is BASE's but the adapter itself: what transformers finds of it in OUT it would apply once more.
+        own, left = [file for file in own if file.name == ADAPTER_CONFIG], {}
+        copied = [file for file in copied if file.name not in (ADAPTER_CONFIG, *adapter.files)]
     chosen = {file.name: file for file in own if _TOKENIZER.fullmatch(file.name)}
     for file in own:
         if file.name not in chosen:
@@ -54,6 +56,17 @@ def list_adapted_side_files(base: Checkpoint, adapter: Checkpoint) -> tuple[list
             )
     kept = [file for file in copied if file.name not in chosen]
     return [*kept, *chosen.values()], {**skipped, **left}
+
+
+def _list_outside(side: Checkpoint, other: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
+    """The files of one side, as `list_side_files` has them, without the other's folder where that lies inside."""
+    copied, skipped = list_side_files(side)
+    here, there = (one.folder.resolve() if one.folder else None for one in (side, other))
+    if here is None or there is None or here not in there.parents:
+        return copied, skipped
+    inner = f"{there.relative_to(here)}/"
+    skipped = {name: reason for name, reason in skipped.items() if not name.startswith(inner)}
+    return [file for file in copied if not file.name.startswith(inner)], {**skipped, inner: "the folder of an input"}
 
 
 def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
@@ -80,7 +93,7 @@ def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
             if relative in ft.files or relative in ft.unused:
                 continue
             file = SideFile(relative, here / name, 0)
-            reason, size = _find_reason_to_skip(file)
+            reason, size = _find_reason_to_skip(file, names)
             if reason:
                 skipped[relative] = reason
             else:
@@ -92,13 +105,13 @@ def _refuse_walk(error: OSError) -> None:
     raise OutputError(f"{error.filename}: cannot be listed: {error.strerror}")
 
 
-def _find_reason_to_skip(file: SideFile) -> tuple[str | None, int]:
+def _find_reason_to_skip(file: SideFile, beside: list[str]) -> tuple[str | None, int]:
     name = file.path.name
     if name in _NEVER:
         return _NEVER[name], 0
     if _TRAINING_FILE.fullmatch(name):
         return "training state", 0
-    if name.endswith(_OTHER_WEIGHTS):
+    if holds_stale_weights(file.name, beside):
         return "weights in another format, which this edit does not change", 0
     try:
         info = os.stat(file.path)

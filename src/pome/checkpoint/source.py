@@ -17,13 +17,12 @@ from typing import Any
 from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_header, read_json, read_range
 from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
 from pome.checkpoint.header import Header, TensorEntry, parse_index
-from pome.checkpoint.hub import fetch_snapshot, is_repository, list_repository
+from pome.checkpoint.hub import PICKLED, fetch_snapshot, is_repository, list_repository
 from pome.errors import CheckpointError, printable
 
 INDEX_SUFFIX = ".safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "pickled weights are never unpickled; convert them once with transformers: "
     "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True), "

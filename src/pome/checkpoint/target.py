@@ -17,7 +17,7 @@ STAGING_SUFFIX, SWEEP_SUFFIX = ".pome-staging", ".pome-sweep"
 # All that ever lies in a staging folder: the run's own, the output before it is OUT, and a sweep's.
 STAGED = {
     *(LOCK_NAME, "command", "journal", "output", "replaced", "publishing", "factors"),
-    *("bases", "scores.jsonl", "scores.new"),
+    *("bases", "base", "scores.jsonl", "scores.new"),
 }
 
 
