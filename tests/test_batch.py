@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,54 @@ def test_a_job_may_overwrite_and_an_edit_may_be_verified(capsys: pytest.CaptureF
     status, out, _ = run(capsys, text, "--json")
     assert (status, [job["status"] for job in json.loads(out)["jobs"]]) == (0, ["done", "done"])
     assert_only_edited(Path("ft"), Path("one"), UP)
+
+
+def test_an_interrupted_batch_tells_what_became_of_every_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pome.run
+
+    edit = pome.run.edit
+
+    def stop(base: str, ft: str, out: Path, *arguments: object, **options: object) -> object:
+        if out.name == "two":
+            raise KeyboardInterrupt("interrupted; 0 of 2 units are safe")
+        return edit(base, ft, out, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pome.run, "edit", stop)
+    status, out, err = run(capsys, JOBS.replace("fine_tuned: gone", "beta: 2.0"), "--json")
+    assert status == 130
+    results = json.loads(out)["jobs"]
+    assert [(job["name"], job["status"]) for job in results] == [
+        ("first", "done"), ("second", "interrupted"), ("third", "not run")
+    ]  # fmt: skip
+    assert results[1]["error"] == "interrupted; 0 of 2 units are safe"
+    assert "error: second: interrupted; 0 of 2 units are safe; 1 of 3 jobs came to an end before it\n" in err
+    assert re.search(r"second +interrupted +- .*\nthird +not run +- ", err)
+
+
+def test_an_output_in_the_home_folder_is_found_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    text = f"jobs:\n  - {{base: {tmp_path}/base, fine_tuned: {tmp_path}/ft, out: ~/one}}\n"
+    (tmp_path / "home").mkdir()
+    assert run(capsys, text)[0] == 0
+    status, _, err = run(capsys, text)
+    assert status == 0 and "done by an earlier run" in err
+
+
+def test_a_sweep_whose_report_is_missing_is_not_called_done(capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = "cksum < {model}/model.safetensors | cut -d' ' -f1"
+    text = "jobs:\n  - {command: sweep, base: base, fine_tuned: ft, out: one, html: one.html, write_best: true, "
+    text += f'score_cmd: "{scorer}"}}\n'
+    assert run(capsys, text)[0] == 0
+    assert "done by an earlier run" in run(capsys, text)[2]
+    Path("one.html").unlink()
+    status, _, err = run(capsys, text)
+    assert status == 1
+    assert "one: made by an earlier run, but one.html is not there; 'overwrite: true' runs it all again" in err
+    assert run(capsys, text.replace("html: one.html", "card: true"))[0] == 1
 
 
 def test_a_name_with_markup_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,11 @@ ERRORS: dict[str, tuple[Callable[[], None], str, int, str]] = {
     "range": (nothing, "base ft out --rank-ratio 2", 2, "rank_ratio: 2.0 is not a number above 0 and at most 1"),
     "at odds": (nothing, "base ft out --rank 3 --rank-rule energy", 2, "exclude each other"),
     "device": (nothing, "base ft out --device cuda:99", 1, "device cuda:99 is not there"),
+    "no effect": (nothing, "base ft out --rank 3 --rank-ratio 0.3", 2, "rank_ratio: has no effect with rank"),
+    "no BASE": (nothing, "'' ft out", 2, "BASE: empty; is a variable unset\\?"),
+    "no OUT": (nothing, "base ft ''", 2, "OUT: empty"),
+    "no pattern": (nothing, "base ft out --exclude ''", 2, "--exclude: empty"),
+    "no file": (nothing, "base ft out --config=", 2, "--config: empty"),
 }  # fmt: skip
 
 
@@ -220,7 +225,7 @@ def test_an_error_is_one_message_and_leaves_everything_as_it_was(
     prepare, arguments, wanted, said = ERRORS[case]
     prepare()
     before = hash_tree(tmp_path)
-    status, out, err = run(capsys, "edit", "-q", *arguments.split())
+    status, out, err = run(capsys, "edit", "-q", *shlex.split(arguments))
     assert (status, out) == (wanted, "")
     assert re.match(rf"error: .*{said}", err)
     assert err.count("error: ") == 1
@@ -266,6 +271,24 @@ def test_a_usage_error_has_status_two(
     assert (status, out) == (2, "")
     assert "Usage: pome" in err
     assert sorted(path.name for path in Path().iterdir()) == ["base", "ft"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("inspect ft", r"ft: give BASE and FT, or one output of pome \(a folder with pome_manifest.json\)"),
+        ("inspect out --layers down", "--layers: has no effect on an output"),
+        ("verify out --full", "full: every edit is recomputed from both sides; give BASE and FT too"),
+        ("verify out --base base", "base: an edit is recomputed from both sides; give FT too"),
+        ("verify out --base base --ft ''", "--ft: empty; is a variable unset"),
+    ],
+)
+def test_what_could_not_be_done_is_a_usage_error(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    status, out, err = run(capsys, *shlex.split(arguments))
+    assert (status, out) == (2, "")
+    assert re.match(f"error: {said}", err) and err.count("\n") == 1
 
 
 def test_overwrite_and_fresh_are_heard(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,11 +356,53 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(pair: tuple[str, str]) -> N
     assert (result.returncode, result.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_stream_that_is_closed_is_written_to_by_nobody(pair: tuple[str, str], closed: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m pome edit base ft out --json {closed}"
+    result = subprocess.run(
+        line, shell=True, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert_only_edited(Path("ft"), Path("out"), UP)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_document_that_cannot_be_written_is_told_from_the_edit(pair: tuple[str, str]) -> None:
+    command = [sys.executable, "-m", "pome", "edit", *pair, "out", "--json", "--quiet"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment(), text=True, timeout=120, check=False
+        )
+    said = "error: out is complete, but the document of --json could not be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (1, said)
+    assert_only_edited(Path("ft"), Path("out"), UP)
+
+
+# An import in the place of typer's that is stopped, as by Ctrl-C.
+INTERRUPTED_IMPORT = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+sys.argv = ["pome", "--version"]
+from pome.__main__ import main
+main()
+"""
+
+
+def test_an_interrupt_amid_the_imports_is_one_message() -> None:
+    result = run_python("-c", INTERRUPTED_IMPORT)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "error: interrupted; run the same command again\n"
+
+
 # The command itself, but with matrices slow enough to be stopped between them, each journalled on its own.
 SLOWLY = """
 import time
 import pome.patch, pome.run
-from pome.cli import main
+from pome.__main__ import main
 patch_unit = pome.patch.patch_unit
 def patch_slowly(*arguments):
     time.sleep(0.2)

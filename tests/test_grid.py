@@ -60,6 +60,12 @@ def test_a_pattern_may_hold_commas():
     assert grid.layers == (("re:mlp.{1,3}up",), ("up",))
 
 
+def test_joined_roles_are_those_of_the_spec_however_they_are_written():
+    grid = make_grid({"layers": ["gate + up", ["down,q", "down"]], "rank": None})
+    assert grid.layers == (("gate", "up"), ("down", "q"))
+    assert [candidate.spec.layers for candidate in drain(grid, lambda _: 0.0)] == list(grid.layers)
+
+
 def test_options_of_edit_are_shared_by_all():
     grid = make_grid({"beta": [1, 2], "exclude": ["layers.0"], "device": "cpu"})
     assert all(c.spec.exclude == ("layers.0",) and c.spec.device == "cpu" for c in drain(grid, lambda _: 0.0))
@@ -69,7 +75,7 @@ def test_options_of_edit_are_shared_by_all():
     ("options", "said"),
     [
         ({"beta": "1,x"}, "beta: 'x' is not a number"),
-        ({"beta": "1,-2"}, "beta: -2.0 is not a number above 0"),
+        ({"beta": "1,-2"}, "beta: -2.0 is not a number from 1e-06"),
         ({"beta": "1,1.0"}, "beta: a value stands twice"),
         ({"beta": ""}, "beta: an empty list"),
         ({"rank": "8,1.5"}, "rank: '1.5' is not a whole number"),
@@ -80,6 +86,21 @@ def test_options_of_edit_are_shared_by_all():
         ({"rank_rule": "fixed"}, "'fixed' needs rank"),
         ({"layers": "upp"}, "layers: 'upp' is neither a role"),
         ({"layers": [3]}, "layers: 3 is neither a role nor a list"),
+        ({"beta": [10**400]}, "beta: inf is not a number from"),
+        ({"beta": {"a": 1}}, "beta: {'a': 1} is not a number"),
+        ({"beta": None}, "beta: None is not a number"),
+        ({"rank": [16**9000]}, "rank: a number of thousands of digits"),
+        ({"rank": "9" * 6000}, "is not a whole number"),
+        ({"scale": [["a"]]}, r"scale: \['a'\] is not a text"),
+        ({"scale": {"a": "b"}}, "scale: {'a': 'b'} is not a text"),
+        ({"rank_rule": [["a"]]}, r"rank_rule: \['a'\] is not a text"),
+        ({"layers": [[["up"]]]}, r"layers: \[\['up'\]\] is neither"),
+        ({"layers": {"up": 1}}, "layers: {'up': 1} is neither"),
+        ({"layers": "up+"}, r"layers: 'up\+': nothing beside"),
+        ({"layers": "+up"}, "nothing beside a '[+]'"),
+        ({"layers": "up++gate"}, "nothing beside a '[+]'"),
+        ({"layers": "gate+up,up+gate"}, "layers: a value stands twice"),
+        ({"bta": [1]}, "unknown option 'bta'; did you mean 'beta'"),
         ({"dtype": "float32"}, "dtype: a sweep scores candidates in the fine-tuned model's own layout"),
     ],
 )
@@ -135,6 +156,11 @@ def test_coordinate_search_passes_over_what_has_no_score():
         ('{"score": 3}', 3.0),
         ('noise 7\n{"score": -2.5, "metrics": {"f1": 0.5}}\n', -2.5),
         ('{\n "score": 4.0\n}\n', 4.0),
+        ("1e-3x 2.5. v1.2.3", 2.5),
+        ("loss-5", 5.0),
+        ("of 3 0x1f 1_000 7e", 3.0),
+        ("1" * 300_000 + "x 5", 5.0),
+        ("5 " + "1e-" * 300_000, 5.0),
     ],
 )
 def test_the_last_number_counts_or_the_score_in_json(text, score):
@@ -152,6 +178,7 @@ def test_the_last_number_counts_or_the_score_in_json(text, score):
         ('{"score": "0.5"}', "not a finite number"),
         ('{"score": true}', "not a finite number"),
         ('{"accuracy": 0.5}', "without 'score'"),
+        ('{"score": 1' + "0" * 400 + "}", "not a finite number"),
         ('{"score": 1, "examples": [1, null]}', "examples is None, not a finite number"),
         ('{"score": 1, "examples": 3}', "'examples' that are no list"),
         ('{"score": 1, "metrics": [3]}', "'metrics' that are no object"),
@@ -191,6 +218,20 @@ def test_no_output_is_too_strange(text):
         ({"score_cmd": "x {model}", "train_data": "t"}, "train_data: goes with loss"),
         ({"score_cmd": "x {model}", "score_timeout": -1}, "score_timeout"),
         ({"lm_eval": "arc", "batch_size": 0}, "batch_size: 0 is not a whole number"),
+        ({"score_cmd": "x {model}", "minimize": "no"}, "minimize: 'no' is not true or false"),
+        ({"score_cmd": "x {model}", "score_timeout": True}, "score_timeout: True is not a number of seconds"),
+        ({"score_cmd": "x {model}", "score_timeout": float("inf")}, "score_timeout: inf is not"),
+        ({"score_cmd": "x {model}", "score_timeout": 10**400}, "score_timeout: 1000"),
+        ({"score_cmd": "x {model}", "batch_size": 4}, "batch_size: goes with loss and lm_eval, not with score_cmd"),
+        ({"score_cmd": 3}, "score_cmd: 3 is not a text"),
+        ({"score_cmd": ""}, "score_cmd: empty; is a variable unset?"),
+        ({"loss": ["a"]}, r"loss: \['a'\] is not a text"),
+        ({"loss": True}, "loss: True is not a text"),
+        ({"loss": "y", "train_data": ["a"]}, r"train_data: \['a'\] is not a text"),
+        ({"lm_eval": [1]}, "lm_eval: 1 is not a text"),
+        ({"lm_eval": True}, "lm_eval: True is not a text or a list"),
+        ({"lm_eval": ","}, "lm_eval: names no task"),
+        ({"lm_eval": "arc", "limit": True}, "limit: True is not a whole number"),
     ],
 )
 def test_a_scorer_that_cannot_be_is_refused(options, said):
@@ -221,7 +262,7 @@ def test_each_scorer_is_what_its_option_says(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n\n{"text": "c"}\n')
     assert make_scorer(score_cmd="x {model}", minimize=True) == CommandScorer("x {model}", True, None)
-    assert make_scorer(loss=str(file)) == LossScorer(file)
+    assert make_scorer(loss=str(file)) == make_scorer(loss=file) == LossScorer(file)
     assert make_scorer(lm_eval="a, b") == HarnessScorer(("a", "b"))
     before = make_scorer(loss=str(file)).describe()
     file.write_text('{"text": "other"}\n')

@@ -126,7 +126,8 @@ def test_overrides_are_told_as_the_file_that_says_them(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = [{"match": r"layers\.1\.", "beta": 2.0}]
-    pome.edit("org/base", "org/ft", tmp_path / "out", pome.EditSpec.from_mapping({"overrides": overrides}), card=True)
+    spec = pome.EditSpec(rank_rule="noise-floor", rank_ratio=0.25, overrides=overrides)  # type: ignore[arg-type]
+    pome.edit("org/base", "org/ft", tmp_path / "out", spec, card=True)
     text = read_card(tmp_path / "out").text
     monkeypatch.chdir(tmp_path)
     Path("edit.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])

@@ -93,11 +93,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "spec", "roles", "units", "manifest", "findings", "patch", "merge", "measure", "pair", "engines.local"
     },
     "suggest": {"findings"},
-    "sheet": {"roles", "manifest", "findings", "suggest"},
+    "sheet": {"errors", "roles", "manifest", "findings", "suggest", *CHECKPOINT},
     "grid": {"errors", "spec"},
-    "evaluate": {"errors", "checkpoint.clone"},
+    "evaluate": {"errors", "spec", "checkpoint.clone"},
     "language": {"errors", "evaluate", "checkpoint.clone"},
-    "scorers": {"errors", "evaluate", "language"},
+    "scorers": {"errors", "spec", "evaluate", "language"},
     "evidence": {"evaluate"},
     "jobs": {"errors", "spec", "roles", "grid", "evaluate", "scorers", "yaml_text"},
     "scratch": {
@@ -109,9 +109,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "spec", "grid", "evaluate", "evidence", "language", "scratch", "plan", "units", "pair", "patch",
         "manifest", "run", "trial", "journal", *CHECKPOINT
     },
-    "standings": {"errors", "spec", "jobs", "grid", "sheet", "plots", "trial"},
+    "standings": {"errors", "spec", "jobs", "grid", "sheet", "plots", "report", "trial"},
     "plots": {"errors", "sheet"},
-    "report": {"errors", "jobs", "sheet", "plots"},
+    "report": {"errors", "jobs", "sheet", "plots", *CHECKPOINT},
     "tables": {"errors", "units", "manifest", "pair", "sheet", "standings", "trial", *CHECKPOINT},
     "progress": {"errors", "units", "pair", "standings", "trial", "tables", *CHECKPOINT},
     "actions": {
@@ -119,7 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "findings", "survey", "suggest", "sheet", "report", "tables", "progress", "upload", "trial", "search",
         "standings", *CHECKPOINT
     },
-    "cli": {"", "errors", "spec", "roles", "jobs", "manifest", "verification", "tables", "actions"},
+    "cli": {"", "errors", "spec", "roles", "scorers", "jobs", "manifest", "verification", "tables", "actions"},
     "__main__": {"cli"},
     # The package itself: the public names, imported when they are used.
     "": {

@@ -53,7 +53,7 @@ def test_the_manifest_tells_the_overrides_and_what_each_tensor_got(tmp_path):
     ("text", "said"),
     [
         ("overrides:\n  - match: up\n    betta: 1\n", "{path}:3: unknown key 'betta'; did you mean 'beta'?"),
-        ("overrides:\n  - match: up\n    beta: 0\n", "{path}:1: overrides: 'up': beta: 0 is not a number above 0"),
+        ("overrides:\n  - match: up\n    beta: 0\n", "{path}:1: overrides: 'up': beta: 0 is not a number from 1e-06"),
         ("overrides:\n  - beta: 1\n", "{path}:1: overrides: each needs match"),
         ("overrides:\n  - match: up\n", "{path}:1: overrides: 'up' changes nothing"),
         ("overrides:\n  - match: (\n    beta: 1\n", "{path}:1: overrides: '(' is not a regular expression"),
@@ -105,5 +105,5 @@ def test_a_batch_inspects_pairs_and_outputs(tmp_path):
 def test_only_an_inspection_writes_reports(tmp_path):
     file = tmp_path / "jobs.yaml"
     file.write_text("jobs:\n- {base: a, fine_tuned: b, out: c, html: d}\n")
-    with pytest.raises(SpecError, match="html, csv, plots are what the commands inspect and sweep write"):
+    with pytest.raises(SpecError, match="html: the command edit does not take that; inspect and sweep may"):
         read_batch(file)

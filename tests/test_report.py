@@ -7,22 +7,27 @@ import dataclasses
 import html
 import io
 import json
+import os
 import re
 import sys
 from array import array
+from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
 from browser import open_page, read_attribute
 from checkpoints import llama_pair, run_python
 from pome import EditSpec, edit
+from pome.cli import run_command
 from pome.errors import OutputError
 from pome.findings import Survey
 from pome.jobs import Reports
-from pome.report import check_targets, make_csv, make_page
+from pome.report import check_targets, make_csv, make_page, write_texts
 from pome.sheet import make_edit_sheet, make_sheet, spread_indices, summarise_roles
 from pome.suggest import list_warnings, suggest
 from pome.survey import survey
+from pome.tables import Columns, make_survey_tables
 
 EVIL = "</script><script>window.errors.push('pwned')</script><img src=x onerror=\"errors.push('img')\">'\"&"
 
@@ -234,11 +239,106 @@ def test_plots_of_an_edit_and_of_odd_names(tmp_path, small):
 def test_without_matplotlib_the_error_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OutputError, match=r"pip install 'pome-edit\[plot\]'"):
-        check_targets(Reports(plots=str(tmp_path / "plots")))
+        check_targets(Reports(plots=str(tmp_path / "plots")), ())
 
 
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
-    with pytest.raises(OutputError, match="its folder does not exist"):
-        check_targets(Reports(html=str(tmp_path / "nowhere" / "report.html")))
-    with pytest.raises(OutputError, match="a folder"):
-        check_targets(Reports(csv=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("reports", "said"),
+    [
+        ({"html": "nowhere/report.html"}, "nowhere/report.html: its folder does not exist"),
+        ({"csv": "ft"}, "ft: lies in ft, which is an input or OUT"),
+        ({"csv": "ft/model.safetensors"}, "lies in ft"),
+        ({"html": "ft/more/page.html"}, "lies in ft"),
+        ({"html": "link/config.json"}, "link/config.json: lies in ft"),
+        ({"csv": "out/table.csv"}, "lies in out"),
+        ({"plots": "base/plots"}, "lies in base"),
+        ({"html": "other/config.json"}, "other holds a checkpoint"),
+        ({"csv": "made/README.md"}, "made holds a checkpoint"),
+        ({"plots": "other"}, "other holds a checkpoint"),
+        ({"html": "x", "csv": "./x"}, "./x: two reports would be written there"),
+        ({"html": "free"}, "free: a folder; name the file"),
+        ({"plots": "free/file"}, "free/file: a file; name the folder"),
+        ({"csv": "free/fifo"}, "free/fifo: no regular file"),
+        ({"csv": "/proc/self/table.csv"}, "/proc/self/table.csv: cannot be written"),
+    ],
+)
+def test_no_report_is_written_over_a_checkpoint_or_where_it_cannot_be(tmp_path, monkeypatch, reports, said):
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("ft", "config.json"), ("other", "model.safetensors"), ("made", "pome_manifest.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    (tmp_path / "ft/more").mkdir()
+    (tmp_path / "link").symlink_to("ft")
+    (tmp_path / "free").mkdir()
+    (tmp_path / "free/file").write_text("kept")
+    os.mkfifo(tmp_path / "free/fifo")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match=said):
+        check_targets(Reports(**reports), ("base", "ft", "out"))
+    check_targets(Reports(html="free/file", csv="free/table.csv", plots="free"), ("base", "ft", "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    target, link = tmp_path / "page.html", tmp_path / "link.html"
+    target.write_text("old")
+    link.symlink_to("page.html")
+    with (
+        pytest.raises(OutputError, match="page.html: cannot be written: No space left"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+        write_texts(Reports(html=str(target)), lambda: "new", lambda: "")
+    assert (target.read_text(), len(list(tmp_path.iterdir()))) == ("old", 2)
+    write_texts(Reports(html=str(link)), lambda: "new", lambda: "")
+    assert (target.read_text(), link.is_symlink(), len(list(tmp_path.iterdir()))) == ("new", True, 2)
+
+
+def show_at(width, *tables):
+    console = Console(width=width, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [200, 140, 80, 45, 12])
+def test_no_number_is_cut_or_folded_where_width_is_short(small, width):
+    matrices = [dataclasses.replace(m, noise_share=1.71e-07, drift=6.66e-05) for m in small.matrices]
+    tables = make_survey_tables(draw_sheet(Survey("b", "f", tuple(matrices), ())))
+    drawn = show_at(width, *tables)
+    assert max(map(len, drawn.splitlines())) <= width
+    for whole, part in (("1.71e-07", "1.71"), ("6.66e-05", "6.66")):
+        assert drawn.replace(whole, "").count(part) == 0
+    heads = tables[0].heads
+    first = drawn.splitlines()[0].rstrip()
+    count = next(n for n in range(len(heads), 0, -1) if first.endswith(heads[n - 1]))
+    dropped = " ".join(drawn.split()).partition("not shown for want of width: ")[2]
+    assert dropped.startswith(f"{', '.join(heads[count:])}; --csv has them") if count < len(heads) else not dropped
+
+
+def test_long_names_give_way_to_numbers():
+    table = Columns("name", "k", where="")
+    table.add_row("x" * 100, "1234567890")
+    table.add_row("[red]y[/red]", "2")
+    lines = show_at(40, table).splitlines()
+    assert [line.split()[-1] for line in lines[:2]] == ["k", "1234567890"]
+    assert "".join(line.split()[0] for line in lines[1:-1]) == "x" * 100
+    assert lines[-1].split() == ["[red]y[/red]", "2"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"role": "uup"}, {"delta_norm": 0.0}, {"sigma_k": 0.0}, {"sigma_max": -1.0}, {"k": 10**9}, {"k": 0},
+     {"alpha": 10**400}, {"shape": ("40", 16)}, {"shape": (None, 16)}],
+)  # fmt: skip
+def test_a_manifest_that_pome_did_not_write_is_one_error(tmp_path, capsys, change):
+    base, ft = llama_pair(tmp_path)
+    made = edit(base, ft, tmp_path / "out")
+    odd = dataclasses.replace(made.tensors[0], **change)
+    (tmp_path / "out/pome_manifest.json").write_text(dataclasses.replace(made, tensors=(odd,)).to_json())
+    assert run_command(["inspect", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err
+        == f"error: pome_manifest.json: the record of {odd.name} is not one that pome writes; give an output of pome\n"
+    )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pome import EditSpec, SpecError
-from pome.jobs import read_batch, read_config
+from pome.jobs import make_spec, read_batch, read_config
 from pome.spec import DTYPES, RANK_RULES, SCALES, merge_options, nearest
 
 
@@ -47,7 +47,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         ({"rank_ratio": "half"}, "rank_ratio: 'half'"),
         ({"rank_ratio": True}, "rank_ratio: True"),
         ({"energy": 1.5}, "energy: 1.5"),
-        ({"beta": 0.0}, "beta: 0.0 is not a number above 0"),
+        ({"beta": 0.0}, "beta: 0.0 is not a number from 1e-06"),
         ({"beta": -1}, "beta: -1"),
         ({"beta": math.inf}, "beta: inf"),
         ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
@@ -61,6 +61,14 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         ({"device": "cuda:x"}, "device: 'cuda:x' is none of auto, cpu"),
         ({"device": 0}, "device: 0"),
         ({"engine": "cloud"}, "engine: 'cloud'"),
+        ({"layers": ("re:",)}, "layers: 're:' has no pattern"),
+        ({"exclude": ("",)}, "exclude: empty"),
+        ({"beta": 9e-7}, "beta: 9e-07 is not a number from 1e-06 to 1e\\+06"),
+        ({"beta": 10**400}, "beta: 1000"),
+        ({"beta": 16**9000}, "beta: a number of thousands of digits"),
+        ({"energy": 10**400}, "energy: 1000"),
+        ({"rank": 16**9000}, "rank: a number of thousands of digits is not a whole number of at least 1"),
+        ({"scale": ["mean"]}, r"scale: \['mean'\] is not one of"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(options: dict[str, object], said: str) -> None:
@@ -79,6 +87,30 @@ def test_a_rank_alone_means_fixed_and_an_energy_alone_means_energy() -> None:
     assert EditSpec(rank=7).rank_rule == "fixed"
     assert EditSpec.from_mapping({"energy": 0.8}).rank_rule == "energy"
     assert EditSpec.from_mapping({"energy": 0.8, "rank_rule": "ratio"}).rank_rule == "ratio"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 4, "rank_ratio": 0.3}, "rank_ratio: has no effect with rank"),
+        ({"energy": 0.5, "rank_ratio": 0.5}, "energy: has no effect with rank_ratio"),
+        ({"rank_rule": "ratio", "energy": 0.9}, "energy: has no effect with rank_rule 'ratio'"),
+        ({"rank_rule": "noise-floor", "rank_ratio": 0.5}, "rank_ratio: has no effect with rank_rule 'noise-floor'"),
+        ({"rank_rule": "ratio", "rank": 4}, "rank: has no effect with rank_rule 'ratio'"),
+        ({"overrides": [{"match": "a", "rank": 3, "energy": 0.5}]}, "overrides: 'a': energy: has no effect with rank"),
+        ({"bta": 1.0}, "unknown option 'bta'; did you mean 'beta'"),
+    ],
+)
+def test_an_option_that_could_take_no_effect_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        EditSpec.from_given(options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 4}, {"rank": 4, "rank_rule": "fixed"}, {"energy": 0.5, "rank_rule": "energy"}, {"rank": None}]
+)
+def test_options_that_choose_k_together_are_heard(options: dict[str, object]) -> None:
+    assert EditSpec.from_given(options) == EditSpec.from_mapping(options)
 
 
 specs = st.builds(
@@ -122,7 +154,17 @@ ALIASES = "layers:\n  - &x0 [a]\n" + "".join(f"  - &x{i} [{','.join([f'*x{i - 1}
         ("layers: up\nrank_ration: 0.5\n", "file.yaml:2: unknown key 'rank_ration'; did you mean 'rank_ratio'?"),
         ("qqqq: 1\n", "file.yaml:1: unknown key 'qqqq'; known keys: layers, exclude"),
         ("beta: 1\n\nbeta: 2\n", "file.yaml:3: key 'beta' stands here and in line 1; keep one"),
-        ("scale: unit\nbeta: no\n", "file.yaml:2: beta: False is not a number above 0"),
+        ("scale: unit\nbeta: no\n", "file.yaml:2: beta: False is not a number from 1e-06"),
+        ("beta: 1\nrank_ratio: '0.5'\n", "file.yaml:2: rank_ratio: '0.5' is not a number above 0 and at most 1"),
+        ("scale: Frobenius\n", "file.yaml:1: scale: 'Frobenius' is not one of"),
+        ("layers: [1]\n", "file.yaml:1: layers: [1] is not a text"),
+        ("rank_rule: null\n", "file.yaml:1: rank_rule: None is not one of"),
+        ("rank: '4'\n", "file.yaml:1: rank: '4' is not a whole number"),
+        (
+            "beta: 1e-1\n",
+            "file.yaml:1: beta: '1e-1' is not a number from 1e-06 to 1e+06; YAML reads this as text; write",
+        ),
+        (f"rank: 0x{'f' * 6000}\n", "file.yaml:1: rank: a number of thousands of digits"),
         ("beta: 1.0\nbase: x\n", "file.yaml:2: unknown key 'base'"),
         ("- up\n", "file.yaml:1: expected 'key: value' lines here"),
         ("? [a]\n: 1\n", "file.yaml:1: a key that is not a word"),
@@ -162,6 +204,21 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_config(tmp_path / "large.yaml")
 
 
+def test_options_at_odds_in_a_config_name_it_unless_the_command_line_settles_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank: 4\nenergy: 0.5\n")
+    with pytest.raises(SpecError, match="file.yaml: energy: has no effect with rank"):
+        make_spec(path, {"beta": 2.0})
+    assert make_spec(path, {"rank_ratio": 0.25}) == EditSpec(rank_ratio=0.25)
+    with pytest.raises(SpecError, match="^beta: -1"):
+        make_spec(path, {"beta": -1})
+
+
+def test_the_home_folder_is_found_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "beta: 2.0\n")
+    assert read_config(Path("~/file.yaml")) == {"beta": 2.0}
+
+
 JOBS = """\
 defaults: {base: b, rank_rule: energy, energy: 0.8, layers: [up]}
 jobs:
@@ -183,6 +240,22 @@ def test_a_batch_gives_each_job_the_defaults_and_lets_it_win(tmp_path: Path) -> 
     assert two.spec == EditSpec(rank=8, beta=1.5)
     assert (two.overwrite, two.fresh, one.overwrite) == (True, False, False)
     assert (three.name, three.base) == ("o3", "c")
+
+
+def test_a_default_that_a_command_does_not_take_is_left_to_the_others(tmp_path: Path) -> None:
+    text = """\
+defaults: {base: b, fine_tuned: f, score_cmd: 'x {model}', full: true, html: h, rank_ratio: 0.25, device: cpu}
+jobs:
+  - {out: o}
+  - {command: inspect}
+  - {command: inspect, out: o}
+  - {command: verify, out: o}
+  - {command: sweep, out: p, rank_ratio: [0.25, 0.5]}
+"""
+    edit, pair, output, verify, sweep = read_batch(write(tmp_path, text))
+    assert edit.spec == EditSpec(rank_ratio=0.25, device="cpu") and edit.reports.paths == []
+    assert (pair.reports.html, pair.spec.rank_ratio, output.base, output.out) == ("h", 0.25, None, "o")
+    assert verify.full and sweep.sweep is not None and sweep.sweep.grid.size == 2
 
 
 def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
@@ -211,6 +284,19 @@ def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
          "two jobs have the name 'a'"),
         ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: c, base: b, fine_tuned: f, out: o}\n",
          "two jobs have the out 'o'"),
+        ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: c, base: b, fine_tuned: f, out: ./o}\n",
+         "two jobs have the out './o' and 'o'"),
+        ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o/p}\n  - {name: c, base: b, fine_tuned: f, out: o}\n",
+         "two jobs have the out 'o' and 'o/p'"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o, full: true}\n", "full: the command edit does not take that"),
+        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, loss: l}\n", "loss: the command inspect does not"),
+        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, beta: 1.0}\n", "beta: the command inspect does not"),
+        ("jobs:\n  - {command: inspect, out: o, layers: up}\n", "layers: has no effect with out"),
+        ("jobs:\n  - {command: verify, out: o, full: true}\n", "full: every edit is recomputed from both sides"),
+        ("jobs:\n  - {command: verify, out: o, base: b}\n", "base: an edit is recomputed from both sides"),
+        ("jobs:\n  - {base: '', fine_tuned: f, out: o}\n", "base: empty; is a variable unset?"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: \"o\\0\"}\n", "out: 'o\\x00' holds a null character"),
+        ("variables: {z: a, z: b}\njobs:\n  - {base: b, fine_tuned: f, out: o}\n", "file.yaml:1: the variable 'z'"),
         ("defaults: {name: x}\njobs: [{base: b, fine_tuned: f, out: o}]\n", "file.yaml:1: unknown key 'name'"),
         ("jobs:\n  - edit\n", "file.yaml:2: expected 'key: value' lines"),
     ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from adapters import make_pair, read_delta
 from checkpoints import LLAMA, llama_pair, read_tensors, run_python, write_checkpoint
@@ -230,7 +232,24 @@ def test_the_place_of_a_tensor_is_its_layer(name, place):
     assert find_place(name) == place
 
 
+def test_what_is_relative_to_a_base_of_zeros_is_null(tmp_path):
+    base, ft = llama_pair(tmp_path)
+    tensors = read_tensors(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name].zero_()
+    save_file(tensors, base / "model.safetensors")
+    words = ["inspect", str(base), str(ft), "--layers", "up", "--json"]
+    run = run_python("-m", "pome", *words, "--html", f"{tmp_path}/t.html", "--csv", f"{tmp_path}/t.csv")
+    assert run.returncode == 0, run.stderr
+    zero, other = json.loads(run.stdout)["tensors"]
+    assert (zero["relative_norm"], zero["drift"]) == (None, None) and other["drift"] > 0
+    assert re.search(r"^model.layers.0 +1 +- ", run.stderr, re.MULTILINE)
+    assert "over 30% of the weight" in run.stderr
+    assert ",40,16,," in (tmp_path / "t.csv").read_text()
+
+
 def test_layer_ten_comes_after_layer_two():
+    assert sort_places([f"m.{'9' * 6000}", "m.010", "m.9"]) == ["m.9", "m.010", f"m.{'9' * 6000}"]
     assert sort_places(["m.10", "head", "m.2", "m.10"]) == ["head", "m.2", "m.10"]
 
 

@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from browser import open_page
 from checkpoints import (
+    LLAMA,
     environment,
     hash_tree,
     llama_pair,
@@ -37,6 +38,7 @@ from pome import EditSpec, Equalized, edit, equalize, make_grid, make_scorer, sw
 from pome.cli import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel.equalize import equalize_factors
+from pome.language import load_model
 from pome.scratch import Bases
 from pome.trial import Listener
 from reference import plant
@@ -295,12 +297,13 @@ def test_what_a_command_does_to_a_model_reaches_neither_the_next_one_nor_base(pa
 
 def test_a_candidate_that_cannot_be_made_is_marked_and_the_next_one_is_whole(tmp_path):
     """In float16 a large beta overflows, after some tensors were written already."""
-    paths = llama_pair(tmp_path, dtype=torch.float16)
+    base, _ = llama_pair(tmp_path, dtype=torch.float16)
+    paths = [base, write_checkpoint(tmp_path / "far", perturb(read_tensors(base), 0.1), config=LLAMA)]
     kept = tmp_path / "kept"
-    grid = make_grid({"layers": "ffn", "beta": "1,1e7,2"})
+    grid = make_grid({"layers": "ffn", "beta": "1,1e6,2"})
     outcome = sweep(*paths, tmp_path / "out", grid, make_scorer(score_cmd=keep_copies(kept)))
     (failed,) = [trial for trial in outcome.trials if trial.failed]
-    assert failed.candidate.params["beta"] == 1e7 and "overflows float16" in failed.failed
+    assert failed.candidate.params["beta"] == 1e6 and "overflows float16" in failed.failed
     (last,) = [trial for trial in outcome.trials if trial.candidate and trial.candidate.params["beta"] == 2.0]
     edit(*paths, tmp_path / "plain", last.candidate.spec)
     assert int(last.score.scored.value) == checksum(tmp_path / "plain" / "model.safetensors")
@@ -496,6 +499,19 @@ def test_a_model_that_transformers_cannot_load_is_named(pair, tmp_path, capsys):
     assert "the fine-tuned model has no score: transformers cannot load it" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("error", [RuntimeError(""), AttributeError("no such head"), TypeError("a\nb")], ids=repr)
+def test_whatever_stops_a_model_from_being_loaded_is_a_score_error(tmp_path, monkeypatch, error):
+    class Model:
+        def to(self, device):
+            raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Model())
+    said = str(error).partition("\n")[0] or "RuntimeError"
+    with pytest.raises(ScoreError, match=f"^transformers cannot load it: {said}$"):
+        load_model(tmp_path, "cpu")
+
+
 TASK = """\
 task: tiny_words
 dataset_path: json
@@ -631,7 +647,7 @@ def test_a_batch_runs_sweeps_with_variables_and_resumes_what_is_left(pair, tmp_p
     [
         (BATCH, ["--set", "tund=ft"], "no variable is named 'tund'; did you mean 'tuned'"),
         (BATCH, ["--set", "tuned"], "--set tuned: write NAME=VALUE"),
-        (BATCH, ["--set", "tuned=ft"], "edit: score_cmd: only the command sweep takes that"),
+        (f"{BATCH}    loss: data\n", ["--set", "tuned=ft"], "loss: the command edit does not take that; sweep may"),
         (BATCH.replace("${betas}", "${beta}"), ["--set", "tuned=ft"], "jobs.yaml:12: no variable is named 'beta'"),
         ("jobs: [{base: a, fine_tuned: b, out: c, beta: [1, 2]}]", [], "beta: [1, 2] is not a number"),
         ("jobs: [{command: sweep, base: a, fine_tuned: b, out: c}]", [], "nothing to score with"),

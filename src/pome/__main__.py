@@ -1,5 +1,48 @@
-"""`python -m pome`."""
+"""`python -m pome` and the command `pome`. Signals and streams are in order before anything large is imported."""
 
-from pome.cli import main
+from __future__ import annotations
 
-main()
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """Run the command line and leave with its exit status."""
+    _open_missing_streams()
+    # torch asks Linux for huge pages then: a large result costs a third of its page faults. Read when torch starts.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        # A scheduler's or CI's stop is handled as Ctrl-C is: progress is made safe and the same command goes on.
+        signal.signal(signal.SIGTERM, _interrupt)
+        from pome.cli import run_command
+
+        status = run_command(sys.argv[1:])
+    except KeyboardInterrupt:  # amid the imports; a command has its own message
+        print("error: interrupted; run the same command again", file=sys.stderr)
+        status = 130
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What it still holds can go nowhere, and must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _open_missing_streams() -> None:
+    """Put nothing in the place of a stream that was closed (`pome ... >&-`): else the next file opened would be it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the least number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pome.errors import PomeError, printable
+from pome.errors import OutputError, PomeError, SpecError, printable
 from pome.jobs import Job, Publication, Reports, Sweep
 from pome.spec import EditSpec
 
@@ -41,11 +41,15 @@ def show_inspection(
     from pome.survey import survey
     from pome.tables import describe_kept, describe_notices, describe_survey, make_survey_tables
 
-    check_targets(reports)
+    check_targets(reports, (base, ft))
     found: Survey | Manifest
     document: Iterable[str]
     if ft is None:
-        found = read_manifest(Path(base).expanduser() / MANIFEST_NAME)
+        path = Path(os.path.expanduser(base)) / MANIFEST_NAME
+        if not os.path.lexists(path):
+            said = f"give BASE and FT, or one output of pome (a folder with {MANIFEST_NAME})"
+            raise SpecError(f"{printable(base)}: {said}")
+        found = read_manifest(path)
         sheet, document = make_edit_sheet(found), [found.to_json()]
     else:
         # What can be refused without torch is refused before torch takes its seconds to load.
@@ -84,7 +88,7 @@ def make_sweep_of(
     from pome.standings import describe_outcome, write_sweep_reports
     from pome.tables import make_sweep_tables, show_bytes
 
-    check_targets(reports)
+    check_targets(reports, (base, ft, out))
     with show_progress(console) as progress:
         outcome = sweep(
             base, ft, out, job.grid, job.scorer, listener=SweepLines(console), progress=progress, overwrite=overwrite,
@@ -115,19 +119,39 @@ def run_job(job: Job, console: Console) -> dict[str, Any]:
 
 
 def _run_edit(job: Job, console: Console) -> dict[str, Any]:
-    from pome.finished import find_finished
-
     assert job.base is not None and job.fine_tuned is not None  # the spec saw to it
-    if not job.overwrite:
-        finished = find_finished(Path(job.out), job.base, job.fine_tuned, job.spec, job.publication.has_card)
-        if finished is not None:
-            console.print("done by an earlier run", highlight=False)
-            push(Path(job.out), job.publication, console)
-            return {"status": "done", "matrices": len(finished.tensors)}
-    publication, out = job.publication, Path(job.out)
+    publication, out = job.publication, _find_out(job)
+    if (finished := _find_finished(job, console)) is not None:
+        return finished
     manifest = make_edit(job.base, job.fine_tuned, out, job.spec, console, job.overwrite, job.fresh, publication)
     report_edit(manifest, out, console)
     push(out, publication, console)
+    return {"status": "done", "matrices": len(manifest.tensors)}
+
+
+def _find_out(job: Job) -> Path:
+    return Path(os.path.expanduser(job.out))
+
+
+def _find_finished(job: Job, console: Console) -> dict[str, Any] | None:
+    """The result of a job whose output an earlier run made, whole and as it is asked for now."""
+    from pome.finished import find_finished, find_swept
+
+    if job.overwrite or job.base is None or job.fine_tuned is None:
+        return None
+    out, card = _find_out(job), job.publication.has_card
+    if job.sweep is None:
+        manifest = find_finished(out, job.base, job.fine_tuned, job.spec, card)
+    else:
+        manifest = find_swept(out, job.base, job.fine_tuned, job.sweep.describe(), card)
+    if manifest is None:
+        return None
+    missing = [path for path in job.reports.paths if not os.path.exists(os.path.expanduser(path))]
+    if missing:  # they need every score again, which are gone with OUT written
+        said = f"made by an earlier run, but {printable(missing[0])} is not there; 'overwrite: true' runs it all again"
+        raise OutputError(f"{printable(job.out)}: {said}")
+    console.print("done by an earlier run", highlight=False)
+    push(out, job.publication, console)
     return {"status": "done", "matrices": len(manifest.tensors)}
 
 
@@ -144,21 +168,15 @@ def _run_verify(job: Job, console: Console) -> dict[str, Any]:
 
 def _run_inspect(job: Job, console: Console) -> dict[str, Any]:
     matrices, _ = show_inspection(job.base or job.out, job.fine_tuned, job.spec, job.reports, console)
-    written = ", ".join(path for path in (job.reports.html, job.reports.csv, job.reports.plots) if path)
+    written = ", ".join(job.reports.paths)
     return {"status": "done", "matrices": matrices, "out": written or job.out}
 
 
 def _run_sweep(job: Job, console: Console) -> dict[str, Any]:
-    from pome.finished import find_swept
-
     assert job.base is not None and job.fine_tuned is not None and job.sweep is not None  # the spec saw to it
-    out = Path(job.out)
-    if not job.overwrite:
-        finished = find_swept(out, job.base, job.fine_tuned, job.sweep.describe(), job.publication.has_card)
-        if finished is not None:
-            console.print("done by an earlier run", highlight=False)
-            push(out, job.publication, console)
-            return {"status": "done", "matrices": len(finished.tensors)}
+    out = _find_out(job)
+    if (finished := _find_finished(job, console)) is not None:
+        return finished
     outcome = make_sweep_of(
         job.base, job.fine_tuned, out, job.sweep, console, job.reports, job.overwrite, job.fresh,
         job.publication.has_card,

@@ -14,7 +14,7 @@ import yaml
 
 from pome.checkpoint.source import ADAPTER_WEIGHTS
 from pome.manifest import Manifest, SideRecord, TensorRecord
-from pome.spec import EditSpec
+from pome.spec import NUMBER_OF, EditSpec
 from pome.yaml_text import compose
 
 CARD_NAME = "README.md"
@@ -184,7 +184,8 @@ def _list_options(spec: dict[str, Any]) -> list[str]:
     options: list[str] = []
     for key, value in spec.items():
         implied = key == "rank_rule" and value == "fixed"
-        if value == defaults.get(key) or value is None or implied or key in _NOT_OPTIONS:
+        idle = key in NUMBER_OF.values() and key != NUMBER_OF.get(spec["rank_rule"])  # the command line refuses it
+        if value == defaults.get(key) or value is None or implied or idle or key in _NOT_OPTIONS:
             continue
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import pome
 from pome.actions import (
@@ -27,9 +26,19 @@ from pome.actions import (
     show_inspection,
     show_plan,
 )
-from pome.errors import PomeError, SpecError, printable
-from pome.jobs import SWEEP_KEYS, Publication, Reports, make_sweep, read_batch, read_config
+from pome.errors import OutputError, PomeError, SpecError, printable
+from pome.jobs import (
+    SWEEP_KEYS,
+    Publication,
+    Reports,
+    check_verification,
+    make_spec,
+    make_sweep,
+    read_batch,
+    read_config,
+)
 from pome.roles import ROLES
+from pome.scorers import BATCH_SIZE
 from pome.spec import EDIT_KEYS, EditSpec, merge_options
 
 
@@ -47,6 +56,21 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error) or "interrupted; run the same command again") from None
+
+
+class _Command(TyperCommand):
+    """A command that refuses an empty text, which would mean the working folder: in CI it is a variable not set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)  # the parser takes them off
+        rest = super().parse_args(ctx, args)
+        given, _, _ = self.make_parser(ctx).parse_args(args=typed)
+        for param in self.get_params(ctx):
+            value = given.get(str(param.name))
+            if "" in (value if isinstance(value, (list, tuple)) else (value,)):
+                name = param.metavar if param.param_type_name == "argument" else param.opts[0]
+                raise SpecError(f"{name}: empty; is a variable unset?")
+        return rest
 
 
 app = typer.Typer(
@@ -85,7 +109,7 @@ def _root(
     """Options before the command."""
 
 
-@app.command("edit")
+@app.command("edit", cls=_Command)
 def edit_command(
     context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained: folder, .safetensors file or Hub id.")],
@@ -143,7 +167,7 @@ def edit_command(
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
     given = {key: context.params[key] for key in EDIT_KEYS if context.params.get(key) not in (None, [], ())}
-    spec = EditSpec.from_mapping(merge_options(read_config(config) if config else {}, given))
+    spec = make_spec(config, given)
     publication = Publication(card, push_to_hub, private)
     console = make_console(quiet)
     if dry_run:
@@ -152,11 +176,11 @@ def edit_command(
     manifest = make_edit(base, ft, out, spec, console, overwrite, fresh, publication)
     report_edit(manifest, out, console)
     if as_json:
-        sys.stdout.write(manifest.to_json())
+        _write([manifest.to_json()], f"{printable(str(out))} is complete, but ")
     push(out, publication, console)
 
 
-@app.command("verify")
+@app.command("verify", cls=_Command)
 def verify_command(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An output of pome: a folder or a Hub id.")],
     base: Annotated[str | None, typer.Option(metavar="BASE", help="Recompute edits from this and --ft.")] = None,
@@ -169,18 +193,19 @@ def verify_command(
 
     Exit status: 0 all is as the manifest says; 1 something differs or cannot be read; 2 usage.
     """
+    check_verification(base, ft, full)
     from pome.verification import verify
 
     console = make_console(quiet)
     verdict = verify(out, base, ft, full=full)
     report_verdict(verdict, out, console)
     if as_json:
-        print(json.dumps({"ok": verdict.ok, "differences": list_differences(verdict)}, indent=1))
+        _write([json.dumps({"ok": verdict.ok, "differences": list_differences(verdict)}, indent=1), "\n"])
     if not verdict.ok:
         raise typer.Exit(1)
 
 
-@app.command("inspect")
+@app.command("inspect", cls=_Command)
 def inspect_command(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained checkpoint; or, alone, an output of pome.")],
     ft: Annotated[str | None, typer.Argument(metavar="FT", help="Fine-tuned checkpoint.")] = None,
@@ -191,7 +216,9 @@ def inspect_command(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Tensors not to look at (regex); repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")] = False,
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="Write a table, a line for each matrix.")] = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report, one page for a browser.")] = None,
@@ -204,14 +231,18 @@ def inspect_command(
 
     With one argument, an output of pome, it shows what the edit did, from its manifest.
     """
+    options = {"layers": layers, "exclude": exclude, "device": device}
+    given = {key: value for key, value in options.items() if value}
+    if ft is None and given:
+        raise SpecError(f"--{next(iter(given))}: has no effect on an output, whose manifest is shown; give BASE and FT")
     console = make_console(quiet)
-    spec = EditSpec(layers=tuple(layers or ROLES), exclude=tuple(exclude or ()), device=device)
+    spec = EditSpec.from_given({"layers": ROLES, **given})
     _, document = show_inspection(base, ft, spec, Reports(html, csv, plots), console)
     if as_json:
-        sys.stdout.writelines(document)
+        _write(document)
 
 
-@app.command("sweep")
+@app.command("sweep", cls=_Command)
 def sweep_command(
     context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained: folder, .safetensors file or Hub id.")],
@@ -254,7 +285,9 @@ def sweep_command(
     score_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Of one --score-cmd; after it the candidate has failed.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Records scored at once, at most.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Records scored at once, at most. \\[default: {BATCH_SIZE}]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Examples of each --lm-eval task.")] = None,
     search: Annotated[
         str, typer.Option(metavar="NAME", help="grid: all. coordinate: beta, then k, then roles.")
@@ -292,15 +325,16 @@ def sweep_command(
     """
     given = {key: value for key, value in context.params.items() if value not in (None, [], ())}
     options = {key: given[key] for key in (*EDIT_KEYS, *SWEEP_KEYS) if key in given}
-    job = make_sweep(merge_options(read_config(config) if config else {}, options))
+    job = make_sweep(merge_options(read_config(config, lists=True) if config else {}, options))
     console = make_console(quiet)
     reports = Reports(html, csv, plots)
     outcome = make_sweep_of(base, ft, out, job, console, reports, overwrite, fresh, card)
     if as_json:
-        print(json.dumps(outcome.to_json(), indent=1, allow_nan=False))
+        done = f"{printable(str(out))} is complete, but " if outcome.manifest else ""
+        _write([json.dumps(outcome.to_json(), indent=1, allow_nan=False), "\n"], done)
 
 
-@app.command("batch")
+@app.command("batch", cls=_Command)
 def batch_command(
     file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Defaults and a list of jobs.")],
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this job alone; repeatable.")] = None,
@@ -320,38 +354,42 @@ def batch_command(
     jobs = read_batch(file, only or (), {name: value for name, _, value in pairs})
     console = make_console(quiet)
     results: list[dict[str, Any]] = []
+    stopped: str | None = None
     for job in jobs:
+        result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out, "seconds": 0.0}
+        if stopped is not None:
+            results.append({**result, "status": "not run", "error": ""})
+            continue
         try:
             results.append(run_job(job, console))
         except KeyboardInterrupt as error:
             said = str(error) or "interrupted"
-            raise KeyboardInterrupt(
-                f"{printable(job.name)}: {said}; {len(results)} of {len(jobs)} jobs came to an end before it"
-            ) from None
+            stopped = f"{printable(job.name)}: {said}; {len(results)} of {len(jobs)} jobs came to an end before it"
+            results.append({**result, "status": "interrupted", "error": said})
     from pome.tables import make_batch_table
 
     console.print(make_batch_table(results))
     if as_json:
-        print(json.dumps({"jobs": results}, indent=1))
+        _write([json.dumps({"jobs": results}, indent=1), "\n"])
+    if stopped is not None:
+        raise KeyboardInterrupt(stopped)
     if any(result["status"] != "done" for result in results):
         raise typer.Exit(1)
 
 
-def main() -> None:
-    """Run the command line and leave with its exit status."""
-    # torch asks Linux for huge pages then: a large result costs a third of its page faults. Read when torch starts.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    sys.exit(run_command(sys.argv[1:]))
+def _write(document: Iterable[str], done: str = "") -> None:
+    """The one document of `--json`; `done` says what stands all the same if it cannot be written."""
+    try:
+        sys.stdout.writelines(document)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{done}the document of --json could not be written: {error.strerror}") from None
 
 
 def run_command(arguments: list[str]) -> int:
     """Run one command; returns its exit status. Errors go to stderr as one message, never as a traceback."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    # A scheduler's or CI's stop is handled as Ctrl-C is: progress is made safe and the same command goes on.
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         status = app(arguments, standalone_mode=False, prog_name="pome")
         sys.stdout.flush()
@@ -362,9 +400,7 @@ def run_command(arguments: list[str]) -> int:
     except USAGE_ERROR as error:
         error.show()
         return int(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our stdout went away (`pome ... | head`); it must not be flushed again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # the reader of our stdout went away: `pome ... | head`
         return 1
     except PomeError as error:
         complain(str(error))

@@ -20,9 +20,16 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pome.errors import ScoreError, SpecError, printable
+from pome.spec import read_float
 
-NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)(?![\w.]*\w)", re.I)
+# A number is a whole run of letters, digits and dots; the sign of an exponent parts two runs. Each pattern can match in
+# one way only, so that reading takes no longer than the output is long.
+RUN = re.compile(r"[\w.]+")
+NUMBER = re.compile(r"((?:\d+(?:\.\d*)?|\.\d+)(?:e\d+)?|nan|inf(?:inity)?)\.*", re.I | re.A)
+MANTISSA = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)e", re.I | re.A)
+EXPONENT = re.compile(r"(\d+)\.*", re.A)
 MOST_OUTPUT = 64 << 20  # bytes of a command's output that are looked at, from the end
+LAST_OUTPUT = 1 << 20  # characters of it in which a number is looked for that is not in JSON
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,32 @@ def read_score(text: str) -> Score:
             continue
         if isinstance(found, dict):
             return _read_object(found)
-    numbers = NUMBER.findall(text)
-    if not numbers:
+    number = find_last_number(text[-LAST_OUTPUT:])
+    if number is None:
         raise ScoreError("the command printed no number")
-    return Score(Scored(read_finite(float(numbers[-1]), "the score")))
+    return Score(Scored(read_finite(number, "the score")))
+
+
+def find_last_number(text: str) -> float | None:
+    """The last number in a text: `0.5.` ends a sentence and is one; `v2`, `1.2.3` and `0x1f` are none."""
+    last: str | None = None
+    before: re.Match[str] | None = None
+    for run in RUN.finditer(text):
+        at = run.start()
+        power = EXPONENT.fullmatch(run[0]) if before and before.end() == at - 1 and text[at - 1] in "-+" else None
+        if before and power and MANTISSA.fullmatch(before[0]):
+            last = _find_sign(text, before.start()) + before[0] + text[at - 1] + power[1]
+        elif found := NUMBER.fullmatch(run[0]):
+            last = _find_sign(text, at) + found[1]
+        before = run
+    return None if last is None else float(last)
+
+
+def _find_sign(text: str, at: int) -> str:
+    """The sign of a number that begins at `at`; in `a-7` it is a hyphen."""
+    if at and text[at - 1] in "-+" and not RUN.fullmatch(text, max(0, at - 2), at - 1):
+        return text[at - 1]
+    return ""
 
 
 def _read_object(found: Mapping[str, Any]) -> Score:
@@ -152,9 +181,10 @@ def _as_list(value: Any, what: str) -> list[Any]:
 
 
 def read_finite(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = read_float(value)
+    if not math.isfinite(number):
         raise ScoreError(f"{printable(what)} is {printable(str(value))}, not a finite number")
-    return float(value)
+    return number
 
 
 def is_mean(value: float, examples: Sequence[float], weights: Sequence[float] | None) -> bool:

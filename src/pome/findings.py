@@ -15,7 +15,8 @@ from pome.manifest import KeptRecord
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a pair. Norms are Frobenius norms, `sigma` all singular values of the delta, descending.
+    """One matrix of a pair. Norms are Frobenius norms, `sigma` all singular values of the delta, descending; what is
+    relative to the base's own size is None where that is zero.
 
     energy: share of delta_norm^2 in the leading quarter, half and three quarters of the directions. noise_floor:
     largest singular value that rounding to FT's dtype leaves in a delta; noise_share: its energy beside the delta's.
@@ -34,7 +35,7 @@ class Matrix:
     dtype: str
     base_norm: float
     delta_norm: float
-    relative_norm: float
+    relative_norm: float | None
     rank: int
     stable_rank: float
     effective_rank: float
@@ -50,7 +51,7 @@ class Matrix:
     align_r: int
     align_left: float
     align_right: float
-    drift: float
+    drift: float | None
     spectral_norm: float  # of the base's matrix
     sigma: array[float]
 
@@ -88,6 +89,8 @@ def sort_places(places: Sequence[str]) -> list[str]:
     """Places without repetition, layers in the order of their numbers."""
 
     def key(place: str) -> list[tuple[int, str]]:
-        return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", place)]
+        # Numbers by length and digits: of thousands of digits, which a name may have, Python makes no number.
+        words = re.split(r"(\d+)", place)
+        return [(len(word.lstrip("0")), word.lstrip("0")) if word.isdecimal() else (0, word) for word in words]
 
     return sorted(dict.fromkeys(places), key=key)

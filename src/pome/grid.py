@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Generator, Mapping
+import re
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pome.errors import SpecError, printable
-from pome.spec import EditSpec, merge_options, nearest
+from pome.errors import SpecError
+from pome.spec import EditSpec, check_count, check_text, merge_options, nearest, read_float, show
 
 SEARCHES = ("grid", "coordinate")
 AXES = ("layers", "rank_ratio", "rank", "rank_rule", "energy", "scale", "beta")  # options that take a list
@@ -63,10 +64,9 @@ class Grid:
     search: str = "grid"
 
     def __post_init__(self) -> None:
-        if self.search not in SEARCHES:
+        if check_text("search", self.search) not in SEARCHES:
             raise SpecError(
-                f"search: {printable(str(self.search))!r} is not one of {', '.join(SEARCHES)}"
-                f"{nearest(str(self.search), SEARCHES)}"
+                f"search: {show(self.search)} is not one of {', '.join(SEARCHES)}{nearest(self.search, SEARCHES)}"
             )
         for layers, cut, scale, beta in itertools.product(self.layers, self.cuts, self.scales, self.betas):
             self.make(layers, cut, scale, beta)  # each is checked now, before hours of scoring
@@ -102,10 +102,12 @@ def make_grid(options: Mapping[str, Any], search: str = "grid") -> Grid:
     """
     given = dict(options)
     layers = tuple(_read_layers(item) for item in _listed(given.pop("layers", ["up"])))
-    scales = tuple(_listed(given.pop("scale", ["frobenius"])))
+    scales = tuple(check_text("scale", item) for item in _listed(given.pop("scale", ["frobenius"])))
     betas = tuple(_read_number("beta", item) for item in _listed(given.pop("beta", [1.0])))
     cuts = tuple(_list_cuts({name: given.pop(name) for name in AXES if name in given}))
-    for name, axis in (("layers", layers), ("scale", scales), ("beta", betas)):
+    combinations = [frozenset(item) for item in layers]  # gate+up is up+gate
+    axes: tuple[tuple[str, Sequence[Any]], ...] = (("layers", combinations), ("scale", scales), ("beta", betas))
+    for name, axis in axes:
         if not axis:
             raise SpecError(f"{name}: an empty list; give at least one value")
         if len(set(axis)) < len(axis):
@@ -121,10 +123,10 @@ def make_grid(options: Mapping[str, Any], search: str = "grid") -> Grid:
 
 
 def _list_cuts(given: dict[str, Any]) -> list[dict[str, Any]]:
-    rules = _listed(given.get("rank_rule", []))
+    rules = [check_text("rank_rule", item) for item in _listed(given.get("rank_rule", []))]
     ratios = [_read_number("rank_ratio", item) for item in _listed(given.get("rank_ratio", []))]
     energies = [_read_number("energy", item) for item in _listed(given.get("energy", []))]
-    ranks = _listed(given.get("rank", []))
+    ranks = [_read_whole(item) for item in _listed([] if given.get("rank") is None else given["rank"])]
     if "ratio" in rules or not (ratios or ranks or energies or rules):
         ratios = ratios or [0.5]
     if "energy" in rules:
@@ -132,7 +134,7 @@ def _list_cuts(given: dict[str, Any]) -> list[dict[str, Any]]:
     if "fixed" in rules and not ranks:
         raise SpecError("rank_rule: 'fixed' needs rank, the numbers of directions to keep")
     cuts: list[dict[str, Any]] = [{"rank_ratio": ratio} for ratio in ratios]
-    cuts += [{"rank": _read_whole(rank)} for rank in ranks]
+    cuts += [{"rank": rank} for rank in ranks]
     cuts += [{"rank_rule": "energy", "energy": energy} for energy in energies]
     cuts += [{"rank_rule": rule} for rule in rules if rule not in ("ratio", "fixed", "energy")]
     if len({json.dumps(cut) for cut in cuts}) < len(cuts):
@@ -153,26 +155,31 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _read_layers(item: Any) -> tuple[str, ...]:
-    if isinstance(item, str):
-        return (item,) if item.startswith("re:") else tuple(item.split("+"))
-    if isinstance(item, (list, tuple)) and item and all(isinstance(name, str) for name in item):
-        return tuple(item)
-    raise SpecError(f"layers: {item!r} is neither a role nor a list of them")
+    """The names that one alternative joins, each once."""
+    names = item if isinstance(item, (list, tuple)) else [item]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise SpecError(f"layers: {show(item)} is neither a role nor a list of them")
+    pieces: list[str] = []
+    for name in names:
+        pieces += [name] if name.startswith("re:") else [piece.strip() for piece in re.split(r"[+,]", name)]
+    if not all(pieces):
+        raise SpecError(f"layers: {show(item)}: nothing beside a '+'; join roles as in gate+up")
+    return tuple(dict.fromkeys(pieces))
 
 
 def _read_number(name: str, item: Any) -> float:
     try:
-        return float(item) if not isinstance(item, bool) else math.nan
-    except (TypeError, ValueError):
-        raise SpecError(f"{name}: {printable(str(item))!r} is not a number; a list is written 0.25,0.5") from None
+        number = float(item) if isinstance(item, str) else read_float(item)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise SpecError(f"{name}: {show(item)} is not a number; a list is written 0.25,0.5")
+    return number
 
 
 def _read_whole(item: Any) -> int:
-    if isinstance(item, str) and item.isdecimal():
-        return int(item)
-    if isinstance(item, int) and not isinstance(item, bool):
-        return item
-    raise SpecError(f"rank: {printable(str(item))!r} is not a whole number of at least 1")
+    # Ten digits are more than any rank has; of thousands Python would make no number.
+    return check_count("rank", int(item) if isinstance(item, str) and re.fullmatch(r"[0-9]{1,10}", item) else item)
 
 
 def walk(grid: Grid) -> Generator[Candidate, float | None, None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ from pome.evaluate import FolderScorer, ModelScorer
 from pome.grid import AXES, Grid, make_grid
 from pome.roles import ROLES
 from pome.scorers import make_scorer
-from pome.spec import EDIT_KEYS, OVERRIDE_KEYS, EditSpec, check_switch, merge_options, nearest
+from pome.spec import (
+    EDIT_KEYS,
+    OVERRIDE_KEYS,
+    EditSpec,
+    check_switch,
+    check_text,
+    merge_options,
+    nearest,
+    show,
+)
 from pome.yaml_text import compose
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_YAML_BYTES = 4 << 20
 SWITCHES = ("overwrite", "fresh", "full", "card", "private")
-COMMANDS = ("edit", "inspect", "sweep", "verify")
 SCORER_KEYS = ("score_cmd", "loss", "lm_eval", "train_data", "minimize", "score_timeout", "batch_size", "limit")
 SWEEP_KEYS = (*SCORER_KEYS, "search", "write_best", "retry_failed")
 
@@ -52,7 +61,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class Reports:
-    """What an inspection writes: a page, a table, and a folder of plots; paths, or None."""
+    """What an inspection or a sweep writes: a page, a table, and a folder of plots; paths, or None."""
 
     html: str | None = None
     csv: str | None = None
@@ -61,8 +70,12 @@ class Reports:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise SpecError(f"{field.name}: {value!r} is not a path")
+            if value is not None:
+                check_text(field.name, value)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path in (self.html, self.csv, self.plots) if path is not None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ def make_sweep(options: Mapping[str, Any]) -> Sweep:
     """A sweep from its options by name: lists of edit's, and those of SWEEP_KEYS. Raises SpecError."""
     scorer = make_scorer(**{key: options[key] for key in SCORER_KEYS if options.get(key) is not None})
     switches = {key: check_switch(key, options.get(key, False)) for key in ("write_best", "retry_failed")}
-    grid = make_grid({key: options[key] for key in EDIT_KEYS if key in options}, str(options.get("search", "grid")))
+    grid = make_grid({key: options[key] for key in EDIT_KEYS if key in options}, options.get("search", "grid"))
     return Sweep(grid, scorer, **switches)
 
 
@@ -107,16 +120,45 @@ class Job:
 
 
 REPORT_KEYS = tuple(field.name for field in dataclasses.fields(Reports))
-JOB_KEYS = (
-    *("name", "command", "base", "fine_tuned", "out", *EDIT_KEYS, *SWITCHES, "push_to_hub", *REPORT_KEYS),
-    *SWEEP_KEYS,
-)
+SIDES = ("base", "fine_tuned")
+ANY_KEYS = ("name", "command", *SIDES, "out")
+WRITER_KEYS = ("overwrite", "fresh", "card", "private", "push_to_hub")
+# What an inspection hears of edit's options: what is looked at and how, and the numbers of its rules for k.
+LOOK_KEYS = ("layers", "exclude", "device", "dequantize", "common_rows", "rank_ratio", "energy")
+TAKES: dict[str, tuple[str, ...]] = {
+    "edit": (*ANY_KEYS, *EDIT_KEYS, *WRITER_KEYS),
+    "inspect": (*ANY_KEYS, *LOOK_KEYS, *REPORT_KEYS),
+    "sweep": (*ANY_KEYS, *EDIT_KEYS, *SWEEP_KEYS, *WRITER_KEYS, *REPORT_KEYS),
+    "verify": (*ANY_KEYS, "full"),
+}
+JOB_KEYS = tuple(dict.fromkeys(key for keys in TAKES.values() for key in keys))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a YAML file for one edit. Raises SpecError naming the line of an unknown or repeated key."""
+def read_config(path: Path, lists: bool = False) -> dict[str, Any]:
+    """The options in a YAML file for one edit, or with `lists` for a sweep. Raises SpecError naming the line of an
+    unknown or repeated key, and of a value that is wrong by itself."""
     root = _compose(path)
-    return _mapping(root, path, EDIT_KEYS)
+    return _mapping(root, path, EDIT_KEYS, _check_list if lists else _check_value)
+
+
+def make_spec(config: Path | None, given: Mapping[str, Any]) -> EditSpec:
+    """The options of a command line over those of its config file. Raises SpecError."""
+    spec = EditSpec.from_given(given)
+    if config is None:
+        return spec
+    options = merge_options(read_config(config), given)
+    try:
+        return EditSpec.from_given(options)
+    except SpecError as error:  # those of the command line were good by themselves
+        raise SpecError(f"{config}: {error}") from None
+
+
+def check_verification(base: str | None, fine_tuned: str | None, full: bool) -> None:
+    """Refuse what `verify` could not do with the sides that it is given."""
+    if full and (base is None or fine_tuned is None):
+        raise SpecError("full: every edit is recomputed from both sides; give BASE and FT too")
+    if base is not None and fine_tuned is None:
+        raise SpecError("base: an edit is recomputed from both sides; give FT too")
 
 
 def read_batch(path: Path, only: Iterable[str] = (), variables: Mapping[str, str] | None = None) -> list[Job]:
@@ -130,19 +172,20 @@ def read_batch(path: Path, only: Iterable[str] = (), variables: Mapping[str, str
     defaults: dict[str, Any] = {}
     if "defaults" in top:
         allowed = tuple(k for k in JOB_KEYS if k not in ("name", "out"))
-        defaults = _mapping(top["defaults"][1], path, allowed)
+        defaults = _mapping(top["defaults"][1], path, allowed, _check_list)
     if "jobs" not in top or not isinstance(top["jobs"][1], yaml.SequenceNode) or not top["jobs"][1].value:
         raise SpecError(f"{path}: 'jobs' must be a list of at least one job")
     jobs: list[Job] = []
     for node in top["jobs"][1].value:
         line = node.start_mark.line + 1
-        given = _mapping(node, path, JOB_KEYS)
+        command = _find_command(node, defaults)
+        given = _mapping(node, path, JOB_KEYS, _check_list if command == "sweep" else _check_value)
         try:
-            jobs.append(_job(merge_options(defaults, given)))
+            jobs.append(_job(given, defaults))
         except SpecError as error:
             raise SpecError(f"{path}:{line}: {error}") from None
-    _refuse_twins(path, "name", [job.name for job in jobs])
-    _refuse_twins(path, "out", [job.out for job in jobs if job.command in ("edit", "sweep")])
+    _refuse_twins(path, [job.name for job in jobs])
+    _refuse_nested(path, [job.out for job in jobs if job.command in ("edit", "sweep")])
     wanted = list(only)
     for name in wanted:
         names = [job.name for job in jobs]
@@ -151,56 +194,84 @@ def read_batch(path: Path, only: Iterable[str] = (), variables: Mapping[str, str
     return [job for job in jobs if not wanted or job.name in wanted]
 
 
-def _job(values: dict[str, Any]) -> Job:
-    command = values.pop("command", "edit")
-    if command not in COMMANDS:
-        raise SpecError(f"command: {command!r} is not one of {', '.join(COMMANDS)}{nearest(str(command), COMMANDS)}")
-    reports = Reports(**{key: values.pop(key, None) for key in REPORT_KEYS})
+def _find_command(node: yaml.Node, defaults: Mapping[str, Any]) -> object:
+    """The command of a job that is not read yet: it says which values are lists."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next((value.value for key, value in pairs if key.value == "command"), defaults.get("command", "edit"))
+
+
+def _job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
+    """A job of its own keys, all of which its command must take, and of those defaults that its command takes."""
+    command = given.get("command", defaults.get("command", "edit"))
+    if not isinstance(command, str) or command not in TAKES:
+        hint = nearest(command, TAKES) if isinstance(command, str) else ""
+        raise SpecError(f"command: {show(command)} is not one of {', '.join(TAKES)}{hint}")
+    for key in given:
+        if key not in TAKES[command]:
+            takers = [name for name, keys in TAKES.items() if key in keys]
+            raise SpecError(f"{key}: the command {command} does not take that; {' and '.join(takers)} may")
+    values = merge_options({key: value for key, value in defaults.items() if key in TAKES[command]}, given)
     if command == "inspect":
-        return _inspection(values, reports)
-    if command != "sweep" and (stray := [key for key in SWEEP_KEYS if key in values]):
-        raise SpecError(f"{command}: {', '.join(stray)}: only the command sweep takes that")
-    if command != "sweep" and reports != Reports():
-        raise SpecError(f"{command}: {', '.join(REPORT_KEYS)} are what the commands inspect and sweep write")
-    out = _text("out", values.pop("out", None))
+        return _inspection(values, given)
+    out = _text("out", values.get("out"))
     base, fine_tuned = (
-        None if command == "verify" and values.get(key) is None else _text(key, values.get(key))
-        for key in ("base", "fine_tuned")
+        None if command == "verify" and values.get(key) is None else _text(key, values.get(key)) for key in SIDES
     )
-    name = _text("name", values.pop("name", out if command == "edit" else f"{command} {out}"))
-    overwrite, fresh, full, card, private = (check_switch(key, values.pop(key, False)) for key in SWITCHES)
-    publication = Publication(card, values.pop("push_to_hub", None), private)
+    name = _text("name", values.get("name", out if command == "edit" else f"{command} {out}"))
+    overwrite, fresh, full, card, private = (check_switch(key, values.get(key, False)) for key in SWITCHES)
+    if command == "verify":
+        check_verification(base, fine_tuned, full)
+    publication = Publication(card, values.get("push_to_hub"), private)
+    reports = Reports(**{key: values.get(key) for key in REPORT_KEYS})
     found = make_sweep(values) if command == "sweep" else None
-    given = {key: value for key, value in values.items() if key in EDIT_KEYS}
-    spec = found.grid.shared if found else EditSpec.from_mapping(given)
+    spec = found.grid.shared if found else EditSpec.from_given(_pick(values, EDIT_KEYS))
     return Job(name, command, base, fine_tuned, out, spec, overwrite, fresh, full, publication, reports, found)
 
 
-def _inspection(values: dict[str, Any], reports: Reports) -> Job:
+def _inspection(values: dict[str, Any], given: Mapping[str, Any]) -> Job:
     """An output looked at where `out` is given, else a pair, all of its roles unless `layers` says otherwise."""
-    out = values.pop("out", None)
-    base, fine_tuned = (_text(key, values.get(key)) if out is None else None for key in ("base", "fine_tuned"))
-    name = _text("name", values.pop("name", f"inspect {out or fine_tuned}"))
-    options = {key: value for key, value in values.items() if key in EDIT_KEYS}
-    spec = EditSpec.from_mapping({"layers": ROLES, **options})
+    out = values.get("out")
+    stray = [key for key in given if key in (*SIDES, *LOOK_KEYS)]
+    if out is not None and stray:
+        raise SpecError(
+            f"{stray[0]}: has no effect with out, whose manifest tells what was edited; give one of the two"
+        )
+    base, fine_tuned = (_text(key, values.get(key)) if out is None else None for key in SIDES)
+    name = _text("name", values.get("name", f"inspect {out or fine_tuned}"))
+    spec = EditSpec.from_mapping({"layers": ROLES, **_pick(values, LOOK_KEYS)})
+    reports = Reports(**{key: values.get(key) for key in REPORT_KEYS})
     return Job(name, "inspect", base, fine_tuned, _text("out", out) if out is not None else "", spec, reports=reports)
 
 
-def _refuse_twins(path: Path, key: str, values: list[str]) -> None:
-    twice = next((value for value in values if values.count(value) > 1), None)
+def _pick(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}
+
+
+def _refuse_twins(path: Path, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise SpecError(f"{path}: two jobs have the {key} {printable(twice)!r}; each needs its own")
+        raise SpecError(f"{path}: two jobs have the name {printable(twice)!r}; each needs its own")
+
+
+def _refuse_nested(path: Path, outs: list[str]) -> None:
+    """Refuse outputs that are one folder, or one inside the other, however they are written."""
+    found = sorted((Path(os.path.realpath(os.path.expanduser(out))).parts, out) for out in outs)
+    for (outer, first), (inner, second) in zip(found, found[1:], strict=False):  # what lies inside sorts right behind
+        if inner[: len(outer)] == outer:
+            said = f"{printable(first)!r}" + (f" and {printable(second)!r}" if first != second else "")
+            raise SpecError(f"{path}: two jobs have the out {said}; each needs a folder of its own")
 
 
 def _text(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise SpecError(f"{key}: {'missing' if value is None else 'not a text'}; a job needs base, fine_tuned and out")
-    return value
+    if value is None or not isinstance(value, str):
+        said = "missing" if value is None else "not a text"
+        raise SpecError(f"{key}: {said}; a job needs base, fine_tuned and out")
+    return check_text(key, value)
 
 
 def _compose(path: Path) -> yaml.Node:
     try:
-        with path.open("rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             raw = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
@@ -230,6 +301,10 @@ def _read_variables(
     for key, value in node.value if node is not None else ():
         if not isinstance(key, yaml.ScalarNode) or not isinstance(value, yaml.ScalarNode):
             raise SpecError(f"{path}:{key.start_mark.line + 1}: variables: expected 'name: text' lines")
+        if key.value in found:
+            raise SpecError(
+                f"{path}:{key.start_mark.line + 1}: the variable {printable(key.value)!r} stands there twice"
+            )
         found[key.value] = None if value.tag.endswith(":null") else value.value
     for name in given:
         if name not in found:
@@ -283,8 +358,11 @@ def _children(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, 
     return found
 
 
-def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, Any]:
-    """A flat mapping of options as plain values, checked key by key."""
+def _mapping(
+    node: yaml.Node, path: Path, allowed: Iterable[str], check: Callable[[str, Any], object]
+) -> dict[str, Any]:
+    """A flat mapping of options as plain values, each option of edit checked alone, so that a message names its line;
+    together they are checked later."""
     values = {}
     loader = yaml.SafeLoader("")
     for key, (line, value_node) in _children(node, path, allowed).items():
@@ -296,11 +374,31 @@ def _mapping(node: yaml.Node, path: Path, allowed: Iterable[str]) -> dict[str, A
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SpecError(f"{path}:{line}: {key}: {printable(str(error).splitlines()[0])}") from None
         try:
-            # Each value is checked alone here, so that the message can name its line; together they are checked later.
-            listed = key in AXES and isinstance(value, (list, str))  # a sweep's; another job refuses it later
-            if key in EDIT_KEYS and key not in ("rank_rule", "rank") and not listed:
-                EditSpec(**{key: value})
+            if key in EDIT_KEYS:
+                check(key, value)
         except SpecError as error:
-            raise SpecError(f"{path}:{line}: {error}") from None
+            raise SpecError(f"{path}:{line}: {error}{_explain_text(value, value_node)}") from None
         values[key] = value
     return values
+
+
+def _check_value(key: str, value: Any) -> None:
+    EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
+
+
+def _check_list(key: str, value: Any) -> None:
+    if key in AXES and isinstance(value, (list, str)):
+        make_grid({key: value, **({"rank": 1} if key == "rank_rule" else {})})
+    else:
+        _check_value(key, value)
+
+
+def _explain_text(value: Any, node: yaml.Node) -> str:
+    """YAML 1.1 has numbers with an exponent only where they have a dot and the exponent a sign."""
+    if (
+        isinstance(value, str)
+        and getattr(node, "style", None) is None
+        and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value)
+    ):
+        return "; YAML reads this as text; write 0.1 or 1.0e-1"
+    return ""

@@ -33,9 +33,10 @@ def load_model(folder: Path, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ScoreError(f"transformers cannot load it: {printable(str(error).strip().splitlines()[0])}") from None
-    return model.to(device).eval(), tokenizer
+        return model.to(device).eval(), tokenizer
+    except Exception as error:  # a config may bring it to raise anything, and a device may have too little memory
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ScoreError(f"transformers cannot load it: {printable(said[0])}") from None
 
 
 @dataclass(frozen=True)

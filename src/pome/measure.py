@@ -115,7 +115,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
         dtype=unit.dtype,
         base_norm=base_norm,
         delta_norm=norm,
-        relative_norm=norm / base_norm if base_norm else math.inf,
+        relative_norm=norm / base_norm if base_norm else None,
         rank=rank,
         stable_rank=float(squares.sum() / squares[0]),
         effective_rank=measure_effective(sigma),
@@ -131,7 +131,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
         align_r=bearing.r,
         align_left=bearing.left,
         align_right=bearing.right,
-        drift=bearing.drift,
+        drift=bearing.drift if math.isfinite(bearing.drift) else None,
         spectral_norm=bearing.spectral_norm,
         sigma=array("f", sigma.tolist()),
     )

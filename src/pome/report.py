@@ -1,4 +1,4 @@
-"""What an inspection writes: CSV, and one HTML page that needs nothing else. No torch."""
+"""What an inspection writes: CSV, and one HTML page that needs nothing else; and where any report may go. No torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import csv
 import io
 import json
 import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.errors import OutputError, printable
 from pome.jobs import Reports
 from pome.sheet import Sheet
@@ -45,34 +49,76 @@ def make_page(sheet: Sheet) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data, 1)
 
 
-def check_targets(reports: Reports) -> None:
-    """Refuse what could not be written later, before the long work. Raises OutputError."""
+def check_targets(reports: Reports, sides: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Refuse what could not or must not be written later, before the long work. Raises OutputError.
+
+    `sides` are BASE, FT and OUT. No report goes into one of them, wherever links lead, nor into the folder of another
+    checkpoint or output: a slip of the pen would replace its weights or its config.
+    """
+    forbidden = {_resolve(side): os.fspath(side) for side in sides if side is not None}
+    taken: set[Path] = set()
     for path in (reports.html, reports.csv, reports.plots):
-        target = path and Path(path).expanduser()
-        if target and not target.absolute().parent.is_dir():
-            raise OutputError(f"{printable(str(target))}: its folder does not exist; make it first")
-        if target and target.is_dir() and path != reports.plots:
-            raise OutputError(f"{printable(str(target))}: a folder; name the file to write")
+        if path is None:
+            continue
+        shown, target = printable(path), _resolve(path)
+        inside = next((forbidden[place] for place in (target, *target.parents) if place in forbidden), None)
+        if inside is not None:
+            raise OutputError(f"{shown}: lies in {printable(inside)}, which is an input or OUT; choose another place")
+        if target in taken:
+            raise OutputError(f"{shown}: two reports would be written there; give each its own")
+        taken.add(target)
+        if not target.parent.is_dir():
+            raise OutputError(f"{shown}: its folder does not exist; make it first")
+        if target.exists() and (path == reports.plots) != target.is_dir():
+            raise OutputError(
+                f"{shown}: a {'folder; name the file' if target.is_dir() else 'file; name the folder'} to write"
+            )
+        if target.exists() and not target.is_dir() and not target.is_file():
+            raise OutputError(f"{shown}: no regular file; name another to write")
+        for folder in (target, target.parent):
+            if folder.is_dir() and any(n.endswith(".safetensors") or n == MANIFEST_NAME for n in os.listdir(folder)):
+                raise OutputError(f"{shown}: {printable(str(folder))} holds a checkpoint; choose another folder")
+        try:
+            with tempfile.TemporaryFile(dir=target if target.is_dir() else target.parent):
+                pass
+        except OSError as error:
+            raise OutputError(f"{shown}: cannot be written: {error.strerror}") from None
     if reports.plots:
         from pome.plots import load_matplotlib
 
         load_matplotlib()
 
 
+def _resolve(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 def write_reports(sheet: Sheet, reports: Reports) -> list[Path]:
     """Write what was asked for; returns the paths. Raises OutputError."""
-    made: list[Path] = []
-    for path, make in ((reports.html, make_page), (reports.csv, make_csv)):
-        if path:
-            made.append(Path(path).expanduser())
-            try:
-                made[-1].write_text(make(sheet), encoding="utf-8", newline="")
-            except OSError as error:
-                raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
+    made = write_texts(reports, lambda: make_page(sheet), lambda: make_csv(sheet))
     if reports.plots:
         from pome.plots import write_plots
 
-        made += write_plots(sheet, Path(reports.plots).expanduser())
+        made += write_plots(sheet, _resolve(reports.plots))
+    return made
+
+
+def write_texts(reports: Reports, page: Callable[[], str], table: Callable[[], str]) -> list[Path]:
+    """Write the page and the table that were asked for, each whole or not at all. Raises OutputError."""
+    made: list[Path] = []
+    for path, make in ((reports.html, page), (reports.csv, table)):
+        if path is None:
+            continue
+        target = _resolve(path)
+        text, beside = make(), target.with_name(f".pome-{os.getpid()}.part")
+        try:
+            beside.write_text(text, encoding="utf-8", newline="")
+            os.replace(beside, target)
+        except OSError as error:
+            raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
+        finally:
+            beside.unlink(missing_ok=True)
+        made.append(Path(os.path.expanduser(path)))
     return made
 
 

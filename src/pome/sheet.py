@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.errors import VerificationError, printable
 from pome.findings import Matrix, Survey, find_place, sort_places
 from pome.manifest import Manifest, TensorRecord
 from pome.roles import ROLES
@@ -154,10 +156,19 @@ def make_edit_sheet(manifest: Manifest) -> Sheet:
 
 
 def _make_edited_row(record: TensorRecord) -> Row:
-    plain = (q.key for q in EDITED if hasattr(record, q.key))
-    values: dict[str, float | None] = {key: getattr(record, key) for key in plain}
-    values["edit_ratio"] = record.edit_norm / record.delta_norm
-    values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
+    """Raises VerificationError for a record that pome did not write: a manifest may come from anybody."""
+    values = {q.key: getattr(record, q.key) for q in EDITED if hasattr(record, q.key)}
+    try:
+        values["edit_ratio"] = record.edit_norm / record.delta_norm
+        values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
+        good = all(map(math.isfinite, (*values.values(), *record.shape)))
+        good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
+        good &= record.role in ROLES and 1 <= record.k <= min(record.shape)
+    except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
+        good = False
+    if not good:
+        said = f"the record of {printable(record.name)} is not one that pome writes"
+        raise VerificationError(f"{MANIFEST_NAME}: {said}; give an output of pome")
     points = {1: record.sigma_max, record.k: record.sigma_k}
     if record.k < min(record.shape):
         points[record.k + 1] = record.sigma_next

@@ -22,6 +22,10 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 # The options that together choose k. One of them given on the command line sets aside what a file says of the others.
 RANK_OPTIONS = frozenset({"rank_ratio", "rank", "rank_rule", "energy"})
+# The rules that take a number, and the option that gives it.
+NUMBER_OF = {"ratio": "rank_ratio", "fixed": "rank", "energy": "energy"}
+MOST = 10**9  # of what is counted: no matrix is as large, and every library can take it
+BETAS = (1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Override:
         _compile("overrides", self.match)
         if not self.options:
             raise SpecError(f"overrides: {printable(self.match)!r} changes nothing; {_OVERRIDABLE}")
+        try:
+            _check_cut(self.options)
+        except SpecError as error:
+            raise SpecError(f"overrides: {printable(self.match)!r}: {error}") from None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -88,6 +96,8 @@ class EditSpec:
         put(self, "layers", _names("layers", self.layers))
         put(self, "exclude", _texts("exclude", self.exclude))
         for name in self.layers:
+            if name == "re:":
+                raise SpecError("layers: 're:' has no pattern; for every tensor write 're:.'")
             if name.startswith("re:"):
                 _compile("layers", name[3:])
             elif name not in ROLES and name not in GROUPS:
@@ -99,19 +109,24 @@ class EditSpec:
         if not self.layers:
             raise SpecError("layers: nothing is selected; name a role, a group or re:PATTERN")
         for pattern in self.exclude:
+            if not pattern:
+                raise SpecError("exclude: empty, which every tensor matches; is a variable unset?")
             _compile("exclude", pattern)
-        put(self, "rank_ratio", _number("rank_ratio", self.rank_ratio, above=0, at_most=1))
-        put(self, "energy", _number("energy", self.energy, above=0, at_most=1))
-        put(self, "beta", _number("beta", self.beta, above=0))
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise SpecError(f"rank: {self.rank!r} is not a whole number of at least 1")
+        put(self, "rank_ratio", _share("rank_ratio", self.rank_ratio))
+        put(self, "energy", _share("energy", self.energy))
+        beta = read_float(self.beta)
+        if not BETAS[0] <= beta <= BETAS[1]:
+            raise SpecError(f"beta: {show(self.beta)} is not a number from {BETAS[0]:g} to {BETAS[1]:g}")
+        put(self, "beta", beta)
+        if self.rank is not None:
+            check_count("rank", self.rank)
         _choice("rank_rule", self.rank_rule, RANK_RULES)
         _choice("scale", self.scale, SCALES)
         _choice("dtype", self.dtype, DTYPES)
         _choice("engine", self.engine, ENGINES)
         _choice("out_format", self.out_format, OUT_FORMATS)
         if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
-            raise SpecError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+            raise SpecError(f"device: {show(self.device)} is none of auto, cpu, cuda, cuda:N, mps")
         check_switch("dequantize", self.dequantize)
         check_switch("common_rows", self.common_rows)
         if self.rank is not None and self.rank_rule == "ratio":
@@ -128,9 +143,19 @@ class EditSpec:
     def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
         """A spec from options by name; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
         chosen = dict(options)
+        for key in chosen:
+            if key not in EDIT_KEYS:
+                raise SpecError(f"unknown option {printable(str(key))!r}{nearest(str(key), EDIT_KEYS)}")
         if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
             chosen["rank_rule"] = "energy"
         return cls(**chosen)
+
+    @classmethod
+    def from_given(cls, options: Mapping[str, Any]) -> EditSpec:
+        """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
+        spec = cls.from_mapping(options)
+        _check_cut(options)
+        return spec
 
     def resolve(self, name: str) -> EditSpec:
         """The spec for one tensor: every override that matches its name applied in turn, and none left."""
@@ -165,10 +190,56 @@ def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
     return {**{k: v for k, v in file.items() if k not in dropped}, **options}
 
 
+def _check_cut(options: Mapping[str, Any]) -> None:
+    """Refuse a number for choosing k beside another option that leaves it without effect."""
+    given = {key: options[key] for key in ("rank", "rank_ratio", "energy") if options.get(key) is not None}
+    rule = options.get("rank_rule")
+    taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
+    for key in given:
+        if key != taken:
+            raise SpecError(
+                f"{key}: has no effect with {f'rank_rule {rule!r}' if rule else taken}; give one of the two"
+            )
+
+
 def check_switch(key: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise SpecError(f"{key}: {value!r} is not true or false")
+        raise SpecError(f"{key}: {show(value)} is not true or false")
     return value
+
+
+def check_count(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise SpecError(f"{key}: {show(value)} is not a whole number of at least 1 and at most {MOST}")
+    return value
+
+
+def check_text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SpecError(f"{key}: {show(value)} is not a text")
+    if not value:
+        raise SpecError(f"{key}: empty; is a variable unset?")
+    if "\0" in value:  # no path and no command can hold it
+        raise SpecError(f"{key}: {show(value)} holds a null character")
+    return value
+
+
+def read_float(value: object) -> float:
+    """A number from YAML or Python, infinite where no float is as large; NaN for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def show(value: object) -> str:
+    """A value as a message shows it, however long it is."""
+    try:
+        return printable(repr(value))
+    except ValueError:  # Python prints no whole number of more than some thousands of digits
+        return "a number of thousands of digits"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -207,21 +278,21 @@ def _names(key: str, value: object) -> tuple[str, ...]:
 def _texts(key: str, value: object) -> tuple[str, ...]:
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) for v in values):
-        raise SpecError(f"{key}: {value!r} is not a text or a list of texts")
+        raise SpecError(f"{key}: {show(value)} is not a text or a list of texts")
     return tuple(values)
 
 
-def _number(key: str, value: object, *, above: float, at_most: float = math.inf) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not above < float(value) <= at_most:  # type: ignore[arg-type]
-        limit = f" and at most {at_most:g}" if at_most < math.inf else ""
-        raise SpecError(f"{key}: {value!r} is not a number above {above:g}{limit}")
-    return float(value)  # type: ignore[arg-type]
+def _share(key: str, value: object) -> float:
+    number = read_float(value)
+    if not 0 < number <= 1:
+        raise SpecError(f"{key}: {show(value)} is not a number above 0 and at most 1")
+    return number
 
 
 def _choice(key: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise SpecError(f"{key}: {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+        hint = nearest(value, known) if isinstance(value, str) else ""
+        raise SpecError(f"{key}: {show(value)} is not one of {', '.join(known)}{hint}")
 
 
 def _compile(key: str, pattern: str) -> None:

@@ -9,9 +9,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pome.errors import OutputError, printable
+from pome.errors import printable
 from pome.grid import name_cut
 from pome.jobs import Reports
+from pome.report import write_texts
 from pome.sheet import HeatMap, shade
 from pome.trial import Outcome, Trial
 
@@ -191,17 +192,7 @@ def _draw_cell(value: float | None, values: Sequence[float], minimize: bool, bes
 
 def write_sweep_reports(outcome: Outcome, reports: Reports, base: str, ft: str, out: str) -> list[Path]:
     """Write what was asked for; returns the paths. Raises OutputError."""
-    made: list[Path] = []
-    for path, text in (
-        (reports.html, make_page(outcome, base, ft, out) if reports.html else ""),
-        (reports.csv, make_csv(outcome) if reports.csv else ""),
-    ):
-        if path:
-            made.append(Path(path).expanduser())
-            try:
-                made[-1].write_text(text, encoding="utf-8", newline="")
-            except OSError as error:
-                raise OutputError(f"{printable(path)}: cannot be written: {error.strerror}") from None
+    made = write_texts(reports, lambda: make_page(outcome, base, ft, out), lambda: make_csv(outcome))
     if reports.plots:
         from pome.plots import write_heat_maps
 

@@ -73,7 +73,7 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
             "--rank-rule noise-floor",
         ),
         (
-            lambda m: m.relative_norm > FAR,
+            lambda m: m.relative_norm is None or m.relative_norm > FAR,
             f"The update is over {FAR:.0%} of the weight: a layer trained anew, or another base than this one.",
             "--exclude PATTERN",
         ),

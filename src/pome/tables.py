@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -42,8 +43,42 @@ EDIT_COLUMNS = {
     "edit_ratio": "||edit||/||delta||",
     "rounding": "lost to rounding",
 }
+NAME_WIDTH = 24  # a name folds to no less: folded names are hard to read
 # From the worst score to the best, in colours that every terminal has; the number stands in each cell anyway.
 SHADES = ("dim", "default", "cyan", "cyan bold", "black on cyan", "black on bright_cyan bold")
+
+
+class Columns:
+    """A table that fits its place without a number cut or folded, which would be read as another number.
+
+    Only the columns of `texts` give way, by folding; then columns are left out whole, from the last on, and a line
+    says which, and where they can be found.
+    """
+
+    def __init__(self, *heads: str, texts: tuple[int, ...] = (0,), lefts: tuple[int, ...] = (0,), where: str) -> None:
+        self.heads, self.texts, self.lefts, self.where = tuple(map(printable, heads)), texts, lefts, where
+        self.rows: list[tuple[list[Text], str | None]] = []
+
+    def add_row(self, *cells: str | Text, style: str | None = None) -> None:
+        self.rows.append(([cell if isinstance(cell, Text) else Text(printable(cell, 300)) for cell in cells], style))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = [max([len(head), *(cells[i].cell_len for cells, _ in self.rows)]) for i, head in enumerate(self.heads)]
+        least = [min(width, NAME_WIDTH) if i in self.texts else width for i, width in enumerate(widths)]
+        count = len(least)
+        while count > 1 and sum(least[:count]) + 2 * (count - 1) > options.max_width:
+            count -= 1
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, head in enumerate(self.heads[:count]):
+            table.add_column(
+                Text(head), justify="left" if i in self.lefts else "right", overflow="fold", min_width=least[i],
+                no_wrap=i not in self.texts,
+            )  # fmt: skip
+        for cells, style in self.rows:
+            table.add_row(*cells[:count], style=style)
+        yield table
+        if count < len(self.heads):
+            yield Text(f"not shown for want of width: {', '.join(self.heads[count:])}; {self.where}", style="dim")
 
 
 def show_bytes(count: float) -> str:
@@ -83,9 +118,11 @@ def name_side(side: Checkpoint) -> str:
     return printable(side.source.rstrip("/").rpartition("/")[2] or side.source)
 
 
-def make_plan_table(opened: Opened) -> Table:
+def make_plan_table(opened: Opened) -> Columns:
     """The plan of `--dry-run`: a row for each role and shape, then what is kept and why."""
-    table = _table("role", "matrices", "shape", "dtype", "read", "write")
+    # What is kept has its reason in the place of a shape.
+    heads = ("role", "matrices", "shape", "dtype", "read", "write")
+    table = Columns(*heads, texts=(2,), where="--json has them")
     rows: dict[tuple[str, str, str], list[int]] = {}
     for unit, part in opened.plan.matrices():
         shape = " x ".join(map(str, fan_out_in(unit, part)))
@@ -97,14 +134,14 @@ def make_plan_table(opened: Opened) -> Table:
     for (role, shape, dtype), (count, read, written) in rows.items():
         table.add_row(role, str(count), shape, dtype, show_bytes(read), show_bytes(written))
     for reason, count in Counter(kept.reason for kept in opened.plan.kept).items():
-        table.add_row("kept", str(count), escape(printable(reason)), "", "", "", style="dim")
+        table.add_row("kept", str(count), reason, "", "", "", style="dim")
     return table
 
 
-def make_closing_table(manifest: Manifest) -> Table:
+def make_closing_table(manifest: Manifest) -> Columns:
     """A row for each role: how many matrices, and the medians (the worst, for errors) of what was measured."""
     measured = ("energy kept", "||edit||/||delta||", "lost to rounding", "1-objective", "warnings")
-    table = _table("role", "matrices", "rank", "k", *measured)
+    table = Columns("role", "matrices", "rank", "k", *measured, where="the manifest has them")
     by_role: dict[str, list[TensorRecord]] = {}
     for record in manifest.tensors:
         by_role.setdefault(record.role, []).append(record)
@@ -151,18 +188,20 @@ def describe_kept(records: Sequence[KeptRecord]) -> list[str]:
     return [f"kept {count}: {printable(reason)}" for reason, count in counts.items()]
 
 
-def make_survey_tables(sheet: Sheet) -> list[Table]:
+def make_survey_tables(sheet: Sheet) -> list[Columns]:
     """Medians for each role, and for each layer."""
     columns = SURVEY_COLUMNS if sheet.kind == "survey" else EDIT_COLUMNS
     keys, tables = list(columns), []
     for first, summary in (("role", summarise_roles(sheet, keys)), ("layer", summarise_places(sheet, keys))):
-        table = _table(first, "matrices", *columns.values())
+        table = Columns(first, "matrices", *columns.values(), where="--csv has them")
         for name, count, medians in summary:
-            table.add_row(escape(printable(name)), str(count), *(f"{medians[key]:.3g}" for key in keys))
-        # Folded names are harder to read than folded headings.
-        table.columns[0].min_width = min(24, max((len(name) for name, _, _ in summary), default=0))
+            table.add_row(name, str(count), *(_show_median(medians[key]) for key in keys))
         tables.append(table)
     return tables
+
+
+def _show_median(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def describe_notices(sheet: Sheet) -> list[str]:
@@ -174,22 +213,22 @@ def describe_notices(sheet: Sheet) -> list[str]:
     return lines
 
 
-def make_sweep_tables(outcome: Outcome) -> list[Table]:
+def make_sweep_tables(outcome: Outcome) -> list[Columns]:
     """The heat map of K and beta where both were varied, and a row for each model, best first."""
     tables = []
     values = [t.score.scored.value for t in outcome.trials if t.candidate and t.score]
     for heat in list_heat_maps(outcome):
         if len(heat.rows) > 1 and len(heat.columns) > 1:
-            table = _table(escape(heat.title), *(f"beta {escape(beta)}" for beta in heat.columns))
+            table = Columns(heat.title, *(f"beta {beta}" for beta in heat.columns), where="--csv has them")
             for name, scores in zip(heat.rows, heat.cells, strict=True):
-                table.add_row(escape(name), *(_shade_cell(value, values, outcome.minimize) for value in scores))
+                table.add_row(name, *(_shade_cell(value, values, outcome.minimize) for value in scores))
             tables.append(table)
     header, rows = list_rows(outcome)
-    table = _table(*(escape(name) for name in header))
+    table = Columns(*header, where="--csv has them")
     for trial, row in zip(outcome.trials, rows, strict=True):
         best = outcome.best is not None and trial.key == outcome.best.key
         style = "red" if trial.failed else "bold" if best else "dim" if trial.candidate is None else None
-        table.add_row(*(escape(printable(cell)) for cell in row), style=style)
+        table.add_row(*row, style=style)
     return [*tables, table]
 
 
@@ -200,26 +239,19 @@ def _shade_cell(value: float | None, values: Sequence[float], minimize: bool) ->
     return Text(f" {show_number(value)} ", style=SHADES[level])
 
 
-def make_batch_table(results: list[dict[str, Any]]) -> Table:
+def make_batch_table(results: list[dict[str, Any]]) -> Columns:
     """A row for each job of a batch."""
-    table = _table("job", "status", "matrices", "seconds", "out or error", numbers=(2, 3))
+    heads = ("job", "status", "matrices", "seconds", "out or error")
+    table = Columns(*heads, texts=(0, 4), lefts=(0, 1, 4), where="--json has them")
     for result in results:
         good = result["status"] == "done"
         last = result["out"] if good else result["error"]
         table.add_row(
-            escape(printable(result["name"])),
-            "done" if good else "failed",
+            result["name"],
+            result["status"],
             str(result.get("matrices", "-")),
             f"{result['seconds']:.1f}",
-            escape(printable(last, 300)),
-            style=None if good else "red",
+            last,
+            style=None if good else "dim" if result["status"] == "not run" else "red",
         )
-    return table
-
-
-def _table(*columns: str, numbers: tuple[int, ...] | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        right = i in numbers if numbers is not None else i > 0
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
