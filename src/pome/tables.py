@@ -94,11 +94,12 @@ def describe_plan(opened: Opened) -> str:
     """One line: what becomes what, how many tensors, how many bytes."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
-    edited = len({unit.name for unit in plan.units if unit.parts})
+    edited = {unit.name for unit in plan.units if unit.parts}
+    kept = plan.tensor_count - len(edited | set(plan.merged))  # a tensor may be edited in part, and merged in the rest
     merged = f", {len(plan.merged)} merged" if plan.merged else ""
     return (
-        f"{name_side(opened.base)} -> {name_side(opened.ft)}   {edited} of {plan.tensor_count} tensors to edit "
-        f"({', '.join(roles)}){merged}, {plan.tensor_count - edited - len(plan.merged)} kept   "
+        f"{name_side(opened.base)} -> {name_side(opened.ft)}   {len(edited)} of {plan.tensor_count} tensors to edit "
+        f"({', '.join(roles)}){merged}, {kept} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )
 
