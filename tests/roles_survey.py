@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from pome.roles import Layout, Part, describe
+from pome.roles import Layout, Part, describe_all
 from tiny_models import tiny_config, tiny_model
 from true_roles import (
     ATTENTION,
@@ -56,9 +56,10 @@ def judge(model: Any, inputs: dict[str, Any]) -> Verdict:
     told = Teller(model, truths, names)
     saved = saved_tags(model, tagged)
     for spelled in (saved, {name: tags for name, tags in tagged.items() if name not in saved}):
+        layouts = describe_all({name: tuple(tags.shape) for name, tags in spelled.items()}, config)
         for name, tags in spelled.items():
             if tags.ndim in (2, 3):
-                layout = describe(name, tuple(tags.shape), config)
+                layout = layouts[name]
                 for part in layout.parts:
                     kind, outcome, why = told.judge_part(tags, layout, part)
                     if outcome:

@@ -1,11 +1,13 @@
-"""Which tensor belongs to which: equal names, one change of prefix, never another tower or another shape."""
+"""Which tensor belongs to which: equal names, changes of prefix, never another tower or another shape."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pome.pairing import pair_names
+from pome.errors import PairingError
+from pome.pairing import CHANGES, pair_names
 
 
 def bert(prefix: str = "", layers: int = 3) -> dict[str, tuple[int, ...]]:
@@ -67,3 +69,54 @@ def test_other_shapes_do_not_vote() -> None:
 def test_the_order_of_names_changes_nothing(theirs: list[str], ours: list[str]) -> None:
     base = {name: bert("a.")[name] for name in theirs}
     assert pair_names(base, {name: bert()[name] for name in ours}) == {name: f"a.{name}" for name in bert()}
+
+
+def layers(prefix: str, count: int = 3, *sizes: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}layers.{i}.mlp.up_proj.weight": sizes or (8, 4) for i in range(count)}
+
+
+def test_every_tower_may_have_a_prefix_of_its_own() -> None:
+    base = layers("language_model.model.") | layers("vision_tower.", 5, 6, 6) | {"language_model.head.w": (9, 4)}
+    ft = layers("model.language_model.") | layers("model.vision_tower.", 5, 6, 6) | {"head.w": (9, 4)}
+    wanted = {name.replace("language_model.model", "model.language_model"): name for name in base}
+    wanted = {name if "language" in name else f"model.{name}": target for name, target in wanted.items()}
+    del wanted["language_model.head.w"]
+    assert pair_names(base, ft) == wanted | {"head.w": "language_model.head.w"}
+
+
+def test_a_word_for_another_is_believed_of_layers_only() -> None:
+    base = layers("bert.") | {"bert.pooler.dense.weight": (8, 8)}
+    ft = layers("roberta.") | {"classifier.dense.weight": (8, 8)}
+    assert pair_names(base, ft) == dict(zip(layers("roberta."), layers("bert."), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("base", "ft", "said"),
+    [
+        (
+            layers("query_model.") | layers("doc_model."),
+            layers("bert."),
+            "bert.layers.0.mlp.up_proj.weight: BASE's doc_model.layers.0.mlp.up_proj.weight and "
+            "query_model.layers.0.mlp.up_proj.weight fit it equally well .*; give as BASE",
+        ),
+        (
+            layers("model."),
+            layers("ema.model.") | layers("net.model."),
+            "ema.model.layers.0.mlp.up_proj.weight and net.model.layers.0.mlp.up_proj.weight: both fit BASE's "
+            "model.layers.0.mlp.up_proj.weight equally well .*; give as FT",
+        ),
+    ],
+)
+def test_what_fits_twice_is_refused(base: dict, ft: dict, said: str) -> None:
+    with pytest.raises(PairingError, match=said):
+        pair_names(base, ft)
+
+
+def test_more_of_a_name_in_common_is_no_tie() -> None:
+    assert pair_names(layers("a.") | layers("b."), layers("model.a.")) == {f"model.{n}": n for n in layers("a.")}
+    assert pair_names(layers("b."), layers("model.a.") | layers("model.b.")) == {f"model.{n}": n for n in layers("b.")}
+
+
+def test_there_is_an_end_to_changes_of_prefix() -> None:
+    base, ft = ({f"{side}{i}.x{i}.0.w": (4, 4) for i in range(3 * CHANGES)} for side in "pq")
+    assert len(pair_names(base, ft)) == CHANGES  # each vote reads all that is free: one for each name takes too long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,27 @@ def test_a_selection_without_a_match_offers_lines_that_work_when_pasted(tmp_path
         plan(*pair, exclude=("x",))
 
 
+def test_a_line_to_paste_is_one_word_of_the_shell_whatever_the_name(tmp_path: Path) -> None:
+    base = {"x';id>PWNED;'": torch.zeros(6, 4), "esc\x1b": torch.zeros(5, 4), "n" * 300: torch.zeros(4, 4)}
+    pair = write_pair(tmp_path, base, perturb(base), None, None)
+    with pytest.raises(SelectionError) as caught:
+        plan(*pair)
+    lines = [line.rpartition("   ")[0] for line in str(caught.value).splitlines()[1:]]
+    option, pattern = shlex.split(lines[0])
+    assert option == "--layers" and edited(plan(*pair, layers=(pattern,))) == ["x';id>PWNED;'"]
+    assert lines[1:] == [
+        "  (a name that cannot be pasted) esc\\x1b", f"  (a name that cannot be pasted) {'n' * 197}..."
+    ]  # fmt: skip
+
+
+def test_no_two_units_share_a_key(tmp_path: Path) -> None:
+    stack = "model.layers.0.mlp.experts.up_proj"
+    shapes = {stack: (2, 40, 16), f"{stack}#0": (40, 16), f'["{stack}", 0]': (40, 16), f"{stack}#0#1": (40, 16)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    made = plan(*write_pair(tmp_path, tensors, perturb(tensors)), layers=("re:up_proj",))
+    assert len({unit.key for unit in made.units}) == len(made.units) == 5
+
+
 def test_a_checkpoint_without_a_matrix_says_so(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(3), "b": torch.zeros(3, 3, dtype=torch.int32)}
     with pytest.raises(SelectionError, match="holds no floating-point matrix at all"):
@@ -208,6 +230,45 @@ def test_square_weights_stored_in_two_orientations_are_refused(tmp_path: Path) -
     )
     with pytest.raises(PairingError, match=rf"{name}: FT \(gpt_bigcode\) and BASE \(gpt2\) store it differently"):
         plan(*pair)
+
+
+@pytest.mark.parametrize("lacking", ["base", "ft"])
+@pytest.mark.parametrize(
+    ("shapes", "config", "parts"),
+    [
+        ({"mlp.dense_h_to_4h.weight": (80, 16)}, {"model_type": "chatglm", "ffn_hidden_size": 40}, ["other: None"]),
+        (
+            {"mlp.experts.gate_up_proj": (1, 16, 48)},
+            {"model_type": "gpt_oss", "hidden_size": 16, "quantization_config": {"quant_method": "mxfp4"}},
+            ["gate: expert=0,half=gate", "up: expert=0,half=up"],
+        ),
+    ],
+)
+def test_a_side_without_a_config_is_read_by_the_others(
+    tmp_path: Path, lacking: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], parts: list[str]
+) -> None:
+    tensors = {f"model.layers.0.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    configs = [None if lacking == side else config for side in ("base", "ft")]
+    pair = write_pair(tmp_path, tensors, perturb(tensors), *configs)
+    made = plan(*pair, layers=("re:mlp",))
+    assert [f"{part.role}: {unit.label(part)}" for unit, part in made.matrices()] == parts
+
+
+@pytest.mark.parametrize("square", ["h.0.attn.c_proj.weight", "h.0.mlp.experts.down_proj"])
+def test_a_square_matrix_beside_turned_ones_is_refused(tmp_path: Path, square: str) -> None:
+    """As nanoGPT's Linear beside transformers' Conv1D: only the matrices that are not square show it."""
+    base = {square: torch.randn(8, 8), "h.0.mlp.c_fc.weight": torch.randn(32, 8), "row": torch.randn(1, 8)}
+    ft = {name: t.T.contiguous() for name, t in base.items()}
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 2}
+    pair = write_pair(tmp_path, base, ft, None, gpt2)
+    said = rf"{square}: it is square, .*c_fc.weight is \[8, 32\], BASE's \[32, 8\]\); convert"
+    with pytest.raises(PairingError, match=said):
+        plan(*pair, layers=(f"re:{square}",))
+    only_row = [
+        write_checkpoint(tmp_path / name, {n: side[n] for n in (square, "row")})
+        for name, side in (("b", base), ("f", ft))
+    ]
+    assert edited(plan(*only_row, layers=(f"re:{square}",))) == [square]
 
 
 def test_head_counts_that_disagree_are_refused_for_fused_attention(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pome.roles import GROUPS, ROLES, Block, Layout, Part, describe, matrix_shape
+from pome.roles import GROUPS, ROLES, Block, Layout, Part, describe, describe_all, matrix_shape
 
 H, F = 24, 56  # hidden and intermediate size
 
@@ -68,6 +68,7 @@ def roles_of(layout: Layout) -> list[str]:
         ("encoder.layer.0.attention.output.dense", (H, H), "o"),
         ("encoder.layer.0.crossattention.output.dense", (H, H), "o"),
         ("encoder.layer.0.attention.self.query", (H, H), "q"),
+        ("encoder.layer.0.bottleneck.attention.dense", (8, H), "other"),  # MobileBERT's way into its attention
         ("transformer.layer.0.ffn.lin1", (F, H), "up"),
         ("transformer.layer.0.ffn.lin2", (H, F), "down"),
         ("transformer.layer.0.attention.out_lin", (H, H), "o"),
@@ -301,3 +302,55 @@ def test_the_parts_of_a_fused_projection_cover_it_once(heads, groups, size, colu
     parts = split(name, stored, config)
     assert sorted(entry for part in parts.values() for entry in part.flat) == list(stored.flat)
     assert parts["k"].shape == parts["v"].shape
+
+
+UP, DOWN, FUSED = (F, H), (H, F), (2 * F, H)
+SIZES = {"hidden_size": H, "intermediate_size": F}
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "config", "roles"),
+    [
+        ("mlp", {"gate_proj": UP, "up_proj": UP, "down_proj": DOWN}, None, "gate up down"),
+        ("mlp", {"gate_up_proj": FUSED, "down_proj": DOWN}, None, "gate+up down"),
+        ("mlp.experts", {"gate_up_proj": (4, *FUSED), "down_proj": (4, *DOWN)}, SIZES, "gate+up down"),
+        ("feed_forward", {"w1": UP, "w2": DOWN, "w3": UP}, None, "gate down up"),
+        ("layers.0", {"fc1": UP, "fc2": DOWN}, None, "up down"),
+        ("layers.0", {"intermediate.dense": UP, "output.dense": DOWN}, None, "up down"),
+        ("mlp", {"c_fc": DOWN, "c_proj": UP}, {"model_type": "gpt2", "n_embd": H}, "up down"),
+        ("self_mlp", {"fc1": (2 * H, 2 * H), "fc2": (H, 2 * H)}, None, "up down"),  # LightGlue reads two streams
+        # Phi-3-small interleaves gate and up; others fuse them in an order that only their code tells.
+        ("mlp", {"up_proj": FUSED, "down_proj": DOWN}, {**SIZES, "model_type": "phi3small"}, "other down"),
+        ("mlp", {"dense_h_to_4h": FUSED, "dense_4h_to_h": DOWN}, None, "other down"),
+        ("mlp", {"linear_fc1": FUSED}, SIZES, "other"),
+        ("mlp", {"fc1": FUSED, "fc2": DOWN}, None, "other down"),
+        ("experts.0", {"linear_v": UP, "linear_1": DOWN}, SIZES, "other other"),  # Grok-1
+        ("mlp", {"fc_1": UP, "fc_2": UP, "proj": DOWN}, None, "other other other"),  # LitGPT: gate, up, down
+        ("ff", {"fc1": UP, "fc2": UP, "fc3": DOWN}, None, "other other other"),
+        ("ff", {"fc1": (H, H), "fc2": (H, H), "fc3": (H, H)}, None, "other other other"),
+        ("feed_forward", {"linear_1": UP, "linear_2": DOWN, "linear_3": UP}, None, "other other other"),  # Lumina
+        ("ffn", {"w12": FUSED, "w3": DOWN}, None, "gate+up other"),  # NeoBERT
+        ("mlp", {"gate_proj": UP, "up_proj": FUSED, "down_proj": DOWN}, None, "other other other"),
+    ],
+)
+def test_the_matrices_of_one_ffn_must_fit_each_other(module: str, shapes: dict, config: dict | None, roles: str):
+    named = {f"model.layers.3.{module}.{leaf}.weight": shape for leaf, shape in shapes.items()}
+    layouts = describe_all(named, config).values()
+    assert " ".join("+".join(roles_of(layout)) for layout in layouts) == roles
+
+
+def test_a_refuted_role_leaves_the_orientation():
+    layouts = describe_all({"h.0.mlp.c_fc.weight": (H, 2 * F), "h.0.mlp.c_proj.weight": (F, H)})
+    assert list(layouts.values()) == [
+        Layout((Part("other"),), transposed=True),
+        Layout((Part("down"),), transposed=True),
+    ]
+
+
+@pytest.mark.parametrize("name", ["encoder", "x.encoder", "encoder.decoder", "layers.0.mlp.up_proj.weight"])
+def test_a_config_may_have_any_depth_and_a_tensor_the_name_of_a_part(name: str):
+    deep: dict = {}
+    for _ in range(5000):
+        deep = {"text_config": deep, "encoder": deep, "decoder": deep}
+    assert len(describe(name, (F, H), deep).parts) == 1
+    assert describe("encoder." * 5000 + "mlp.up_proj", (F, H), deep) == Layout((Part("up"),))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import pome.roles
-from pome.roles import describe
+from pome.roles import describe, describe_all
 from roles_survey import KINDS, Row, cut, format_table, inputs_of, judge, survey
 from tiny_models import tiny_config, tiny_model
 from true_roles import saved_tags, tag
@@ -90,7 +90,10 @@ def test_the_survey_sees_a_wrong_rule(
 ):
     model = tiny_model(class_name, tiny_config(model_type)).double()
     assert judge(model, inputs_of(model)).wrong == []
-    monkeypatch.setattr("roles_survey.describe", lambda *given: break_it(describe(*given)))
+    monkeypatch.setattr(
+        "roles_survey.describe_all",
+        lambda *given: {name: break_it(layout) for name, layout in describe_all(*given).items()},
+    )
     model = tiny_model(class_name, tiny_config(model_type)).double()
     assert judge(model, inputs_of(model)).wrong != []
 

@@ -12,8 +12,8 @@ from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, SelectionError, printable
 from pome.obstacles import find_obstacle
 from pome.quantization import declared_method, find_quantized
-from pome.roles import Layout, describe
-from pome.selection import EDITABLE, explain_empty, select
+from pome.roles import Layout
+from pome.selection import EDITABLE, describe_tensors, explain_empty, select
 from pome.spec import EditSpec
 from pome.units import STORED_NAMES, Kept, Plan, lay_out, split_units
 
@@ -36,6 +36,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
                 "unquantized model as BASE"
             )
     pairs = {name: name for name in base.tensors}
+    described = describe_tensors(base)
     chosen = list(select(base, spec))
     if not chosen:
         raise SelectionError(explain_empty(base, spec))
@@ -52,9 +53,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         else:
             edits[name] = layout
     if not edits:
-        roles = Counter(
-            part.role for name in changes for part in describe(name, base.tensors[name][1].shape, base.config).parts
-        )
+        roles = Counter(part.role for name in changes for part in described[name].parts)
         said = ", ".join(f"{count} x {role}" for role, count in roles.most_common())
         raise SelectionError(
             f"{printable(ft.source)}: the adapter changes none of the {len(chosen)} tensors that match (it changes "
@@ -68,7 +67,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     merged = []
     for name, change in changes.items():
         shape = base.tensors[name][1].shape
-        whole = describe(name, shape, base.config)
+        whole = described[name]
         layout = edits.get(name, Layout((), whole.transposed, len(shape) == 3))
         units += [replace(unit, change=change) for unit in split_units(name, layout, name, base, base, layouts)]
         if name not in edits or set(layout.parts) != set(whole.parts):

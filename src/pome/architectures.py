@@ -71,29 +71,30 @@ _TEXT = ("thinker_config", "text_config", "llm_config", "language_config", "llm"
 
 def config_of(name: str, config: Config | None) -> Config | None:
     """The part of a (possibly multimodal) config about the tower in which `name` lies; None: not known."""
-    if config is None:
-        return None
     tokens = name.split(".")
-    for pattern, keys in _TOWERS:
-        if any(pattern.search(token) for token in tokens):
-            found = next((config[key] for key in keys if isinstance(config.get(key), Mapping)), None)
-            if found is not None:
-                return config_of_text(found)
-            if any(isinstance(config.get(key), Mapping) for key in _TEXT):
-                return None  # a tower beside a language model, of which the config says nothing we know
-    for side in ("encoder", "decoder"):
-        if isinstance(config.get(side), Mapping) and side in tokens[:2]:
-            return config_of(name.split(f"{side}.", 1)[1], config[side])
-    return config_of_text(config)
+    while config is not None:
+        for pattern, keys in _TOWERS:
+            if any(pattern.search(token) for token in tokens):
+                found = next((config[key] for key in keys if isinstance(config.get(key), Mapping)), None)
+                if found is not None:
+                    return config_of_text(found)
+                if any(isinstance(config.get(key), Mapping) for key in _TEXT):
+                    return None  # a tower beside a language model, of which the config says nothing we know
+        sides = [token for token in tokens[:2] if token in ("encoder", "decoder")]
+        side = next((side for side in sides if isinstance(config.get(side), Mapping)), None)
+        if side is None:
+            return config_of_text(config)
+        config, tokens = config[side], tokens[tokens.index(side) + 1 :]
+    return None
 
 
 def config_of_text(config: Config) -> Config:
     """The language model's own config inside a multimodal one, of the outer model type where it names none."""
-    for key in _TEXT:
-        inner = config.get(key)
-        if isinstance(inner, Mapping):
-            return config_of_text({"model_type": config.get("model_type"), **inner})
-    return config
+    while True:
+        inner = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), None)
+        if inner is None:
+            return config
+        config = {"model_type": config.get("model_type"), **inner}
 
 
 def model_type_of(config: Config | None) -> str | None:

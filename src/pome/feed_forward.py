@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from pome import architectures as arch
-from pome.layout import Block, Layout, Part, cut_runs
+from pome.layout import Block, Layout, Part, cut_runs, matrix_shape
 
 Path = tuple[str, ...]
 Shape = tuple[int, int]
@@ -47,7 +48,7 @@ _BARE_IN_LAYER = words(
 )
 _BARE_ANYWHERE = words("gate_proj up_proj down_proj gate_up_proj")
 # One matrix that a gated FFN may have fused under the same name.
-_MAYBE_FUSED = words("fc1 fc_1 c_fc fc_in dense_h_to_4h lin1 linear1 wi")
+_MAYBE_FUSED = words("fc1 fc_1 c_fc fc_in dense_h_to_4h lin1 linear1 linear_1 linear_fc1 wi")
 _W123 = {"w1": "gate", "w2": "down", "w3": "up"}
 # Where Meta's names are used as Meta does; in an `mlp`, and in vision towers, they mean other things.
 _W123_MODULE = re.compile(r"\w*experts?|feed_forward|ffn|block_sparse_moe")
@@ -135,6 +136,33 @@ def _split_halves(order: tuple[str, str], shape: Shape) -> Layout | None:
     if shape[0] % 2:
         return None
     return Layout(cut_runs(0, 1, dict.fromkeys(order, shape[0] // 2), "half"))
+
+
+def module_of(path: Path) -> Path:
+    """Where the matrices of one FFN stand together: the path of one of them without its own name."""
+    return path[: -2 if ".".join(path[-2:]) in _FFN_ROLE else -1]
+
+
+def find_refuted(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Of the tensors of one FFN, those whose roles their sizes together, or a third of their kind, prove wrong.
+
+    `layouts` are those with a role in an FFN, `shapes` of all tensors of the checkpoint. Up and gate must be (F, H) and
+    down must have F columns; few modules lead back to another width than they come from.
+    """
+    sizes: dict[str, set[Shape]] = {"gate": set(), "up": set(), "down": set()}
+    for name, layout in layouts.items():
+        for part in layout.parts:
+            sizes[part.role].add(matrix_shape(layout, part, shapes[name]))
+    inside = {columns for _, columns in sizes["down"]}
+    # Of fc1, fc2 and fc3 nobody knows which leads back; Meta's w3 has a role of its own.
+    thirds = {re.sub(r"2(\.weight)?$", r"3\1", name) for name in layouts} - layouts.keys()
+    if not any(name in shapes for name in thirds) and len(sizes["down"]) <= 1:
+        outward = sizes["gate"] | sizes["up"]
+        if len(outward) <= 1 and len(inside | {rows for rows, _ in outward}) <= 1:
+            return []
+        if not sizes["gate"] and {rows for rows, _ in sizes["up"]} == {2 * columns for columns in inside}:
+            return [name for name, layout in layouts.items() if layout.parts[0].role == "up"]  # the gate is in it, too
+    return [name for name, layout in layouts.items() if layout.parts[0].block is None]  # halves are so by their name
 
 
 def describe_experts(path: Path, shape: Shape, facts: arch.Config | None) -> Layout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, printable
 from pome.roles import Layout, describe
@@ -54,3 +56,27 @@ def find_obstacle(
                 "though the shapes agree; convert one checkpoint to the other's architecture"
             )
     return None
+
+
+def refuse_doubtful_squares(names: Iterable[str], base: Checkpoint, ft: Checkpoint, pairs: dict[str, str]) -> None:
+    """Raise PairingError for a square matrix where others prove that one side stores (in, out) and the other (out, in).
+
+    The shapes of a square one cannot show it, and a config may be missing or may not say.
+    """
+    shapes = {name: (ft.tensors[name][1].shape, base.tensors[other][1].shape) for name, other in pairs.items()}
+    turned = next((name for name, both in shapes.items() if _is_turned(*both)), None)
+    if turned is None:
+        return
+    ours, theirs = shapes[turned]
+    for name in names:
+        if shapes[name][0][-1] == shapes[name][0][-2]:
+            raise PairingError(
+                f"{ft.where(name)}: it is square, and FT and BASE store other matrices the other way round "
+                f"({printable(turned)} is {list(ours)}, BASE's {list(theirs)}); convert one checkpoint to the other's "
+                "architecture"
+            )
+
+
+def _is_turned(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are of one matrix, or stack of them, stored both ways; a row and a column prove nothing."""
+    return shape != other and len(shape) in (2, 3) and min(shape[-2:]) > 1 and (*other[:-2], *other[-2:][::-1]) == shape

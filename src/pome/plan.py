@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 from pome.adapter_plan import plan_adapter
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, SelectionError, printable
-from pome.obstacles import find_obstacle
+from pome.obstacles import find_obstacle, refuse_doubtful_squares
 from pome.pairing import pair_names
 from pome.roles import Layout
 from pome.selection import explain_empty, refuse_quantized, select
@@ -29,12 +30,14 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         raise PairingError(
             f"{printable(ft.source)}: a full checkpoint, of which no adapter is made; leave --out-format at full"
         )
+    base, ft = _share_config(base, ft), _share_config(ft, base)
     ft_shapes = {name: entry.shape for name, (_, entry) in ft.tensors.items()}
     base_shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
     pairs = pair_names(base_shapes, ft_shapes)
     for side in (ft, base):
         refuse_quantized(side, spec)
-    chosen = list(select(ft, spec))
+    unlike = {name for name, other in pairs.items() if ft_shapes[name] != base_shapes[other]}
+    chosen = list(select(ft, spec, unlike))
     if not chosen:
         raise SelectionError(explain_empty(ft, spec))
     kept: list[Kept] = []
@@ -45,6 +48,7 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
             edits.append((name, layout))
         else:
             kept.append(Kept(name, reason))
+    refuse_doubtful_squares((name for name, _ in edits), base, ft, pairs)
     if not edits:
         reasons = Counter(item.reason for item in kept)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
@@ -60,6 +64,13 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     units = [unit for name, layout in edits for unit in split_units(name, layout, pairs[name], base, ft, layouts)]
     units.sort(key=lambda unit: (unit.file, unit.start))
     return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(ft.tensors), layouts)
+
+
+def _share_config(side: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A side without a config is of the other's architecture; how its weights are quantized only its own would tell."""
+    if side.config is not None or other.config is None:
+        return side
+    return replace(side, config={key: said for key, said in other.config.items() if key != "quantization_config"})
 
 
 def check_overrides(plan: Plan, spec: EditSpec) -> None:

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pome import architectures as arch
-from pome.feed_forward import FFN_MODULE, OTHER, Path, Shape, describe_experts, describe_feed_forward, invert, words
+from pome.feed_forward import (
+    FFN_MODULE,
+    OTHER,
+    Path,
+    Shape,
+    describe_experts,
+    describe_feed_forward,
+    find_refuted,
+    invert,
+    module_of,
+    words,
+)
 from pome.layout import Block as Block
 from pome.layout import Layout as Layout
 from pome.layout import Part as Part
@@ -24,11 +36,11 @@ GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 # Which module a tensor belongs to is decided by the last path token that names one of these or an FFN.
 _ATTENTION = re.compile(r"(self|cross|encoder|rel|multi_head|enc_?dec)?_?(attn|attention|att)s?", re.IGNORECASE)
 # Inside these nothing is what its name suggests: state-space and linear attention, the indexers of sparse
-# attention, adapters, projections between towers, norms with a gate.
+# attention, adapters, projections between towers and into a bottleneck, norms with a gate.
 _FOREIGN = re.compile(
     r"linear_attn|mamba\w*|indexer|\w*compressor|\w*adapter\w*|lora_\w+|\w*projector|\w*resampler|\w*merger|"
     r"\w*connector|perceiver\w*|conv\w*|\w*_conv|\w*sconv|rbr\w*|\w*embedder|(?!roberta|norm_attn)\w*norm\d*|\w+_norm_\w+|"
-    r"temporal_block",
+    r"temporal_block|bottleneck",
     re.IGNORECASE,
 )
 _ATTENTION_ROLE = invert(
@@ -68,6 +80,19 @@ def describe(name: str, shape: tuple[int, ...], config: Mapping[str, Any] | None
     if len(shape) == 3 and not foreign:
         return describe_experts(path, (shape[1], shape[2]), facts)
     return OTHER
+
+
+def describe_all(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None) -> dict[str, Layout]:
+    """`describe` for all matrices of a checkpoint at once: a role that its neighbours' sizes prove wrong is `other`."""
+    layouts = {name: describe(name, shape, config) for name, shape in shapes.items()}
+    modules: dict[Path, dict[str, Layout]] = {}
+    for name, layout in layouts.items():
+        if layout.parts[0].role in GROUPS["ffn"]:
+            modules.setdefault(module_of(_module_path(name)), {})[name] = layout
+    for module in modules.values():
+        for name in find_refuted(module, shapes):
+            layouts[name] = replace(layouts[name], parts=OTHER.parts)
+    return layouts
 
 
 def _module_path(name: str) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, printable
 from pome.quantization import find_quantized
-from pome.roles import GROUPS, Layout, describe
+from pome.roles import GROUPS, Layout, describe, describe_all
 from pome.spec import EditSpec
 
 EDITABLE = ("F64", "F32", "F16", "BF16")
@@ -25,31 +25,43 @@ class Selection:
         self._patterns = [re.compile(name[3:]) for name in spec.layers if name.startswith("re:")]
         self._excluded = [re.compile(pattern) for pattern in spec.exclude]
 
-    def match(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any] | None) -> Layout | None:
+    def match(self, name: str, shape: tuple[int, ...], layout: Layout) -> Layout | None:
         """The layout of a tensor with its selected parts alone; None if it holds no selected matrix."""
         if any(pattern.search(name) for pattern in self._excluded):
             return None
-        layout = describe(name, shape, config)
         if any(pattern.search(name) for pattern in self._patterns):
             return layout
         parts = tuple(part for part in layout.parts if part.role in self._roles)
         return Layout(parts, layout.transposed, layout.stacked) if parts and len(shape) >= 2 else None
 
 
-def select(ft: Checkpoint, spec: EditSpec) -> Iterator[tuple[str, Layout]]:
-    """Tensors that hold a selected matrix, each with the layout that has only its selected parts."""
+def select(ft: Checkpoint, spec: EditSpec, apart: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
+    """Tensors that hold a selected matrix, each with the layout that has only its selected parts.
+
+    What is `apart` has a shape of its own, which is to say nothing of its neighbours' roles.
+    """
     selection = Selection(spec)
+    layouts = describe_tensors(ft, apart)
     for name, (_, entry) in ft.tensors.items():
-        layout = selection.match(name, entry.shape, ft.config)
+        layout = selection.match(name, entry.shape, layouts[name])
         if layout is not None:
             yield name, layout
+
+
+def describe_tensors(side: Checkpoint, apart: Container[str] = ()) -> dict[str, Layout]:
+    """The layout of every tensor; one stored as something else than floats shows no shape of a matrix."""
+    shapes = {name: entry.shape for name, (_, entry) in side.tensors.items()}
+    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in apart}
+    alone = {n: describe(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
+    return describe_all(plain, side.config) | alone
 
 
 def refuse_quantized(side: Checkpoint, spec: EditSpec) -> None:
     """Raise PairingError if a selected weight of a checkpoint is stored quantized, naming format and way out."""
     selection = Selection(spec)
     for found in find_quantized(side.tensors, side.config):
-        if selection.match(found.weight, found.shape, side.config) is not None:
+        layout = describe(found.weight, found.shape, side.config)
+        if selection.match(found.weight, found.shape, layout) is not None:
             raise PairingError(
                 f"{side.where(found.stored)}: quantized as {found.format}, which cannot be edited; {found.next_step}, "
                 "or leave it out with --exclude"
@@ -74,8 +86,9 @@ def group_candidates(ft: Checkpoint) -> list[Group]:
             pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
             members.setdefault(pattern, []).append(entry)
     groups = []
+    layouts = describe_tensors(ft)
     for pattern, entries in members.items():
-        roles = dict.fromkeys(part.role for part in describe(entries[0].name, entries[0].shape, ft.config).parts)
+        roles = dict.fromkeys(part.role for part in layouts[entries[0].name].parts)
         groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))
     return sorted(groups, key=lambda g: -g.count * g.example.nbytes)
 
@@ -91,7 +104,10 @@ def explain_empty(ft: Checkpoint, spec: EditSpec) -> str:
     lines = [f"{head}; its matrices are, and each line can be pasted:"]
     for group in groups[:20]:
         shape = " x ".join(map(str, group.example.shape))
-        lines.append(f"  --layers 're:^{printable(group.pattern)}$'   {group.count} of {shape}, role {group.role}")
+        option = f"--layers {shlex.quote(f're:^{group.pattern}$')}"
+        if printable(group.pattern) != group.pattern:
+            option = f"(a name that cannot be pasted) {printable(group.example.name)}"
+        lines.append(f"  {option}   {group.count} of {shape}, role {group.role}")
     if len(groups) > 20:
         lines.append(f"  ... and {len(groups) - 20} more patterns")
     return "\n".join(lines)

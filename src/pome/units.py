@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        return self.name if self.expert is None else f"{self.name}#{self.expert}"
+        return json.dumps([self.name, self.expert])  # a name may hold any character: no two units share a key
 
     def label(self, part: Part) -> str | None:
         """The manifest's `part`: None for a whole 2-D tensor, else such as `expert=3,half=up`."""
