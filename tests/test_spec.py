@@ -94,8 +94,8 @@ def test_a_rank_alone_means_fixed_and_an_energy_alone_means_energy() -> None:
     [
         ({"rank": 4, "rank_ratio": 0.3}, "rank_ratio: has no effect with rank"),
         ({"energy": 0.5, "rank_ratio": 0.5}, "energy: has no effect with rank_ratio"),
-        ({"rank_rule": "ratio", "energy": 0.9}, "energy: has no effect with rank_rule 'ratio'"),
-        ({"rank_rule": "noise-floor", "rank_ratio": 0.5}, "rank_ratio: has no effect with rank_rule 'noise-floor'"),
+        ({"rank_rule": "ratio", "energy": 0.8}, "energy: has no effect with rank_rule 'ratio'"),
+        ({"rank_rule": "noise-floor", "rank_ratio": 0.3}, "rank_ratio: has no effect with rank_rule 'noise-floor'"),
         ({"rank_rule": "ratio", "rank": 4}, "rank: has no effect with rank_rule 'ratio'"),
         ({"overrides": [{"match": "a", "rank": 3, "energy": 0.5}]}, "overrides: 'a': energy: has no effect with rank"),
         ({"bta": 1.0}, "unknown option 'bta'; did you mean 'beta'"),
@@ -111,6 +111,8 @@ def test_an_option_that_could_take_no_effect_is_refused(options: dict[str, objec
 )
 def test_options_that_choose_k_together_are_heard(options: dict[str, object]) -> None:
     assert EditSpec.from_given(options) == EditSpec.from_mapping(options)
+    # What a manifest says of it, defaults and all, is a config file that asks for the same.
+    assert EditSpec.from_given(EditSpec.from_given(options).to_mapping()) == EditSpec.from_given(options)
 
 
 specs = st.builds(

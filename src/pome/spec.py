@@ -191,12 +191,16 @@ def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
 
 
 def _check_cut(options: Mapping[str, Any]) -> None:
-    """Refuse a number for choosing k beside another option that leaves it without effect."""
-    given = {key: options[key] for key in ("rank", "rank_ratio", "energy") if options.get(key) is not None}
+    """Refuse a number for choosing k beside another option that leaves it without effect.
+
+    One that is the default asks for nothing: so the `spec` of a manifest is a config file.
+    """
+    defaults = {"rank": None, "rank_ratio": EditSpec.rank_ratio, "energy": EditSpec.energy}
+    given = {key: options[key] for key in defaults if options.get(key) is not None}
     rule = options.get("rank_rule")
     taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
-    for key in given:
-        if key != taken:
+    for key, value in given.items():
+        if key != taken and value != defaults[key]:
             raise SpecError(
                 f"{key}: has no effect with {f'rank_rule {rule!r}' if rule else taken}; give one of the two"
             )
