@@ -267,6 +267,20 @@ def test_no_folder_of_somebody_else_is_taken_for_our_own(tmp_path: Path, suffix:
     assert "OUT holds" in refuse(tmp_path, tmp_path / "out")
 
 
+def test_out_is_where_the_system_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ft = llama_pair(tmp_path)
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    edit(base, ft, tmp_path / "link/../out")
+    assert_only_edited(ft, tmp_path / "far/out", UP)
+    for out in (tmp_path / "far/away/..", "."):
+        monkeypatch.chdir(tmp_path / "far/away")
+        assert "exists" in refuse(tmp_path, Path(out))
+    monkeypatch.chdir(tmp_path / "far")
+    edit(base, ft, "~nobody-of-this-name/out")  # as a shell takes it
+    assert_only_edited(ft, tmp_path / "far/~nobody-of-this-name/out", UP)
+
+
 @pytest.mark.parametrize("what", ["weights", "config.json"])
 def test_an_input_whose_files_are_links_into_out_keeps_them(tmp_path: Path, what: str) -> None:
     base, ft = llama_pair(tmp_path)

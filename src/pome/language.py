@@ -68,7 +68,7 @@ class LossScorer:
 def read_records(path: Path) -> list[tuple[str | None, str]]:
     """(prompt or None, text) of every line. Raises SpecError naming the line."""
     try:
-        lines = path.expanduser().read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeError) as error:
         raise SpecError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     records: list[tuple[str | None, str]] = []

@@ -55,7 +55,9 @@ class Opened:
     def list_inputs(self) -> list[Path]:
         """Every folder and file that is an input, as given and as found."""
         sides = (self.base, self.ft)
-        given = [Path(side.source).expanduser() for side in sides] + [side.folder for side in sides if side.folder]
+        given = [Path(os.path.expanduser(side.source)) for side in sides] + [
+            side.folder for side in sides if side.folder
+        ]
         stored = [weights.file.stored for side in sides for weights in side.files.values() if weights.file.stored]
         return [*given, *stored, *self.beside]
 

@@ -93,7 +93,7 @@ def sweep(
 
 def _find_written(out: Path, grid: Grid, scorer: FolderScorer | ModelScorer) -> Manifest | None:
     """The manifest of OUT, where a run of this sweep was stopped after it wrote OUT and before it cleared up."""
-    folder = out.expanduser()
+    folder = Path(os.path.expanduser(out))
     if not folder.with_name(folder.name + SWEEP_SUFFIX).is_dir():
         return None
     try:
@@ -232,7 +232,7 @@ class _Search:
         if _in_memory(self.scorer):
             base = self.opened.base
             self.forget_model()  # one model at a time; what is loaded again costs seconds
-            return self._score_model(*load_model(base.folder or Path(base.source).expanduser(), self.devices[0]))
+            return self._score_model(*load_model(base.folder or Path(os.path.expanduser(base.source)), self.devices[0]))
         # What a command writes or removes beside a model must not be BASE's.
         opened = self._see_base()
         with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:

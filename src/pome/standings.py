@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,5 +197,5 @@ def write_sweep_reports(outcome: Outcome, reports: Reports, base: str, ft: str, 
     if reports.plots:
         from pome.plots import write_heat_maps
 
-        made += write_heat_maps(list_heat_maps(outcome), outcome.minimize, Path(reports.plots).expanduser())
+        made += write_heat_maps(list_heat_maps(outcome), outcome.minimize, Path(os.path.expanduser(reports.plots)))
     return made

@@ -72,7 +72,7 @@ def verify(
 
 
 def _find_folder(out: str | os.PathLike[str]) -> Path:
-    path = Path(os.fspath(out)).expanduser()
+    path = Path(os.path.expanduser(out))
     if path.is_dir():
         return path
     checkpoint = open_checkpoint(out, whole=True)

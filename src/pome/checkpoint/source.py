@@ -67,7 +67,7 @@ class Checkpoint:
         """The files on this machine that say what the weights are: configs and index."""
         if self.folder is None and self.revision is not None:
             return []  # read from the Hub
-        here = self.folder or Path(self.source).expanduser().parent
+        here = self.folder or Path(os.path.expanduser(self.source)).parent
         said = {"config.json": self.config, ADAPTER_CONFIG: self.adapter_config, self.index: self.index}
         return [here / name for name, there in said.items() if name and there is not None]
 
@@ -112,7 +112,7 @@ def _see_dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
 def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     try:
         if path.is_dir():
             return _open_listing(text, LocalListing(path))

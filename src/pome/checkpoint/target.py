@@ -26,7 +26,11 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> Path:
 
     `inputs` are folders and files that must outlive the run, wherever their links lead.
     """
-    target = Path(os.path.abspath(out.expanduser()))
+    expanded = Path(os.path.expanduser(out))
+    # As the system goes: `link/../out` is beside what the link leads to. The last name itself may be a link, which is
+    # refused below.
+    above, name = (expanded, "") if expanded.name == ".." else (expanded.parent, expanded.name)
+    target = Path(os.path.realpath(above), name)
     folders = [staging_folder(target, suffix) for suffix in (STAGING_SUFFIX, SWEEP_SUFFIX)]
     real, *ours = (Path(os.path.realpath(path)) for path in (target, *folders))
     for given in inputs:
