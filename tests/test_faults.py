@@ -6,6 +6,7 @@ scripts/prove_safety.py does the same at every call and in larger numbers.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -206,9 +207,10 @@ def test_syncs_come_in_the_order_that_a_power_cut_asks_for(sharded: Scene) -> No
     journalled = 0
     for i, op in enumerate(trace):
         if op[0] == "write" and op[1].endswith("/journal"):
-            for unit, file in re.findall(rb'"unit": "([^"]+)", "file": "([^"]+)"', op[3]):
+            for entry in (entry for entry in map(json.loads, op[3].splitlines()) if "unit" in entry):
                 journalled += 1
-                path, (start, end) = staged + file.decode(), ranges[unit.decode()]
+                unit, _ = json.loads(entry["unit"])
+                path, (start, end) = staged + entry["file"], ranges[unit]
                 wrote = find_last(trace, i, lambda o: o[0] == "write" and o[1] == path and start <= o[2] < end)  # noqa: B023
                 synced = find_last(trace, i, lambda o: o[:2] == ("sync", path))  # noqa: B023
                 assert 0 <= wrote < synced < i, f"{unit!r} was journalled before it was safe"

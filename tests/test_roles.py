@@ -330,7 +330,10 @@ SIZES = {"hidden_size": H, "intermediate_size": F}
         ("ff", {"fc1": (H, H), "fc2": (H, H), "fc3": (H, H)}, None, "other other other"),
         ("feed_forward", {"linear_1": UP, "linear_2": DOWN, "linear_3": UP}, None, "other other other"),  # Lumina
         ("ffn", {"w12": FUSED, "w3": DOWN}, None, "gate+up other"),  # NeoBERT
-        ("mlp", {"gate_proj": UP, "up_proj": FUSED, "down_proj": DOWN}, None, "other other other"),
+        # What says by its name what it is, is believed: pruned and widened models have sizes of their own.
+        ("mlp", {"gate_proj": UP, "up_proj": FUSED, "down_proj": DOWN}, None, "gate up down"),
+        ("mlp", {"gate_proj": UP, "up_proj": UP, "down_proj": UP}, None, "gate up down"),
+        ("mlp", {"up_proj": (2 * H, H), "down_proj": (2 * H, H)}, None, "up down"),
     ],
 )
 def test_the_matrices_of_one_ffn_must_fit_each_other(module: str, shapes: dict, config: dict | None, roles: str):

@@ -30,6 +30,7 @@ FFN_MODULE = re.compile(
     re.IGNORECASE,
 )
 _INDEX = re.compile(r"(?:expert_|layer_|block_)?\d+")
+_PLAIN = re.compile(r"(?<![a-z])(gate|up|down)(?![a-z])[^.]*(\.weight)?$")
 
 _FFN_ROLE = invert(
     {
@@ -146,23 +147,27 @@ def module_of(path: Path) -> Path:
 def find_refuted(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Of the tensors of one FFN, those whose roles their sizes together, or a third of their kind, prove wrong.
 
-    `layouts` are those with a role in an FFN, `shapes` of all tensors of the checkpoint. Up and gate must be (F, H) and
-    down must have F columns; few modules lead back to another width than they come from.
+    `layouts` are those with a role in an FFN, `shapes` of all tensors of the checkpoint. An up without a gate, of twice
+    the rows that down has columns, holds the gate as well. Numbered names (fc1, fc2) mean other things where there are
+    three of them, or where two that should face each other do not; names that say what they are, are believed.
     """
     sizes: dict[str, set[Shape]] = {"gate": set(), "up": set(), "down": set()}
     for name, layout in layouts.items():
         for part in layout.parts:
             sizes[part.role].add(matrix_shape(layout, part, shapes[name]))
-    inside = {columns for _, columns in sizes["down"]}
+    if not sizes["gate"] and any((2 * F, H) in sizes["up"] for H, F in sizes["down"]):
+        return [name for name, layout in layouts.items() if layout.parts[0].role == "up"]
+    outward = sizes["gate"] | sizes["up"]
+    turned = {(n, m) for m, n in outward if m != n}
     # Of fc1, fc2 and fc3 nobody knows which leads back; Meta's w3 has a role of its own.
     thirds = {re.sub(r"2(\.weight)?$", r"3\1", name) for name in layouts} - layouts.keys()
-    if not any(name in shapes for name in thirds) and len(sizes["down"]) <= 1:
-        outward = sizes["gate"] | sizes["up"]
-        if len(outward) <= 1 and len(inside | {rows for rows, _ in outward}) <= 1:
-            return []
-        if not sizes["gate"] and {rows for rows, _ in sizes["up"]} == {2 * columns for columns in inside}:
-            return [name for name, layout in layouts.items() if layout.parts[0].role == "up"]  # the gate is in it, too
-    return [name for name, layout in layouts.items() if layout.parts[0].block is None]  # halves are so by their name
+    if not (any(name in shapes for name in thirds) or outward & turned or {(n, m) for m, n in sizes["down"]} & turned):
+        return []
+    return [
+        name
+        for name, layout in layouts.items()
+        if layout.parts[0].block is None and not _PLAIN.search(name)  # halves are so by their name
+    ]
 
 
 def describe_experts(path: Path, shape: Shape, facts: arch.Config | None) -> Layout:
