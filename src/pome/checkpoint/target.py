@@ -57,11 +57,6 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> Path:
         if not target.is_dir() or os.path.ismount(target) or inside:
             what = "the working folder or above it" if inside else "no folder of its own"
             raise OutputError(f"{printable(str(out))}: is {what} and is not replaced; choose another OUT")
-        if not (target / MANIFEST_NAME).exists() and any(target.iterdir()):
-            raise OutputError(
-                f"{printable(str(out))}: is not empty and no output of pome, and is not replaced; move it away or "
-                "choose another OUT"
-            )
     return target
 
 
