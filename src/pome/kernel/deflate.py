@@ -37,7 +37,7 @@ from pome.kernel.products import (
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, recall
+from pome.kernel.spectrum import GAP, RESERVE, SUBSPACE, Basis, Kept, Known, Undecided, recall
 
 EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
@@ -51,6 +51,9 @@ ESCAPED = 1.24  # largest eigenvalue of the bulk, over the largest Ritz value th
 FLOOR = 32.0 * EPS
 CANCEL = 32.0 * EPS  # what is left, relative to s_1, where a strong direction was subtracted
 SURE = 1.5  # a norm estimated from below, times this, is taken for a bound
+# A singular value that float64 has looked at again is off by what rounding lets in of n larger directions, each up to
+# the resolution, squared. Of that bound 6 % were seen.
+LET_IN = 0.1
 WINDOW = 32  # directions on either side of the cut that float64 looks at again
 # Share of the objective that may be lost where the data leave the cut open: half of what the certificate allows. Below
 # NOTHING a wider window is not worth its time.
@@ -202,7 +205,7 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
     subspace by a known angle, and takes a known share of the objective. Raises Undecided when that is too much.
     """
     n, p = V.shape[1], basis.strong
-    doubt = find_resolution(sigma, k, p)
+    doubt = LET_IN * n * find_resolution(sigma, k, p) ** 2
     # Where the data leave the cut open there is mostly nothing to gain but the digits of s_k: a look at a few will do.
     for half in (WINDOW // 4, WINDOW):
         if half < WINDOW and (k <= p or not is_open(sigma, k, doubt)):
@@ -226,7 +229,7 @@ def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> Non
 
 def is_open(sigma: Tensor, k: int, doubt: float) -> bool:
     """Whether the singular values leave open which directions come before the cut, beyond `doubt` about their gap."""
-    return k < sigma.numel() and float(sigma[k - 1] - sigma[k]) <= (GAP - doubt) * float(sigma[k - 1])
+    return k < sigma.numel() and float(sigma[k - 1] - sigma[k]) <= (GAP - max(doubt, RESERVE)) * float(sigma[k - 1])
 
 
 def find_resolution(sigma: Tensor, k: int, p: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pome.kernel.products import decompose, gram, measure_cut, polar, scaled_image, widen
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
-from pome.kernel.spectrum import GAP, SUBSPACE, Basis, Kept, Known, Undecided, recall
+from pome.kernel.spectrum import GAP, RESERVE, SUBSPACE, Basis, Kept, Known, Undecided, recall
 
 EPS = 2.0**-53
 # Rounding of an eigenvalue of the Gram matrix, relative to the largest. Seen: 0.1 to 4 EPS. The threshold of the rank
@@ -71,7 +71,7 @@ def check_cut(sigma: Tensor, k: int, start: int, noise: float) -> None:
 
     Pairs of which both lie in the tail from `start` on have been settled without squaring.
     """
-    if k == sigma.numel() or float(sigma[k - 1] - sigma[k]) <= GAP * float(sigma[k - 1]):
+    if k == sigma.numel() or float(sigma[k - 1] - sigma[k]) <= (GAP - RESERVE) * float(sigma[k - 1]):
         return
     kept, dropped = sigma[:k].square(), sigma[k:].square()
     turns = noise / sigma.numel() ** 0.5 * (kept[:, None] - dropped).reciprocal()

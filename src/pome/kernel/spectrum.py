@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # P itself, and not only its objective, is determined by the data where the relative gap at the cut is above GAP: there
-# the kept subspace must be known to SUBSPACE, relative in the Frobenius norm.
-GAP, SUBSPACE = 0.99e-3, 1e-4
+# the kept subspace must be known to SUBSPACE, relative in the Frobenius norm. A gap counts as such from RESERVE below
+# that on, or from as far below as the solver is in doubt about it.
+GAP, RESERVE, SUBSPACE = 1e-3, 1e-5, 1e-4
 
 
 class ZeroDelta(ValueError):
