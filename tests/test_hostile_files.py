@@ -163,7 +163,7 @@ def test_no_raw_control_character_reaches_a_terminal(tmp_path: Path) -> None:
     (ft / "config.json").write_text(json.dumps(LLAMA | {"model_type": "llama" + evil}))
     odd = {f"a{evil}.mlp.up_proj.weight": (12, 4), f"b{evil}.weight": (3, 4)}
     for i, side in enumerate(("odd_base", "odd_ft")):
-        write_table(tmp_path / side / f"model{'' if i else ''}.safetensors", odd, i)
+        write_table(tmp_path / side / "model.safetensors", odd, i)
     write_table(tmp_path / "nan" / "model.safetensors", odd, 255)
     (ft / "loop").symlink_to("loop" + evil)
     out = str(tmp_path / "out")

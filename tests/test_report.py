@@ -223,7 +223,6 @@ def test_plots_are_pictures_of_every_role(tmp_path, small):
     for path in made:
         head = path.read_bytes()[:200]
         assert head.startswith(b"\x89PNG") or b"<?xml" in head
-    assert b"spectra" not in (tmp_path / "plots" / "spectra_up.png").read_bytes()[:8]
 
 
 def test_plots_of_an_edit_and_of_odd_names(tmp_path, small):
