@@ -139,7 +139,7 @@ def _check_against_inputs(
             )
         merged = adapted and spec.out_format == "full"
         template = sides[2] if merged else tuned
-        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged >= adapted)
+        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted)
         beside = None
         if all(side.folder is not None or side.revision is None for side in sides[1:]):
             side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
