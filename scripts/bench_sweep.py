@@ -26,7 +26,7 @@ from bench_edit import SCRIPTS, run
 EVALUATE = """
 import json, resource, sys, time
 from pathlib import Path
-from pome.language import load_model, measure_loss
+from pome.sweeping.scorers.language import load_model, measure_loss
 model, tokenizer = load_model(Path(sys.argv[1]), "cpu")
 seconds = []
 for _ in range(3):

@@ -3,9 +3,9 @@
 
     scripts/fuzz_headers.py [N] [FIRST_SEED]
 
-The generators are those of tests/test_header.py. A second part feeds headers of 100 MB that are built to cost far more
-than their size, each in a process of its own, and prints time and peak memory. Exit status 1 if any count that must be
-0 is not.
+The generators are those of tests/checkpoint/test_header.py. A second part feeds headers of 100 MB that are built to
+cost far more than their size, each in a process of its own, and prints time and peak memory. Exit status 1 if any
+count that must be 0 is not.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from safetensors import SafetensorError, safe_open  # noqa: E402
 
-from hostile import (  # noqa: E402
+from pome.checkpoint.files import LocalFile, read_header  # noqa: E402
+from pome.checkpoint.header import parse_header, parse_index  # noqa: E402
+from pome.errors import HeaderError  # noqa: E402
+from support.hostile import (  # noqa: E402
     list_heavy_headers,
     make_hostile_file,
     make_hostile_index,
     make_sane_file,
 )
-from pome.checkpoint.files import LocalFile, read_header  # noqa: E402
-from pome.checkpoint.header import parse_header, parse_index  # noqa: E402
-from pome.errors import HeaderError  # noqa: E402
 
 HANG_SECONDS = 2
 HEAVY_BYTES = 99_000_000

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Count what faults do to runs of pome, and what safety costs; tests/test_faults.py holds the short form.
+"""Count what faults do to runs of pome, and what safety costs; tests/editing/test_faults.py holds the short form.
 
     scripts/prove_safety.py calls                  # every read, write and sync of a small run fails; power cuts
     scripts/prove_safety.py kills [--kills N]      # 200 SIGKILLs at random instants of runs on a real pair
@@ -24,9 +24,9 @@ from random import Random
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from checkpoints import environment, llama_pair  # noqa: E402
-from faults import FOLDERS, READS, SYNCS, WRITES, Disk, Fault, Launcher, Outcome, Scene, check_message  # noqa: E402
 from real_weights import rxnfp_pair  # noqa: E402
+from support.checkpoints import environment, llama_pair  # noqa: E402
+from support.faults import FOLDERS, READS, SYNCS, WRITES, Disk, Fault, Launcher, Outcome, Scene, check_message  # noqa: E402
 
 FULL_DISKS = 20
 MOST = 0.15
@@ -115,11 +115,11 @@ def prove_calls(launcher: Launcher, work: Path) -> bool:
 def time_edit(pair: Path, out: Path, unsafe: bool) -> float:
     """Seconds of one run in a process of its own, loading apart; `unsafe` leaves out syncs and hashes."""
     code = (
-        "import os, sys, time, torch, pome.run, pome.patch\n"
+        "import os, sys, time, torch, pome.editing.edit, pome.editing.unit\n"
         "base, ft, out, unsafe = sys.argv[1:]\n"
         "if int(unsafe):\n"
         "    os.fsync = os.fdatasync = lambda fd: None\n"
-        "    pome.run.hash_file = lambda path, advance, wait=None: (os.stat(path).st_size, '0' * 64)\n"
+        "    pome.editing.edit.hash_file = lambda path, advance, wait=None: (os.stat(path).st_size, '0' * 64)\n"
         "begun = time.perf_counter()\n"
         "pome.edit(base, ft, out)\n"
         "print(time.perf_counter() - begun)"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compare the role rules with what the weights of every architecture in transformers really do; print the table.
 
-    python scripts/survey_roles.py [--out tests/roles_survey.md] [KIND ...]
+    python scripts/survey_roles.py [--out tests/roles/roles_survey.md] [KIND ...]
 
-KIND is one of the kinds of `tests/roles_survey.py` (default: all). A matrix is *right* when its role, its
+KIND is one of the kinds of `tests/support/roles_survey.py` (default: all). A matrix is *right* when its role, its
 orientation and its rows are what running the module shows, *unknown* when the rules say `other`, *unproved* when the
 rules name a role and the module could not be run alone, and *wrong* when they contradict it.
 """
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     import torch
     import transformers
 
-    from roles_survey import KINDS, format_table, survey
+    from support.roles_survey import KINDS, format_table, survey
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], default=[])

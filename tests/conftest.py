@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hub_server import HubServer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from real_weights import Pair, Trio, anarcii_trio, rxnfp_pair  # noqa: E402
-from real_weights import smollm2 as make_smollm2  # noqa: E402
+from real_weights import Pair, Trio, anarcii_trio, rxnfp_pair
+from real_weights import smollm2 as make_smollm2
+from support.hub_server import HubServer
 
 
 @pytest.fixture(scope="session")

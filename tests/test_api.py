@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pome
-from checkpoints import assert_only_edited, llama_pair
 from pome.manifest import Manifest, read_manifest
-from reference import plant, reference_edit
+from support.checkpoints import assert_only_edited, llama_pair
+from support.reference import plant, reference_edit
 
 UP = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
 

@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pome.config.spec import EditSpec as EditSpec
+    from pome.editing.edit import edit as edit
+    from pome.editing.session import Progress as Progress
     from pome.errors import (
         CheckpointError as CheckpointError,
     )
@@ -43,32 +46,29 @@ if TYPE_CHECKING:
     from pome.errors import (
         VerificationError as VerificationError,
     )
-    from pome.grid import make_grid as make_grid
     from pome.kernel.equalize import Equalized as Equalized
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
-    from pome.pair import Progress as Progress
-    from pome.run import edit as edit
-    from pome.scorers import make_scorer as make_scorer
-    from pome.search import sweep as sweep
-    from pome.spec import EditSpec as EditSpec
-    from pome.trial import Outcome as Outcome
-    from pome.verification import Verdict as Verdict
-    from pome.verification import verify as verify
+    from pome.sweeping.grid import make_grid as make_grid
+    from pome.sweeping.scorers.options import make_scorer as make_scorer
+    from pome.sweeping.sweep import sweep as sweep
+    from pome.sweeping.trials import Outcome as Outcome
+    from pome.verification.verify import Verdict as Verdict
+    from pome.verification.verify import verify as verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "edit": "pome.run",
-    "Progress": "pome.pair",
-    "EditSpec": "pome.spec",
+    "edit": "pome.editing.edit",
+    "Progress": "pome.editing.session",
+    "EditSpec": "pome.config.spec",
     "Manifest": "pome.manifest",
-    "verify": "pome.verification",
-    "Verdict": "pome.verification",
-    "sweep": "pome.search",
-    "Outcome": "pome.trial",
-    "make_grid": "pome.grid",
-    "make_scorer": "pome.scorers",
+    "verify": "pome.verification.verify",
+    "Verdict": "pome.verification.verify",
+    "sweep": "pome.sweeping.sweep",
+    "Outcome": "pome.sweeping.trials",
+    "make_grid": "pome.sweeping.grid",
+    "make_scorer": "pome.sweeping.scorers.options",
     "equalize": "pome.kernel.equalize",
     "Equalized": "pome.kernel.equalize",
     **dict.fromkeys(

@@ -15,7 +15,7 @@ def main() -> None:
     try:
         # A scheduler's or CI's stop is handled as Ctrl-C is: progress is made safe and the same command goes on.
         signal.signal(signal.SIGTERM, _interrupt)
-        from pome.cli import run_command
+        from pome.cli.app import run_command
 
         status = run_command(sys.argv[1:])
     except KeyboardInterrupt:  # amid the imports; a command has its own message

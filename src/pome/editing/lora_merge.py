@@ -1,0 +1,177 @@
+"""One unit of an adapter: what is selected gets its edited delta, all else is merged to the bit as PEFT would."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pome.checkpoint.lora import Change, LowRank, Piece, read_change
+from pome.checkpoint.source import Checkpoint
+from pome.config.spec import EditSpec
+from pome.editing import unit as patch
+from pome.editing.unit import TORCH_DTYPES, Patch, check_range, edit_part, put_view, take, to_bytes
+from pome.errors import NumericalError, printable
+from pome.kernel.noise import storage_noise_floor
+from pome.kernel.precision import full_precision
+from pome.manifest import KeptRecord, TensorRecord
+from pome.planning.units import Unit
+from pome.roles.roles import Part
+
+Data = tuple[bytearray | dict[str, Piece], bytearray]
+
+
+def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
+    """What a unit is made from: FT's bytes, or an adapter's tensors by name; and BASE's bytes."""
+    mine: bytearray | dict[str, Piece]
+    if unit.change is not None:
+        mine = read_change(ft, unit.change, unit.expert)
+    else:
+        mine = ft.read(unit.name, unit.start, unit.nbytes)
+    return mine, base.read(unit.base_name, unit.base_start, unit.base_nbytes)
+
+
+def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, recall: patch.Recall | None = None) -> Patch:
+    """What a unit comes to, from what `read_unit` gave. Raises NumericalError."""
+    mine, base = data
+    if isinstance(mine, dict):
+        return merge_unit(unit, load_pieces(mine), base, spec, device, recall)
+    return patch.patch_unit(unit, mine, base, spec, device, recall)
+
+
+def see_ft(unit: Unit, data: Data) -> bytes:
+    """A unit's bytes in FT: as they are stored, or as PEFT would merge them."""
+    mine, base_bytes = data
+    if unit.change is None or not isinstance(mine, dict):
+        return bytes(mine)  # type: ignore[arg-type]
+    base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    _, stored = merge_as_peft(unit.change, load_pieces(mine), unit.expert, base)
+    return bytes(to_bytes(stored))
+
+
+def load_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """An adapter's tensors as such."""
+    return {
+        name: torch.frombuffer(piece.data, dtype=TORCH_DTYPES[piece.dtype]).reshape(piece.shape)
+        for name, piece in pieces.items()
+    }
+
+
+def merge_unit(
+    unit: Unit,
+    tensors: Mapping[str, Tensor],
+    base_bytes: bytearray,
+    spec: EditSpec,
+    device: str,
+    recall: patch.Recall | None = None,
+) -> Patch:
+    """Merge an adapter's change into a unit of BASE and edit the selected matrices of it on `device`.
+
+    Raises NumericalError for NaN or infinity on either side, and as patch_unit does.
+    """
+    change = unit.change
+    assert change is not None
+    base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    for side, name, tensor in [("BASE", unit.name, base), *(("the adapter", n, t) for n, t in tensors.items())]:
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(
+                f"tensor {printable(unit.name)}: {side} holds NaN or infinity in {printable(name)}; take an earlier "
+                "save of it"
+            )
+    begun = time.perf_counter()
+    working = torch.float64 if base.dtype == torch.float64 else torch.float32
+    # Only a plain LoRA is thin; what DoRA or a replaced tensor changes is known as a difference of full matrices.
+    thin = change.low if change.whole is None and change.low is not None and change.low.magnitude is None else None
+    exact, stored = base, base
+    if thin is None or len(unit.parts) != 1 or unit.parts[0].block is not None:
+        exact, stored = merge_as_peft(change, tensors, unit.expert, base)
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericalError(
+                f"tensor {printable(unit.name)}: merged with the adapter it overflows {unit.base_dtype}; give BASE in "
+                "bfloat16 or float32"
+            )
+    data = bytearray(unit.out_nbytes)
+    out = torch.frombuffer(data, dtype=TORCH_DTYPES[unit.out_dtype]).reshape(unit.shape)
+    out.copy_(stored)
+    edited: list[TensorRecord] = []
+    kept: list[KeptRecord] = []
+    # A product of factors was never rounded to a stored weight; a tensor that the adapter holds whole was.
+    whole = tensors[change.whole].reshape(unit.shape) if change.whole is not None else None
+    for part in unit.parts:
+        W_base = take(base, part).to(working)
+        delta: tuple[Tensor, ...]
+        if thin is not None:
+            F, G = orient(*split_factors(thin, tensors, unit.expert, working), thin)
+            delta = take_factors(F * thin.scaling, G, part)
+        else:
+            delta = (take(exact, part) - W_base,)
+        floor = 0.0 if whole is None else storage_noise_floor(take(whole, part))
+        record = edit_part(unit, part, delta, W_base, put_view(out, part), floor, spec, device, recall)
+        if isinstance(record, TensorRecord):
+            edited.append(record)
+        else:
+            kept.append(dataclasses.replace(record, reason="its delta is zero: the adapter leaves it as it is in BASE"))
+    check_range(unit, out, stored)
+    return Patch(unit, data, tuple(edited), tuple(kept), time.perf_counter() - begun)
+
+
+def split_factors(
+    low: LowRank, tensors: Mapping[str, Tensor], expert: int | None, working: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """B (rows, r) and A (r, in) of one matrix, in the working dtype; of stacked experts, A holds this one's rows."""
+    A, B = tensors[low.a], tensors[low.b]
+    mine = low.expert if low.expert is not None else expert
+    if low.experts > 1 and mine is not None:
+        B = B.reshape(B.shape[0], low.rank, low.experts)[:, :, mine]
+    if low.rows is not None:
+        B = B[slice(*low.rows)]
+    return B.to(working), A.to(working)
+
+
+def orient(B: Tensor, A: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+    """(F, G) with F G = B A as it is stored."""
+    return (A.T, B.T) if low.flipped else (B, A)
+
+
+def take_factors(F: Tensor, G: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """The factors of a part of F G: its rows of F, or its columns of G."""
+    if part.block is None:
+        return F, G
+    return (take(F, part), G) if part.block.axis == 0 else (F, take(G, part))
+
+
+def merge_as_peft(
+    change: Change, tensors: Mapping[str, Tensor], expert: int | None, base: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The merged weight, before and after it is rounded to BASE's dtype.
+
+    The order of products, sums and roundings is that of PEFT 0.21's `merge` on a CPU, whose adapters are float32
+    (float64 for a float64 base): a linear layer's change is added in float32, that of an embedding or a parameter is
+    rounded to the weight's dtype first.
+    """
+    W, low = base, change.low
+    if change.whole is not None:
+        W = tensors[change.whole].reshape(base.shape).to(base.dtype)
+    working = torch.float64 if base.dtype == torch.float64 else torch.float32
+    exact = W.to(working)
+    if change.bias is not None:
+        name, scaling = change.bias
+        exact = exact + tensors[name].to(working).reshape(base.shape) * scaling
+    if low is None:
+        return exact, exact.to(base.dtype)
+    with full_precision(base.device):
+        B, A = split_factors(low, tensors, expert, working)
+        product = B @ A
+        delta = (product.T if low.flipped else product) * low.scaling
+        if low.magnitude is not None:
+            across = (exact.T + delta.T) if low.flipped else (exact + delta)
+            factor = tensors[low.magnitude].to(working).flatten() / torch.linalg.norm(across, dim=1)
+            exact = (factor.view(1, -1) if low.flipped else factor.view(-1, 1)) * (exact + delta)
+        elif low.kind == "linear":
+            exact = exact + delta
+        else:
+            return exact + delta, W + delta.to(base.dtype)
+    return exact, exact.to(base.dtype)

@@ -1,0 +1,256 @@
+"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pome.config.spec import EditSpec
+from pome.errors import NumericalError, printable
+from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
+from pome.kernel.noise import storage_noise_floor
+from pome.kernel.spectrum import Known, ZeroDelta
+from pome.manifest import KeptRecord, TensorRecord
+from pome.planning.units import Unit, fan_out_in
+from pome.roles.roles import Part
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
+MEASURED = tuple(
+    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
+)
+
+# Where the decomposition of a matrix is kept, for those who edit it many times.
+Recall = Callable[[Unit, Part], Known]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a unit came to. `data` is None where FT's bytes stay."""
+
+    unit: Unit
+    data: bytearray | None
+    tensors: tuple[TensorRecord, ...]
+    kept: tuple[KeptRecord, ...]
+    kernel_seconds: float
+
+
+def patch_unit(
+    unit: Unit,
+    ft_bytes: bytearray,
+    base_bytes: bytearray,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None = None,
+) -> Patch:
+    """Edit the selected matrices of a unit on `device`; `ft_bytes` is edited in place where the dtype stays.
+
+    Raises NumericalError for NaN or infinity on either side, an edit that the output dtype cannot hold, and a matrix
+    that no solver could certify.
+    """
+    ft = torch.frombuffer(ft_bytes, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
+    base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    if unit.out_dtype == unit.dtype:
+        data, out = ft_bytes, ft
+    else:
+        data = bytearray(unit.out_nbytes)
+        out = torch.frombuffer(data, dtype=TORCH_DTYPES[unit.out_dtype]).reshape(unit.shape)
+        out.copy_(ft)
+    edited: list[TensorRecord] = []
+    kept: list[KeptRecord] = []
+    seconds = 0.0
+    for part in unit.parts:
+        begun = time.perf_counter()
+        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device, recall)
+        if isinstance(record, TensorRecord):
+            edited.append(record)
+        else:
+            kept.append(record)
+        seconds += time.perf_counter() - begun
+    check_range(unit, out, ft)
+    unchanged = not edited and data is ft_bytes
+    return Patch(unit, None if unchanged else data, tuple(edited), tuple(kept), seconds)
+
+
+def check_range(unit: Unit, out: Tensor, source: Tensor) -> None:
+    """Raise NumericalError where another dtype made infinity of a value that was none, edited or not."""
+    if out.dtype != source.dtype and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
+        raise NumericalError(
+            f"tensor {printable(unit.name)}: its values overflow {unit.out_dtype}; choose --dtype bfloat16 or float32, "
+            "or leave it out with --exclude"
+        )
+
+
+def to_bytes(tensor: Tensor) -> bytearray:
+    """A tensor's entries as they are stored; not through numpy, which pome does not depend on."""
+    data = bytearray(tensor.numel() * tensor.element_size())
+    if data:
+        torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.reshape(-1))
+    return data
+
+
+def put_view(stored: Tensor, part: Part) -> Tensor:
+    """A view of a part's entries in a stored tensor, its blocked axis still split into (count, size)."""
+    block = part.block
+    if block is None:
+        return stored
+    # Splitting an axis keeps a view a view, whatever the strides are.
+    sizes = list(stored.shape)
+    sizes[block.axis : block.axis + 1] = [block.count, block.period]
+    return stored.view(sizes).narrow(block.axis + 1, block.start, block.size)
+
+
+def take(stored: Tensor, part: Part) -> Tensor:
+    """A part's entries in a stored tensor as one 2-D tensor (a copy where they do not lie together)."""
+    view = put_view(stored, part)
+    return view if part.block is None else view.flatten(part.block.axis, part.block.axis + 1)
+
+
+def _edit_part(
+    unit: Unit,
+    part: Part,
+    ft: Tensor,
+    base: Tensor,
+    out: Tensor,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None,
+) -> TensorRecord | KeptRecord:
+    """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
+    check_finite(unit, part, ft, base)
+    # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
+    # Where float64 costs next to nothing it is used, and even entries in which base and edit cancel come out right.
+    exact = torch.float64 in (ft.dtype, base.dtype) or ft.numel() <= FLOAT64_ENTRIES
+    working = torch.float64 if exact else torch.float32
+    W_base = base.to(working)
+    D = ft.to(working) - W_base
+    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device, recall)
+
+
+def check_finite(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> None:
+    """Raise NumericalError where one side of a matrix holds NaN or infinity."""
+    for side, stored in (("FT", ft), ("BASE", base)):
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericalError(
+                f"{describe_part(unit, part)}: {side} holds NaN or infinity; mend the checkpoint or leave the tensor "
+                "out with --exclude"
+            )
+
+
+def describe_part(unit: Unit, part: Part) -> str:
+    """`tensor NAME (expert=3)`, for messages."""
+    label = unit.label(part)
+    return f"tensor {printable(unit.name)}{f' ({label})' if label else ''}"
+
+
+def edit_part(
+    unit: Unit,
+    part: Part,
+    delta: tuple[Tensor, ...],
+    W_base: Tensor,
+    out: Tensor,
+    floor: float,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None = None,
+) -> TensorRecord | KeptRecord:
+    """Equalize a delta, add it to `W_base` and write the sum to `out`, all of them as stored (transposed or not).
+
+    `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
+    """
+    result = equalize_part(unit, part, delta, floor, spec, device, recall)
+    if isinstance(result, KeptRecord):
+        return result
+    value = result.value.to("cpu")
+    edit = value.T if unit.transposed else value
+    W = (W_base + edit).to(out.dtype)
+    if not bool(torch.isfinite(W).all()):
+        raise NumericalError(
+            f"{describe_part(unit, part)}: the edited weight overflows {str(out.dtype).removeprefix('torch.')}; choose "
+            "a smaller --beta or --dtype float32"
+        )
+    # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
+    lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
+    out.copy_(W.reshape(out.shape))
+    return record_part(unit, part, result, floor, measure_norm(lost) / result.edit_norm)
+
+
+def measure_norm(A: Tensor) -> float:
+    """norm_F(A), which is overwritten, also where the squares of its entries leave the range of its dtype."""
+    low, high = torch.aminmax(A)
+    largest = max(-float(low), float(high))
+    return largest * float(torch.linalg.vector_norm(A.div_(largest))) if largest else 0.0
+
+
+def equalize_part(
+    unit: Unit,
+    part: Part,
+    delta: tuple[Tensor, ...],
+    floor: float,
+    spec: EditSpec,
+    device: str,
+    recall: Recall | None = None,
+) -> Equalized | KeptRecord:
+    """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
+    spec = spec.resolve(unit.name)
+    operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
+    solve = equalize if len(delta) == 1 else equalize_factors
+    try:
+        return solve(
+            *(send(operand, device) for operand in operands),
+            rank_ratio=spec.rank_ratio,
+            rank=spec.rank,
+            rank_rule=spec.rank_rule,
+            energy=spec.energy,
+            scale=spec.scale,
+            beta=spec.beta,
+            noise_floor=floor,
+            known=recall(unit, part) if recall else None,
+        )
+    except ZeroDelta:
+        return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
+    except (Unsolved, ValueError) as error:  # no solver, or numbers out of the range of floats
+        where = describe_part(unit, part)
+        raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
+
+
+def record_part(unit: Unit, part: Part, result: Equalized, floor: float, rounding: float) -> TensorRecord:
+    """The manifest's record of an edited matrix."""
+    return TensorRecord(
+        name=unit.name,
+        part=unit.label(part),
+        file=unit.file,
+        role=part.role,
+        shape=fan_out_in(unit, part),
+        dtype=unit.out_dtype,
+        noise_floor=floor,
+        rounding=rounding,
+        solver=result.solver,
+        warnings=result.warnings,
+        **{name: getattr(result, name) for name in MEASURED},
+    )
+
+
+def send(D: Tensor, device: str) -> Tensor:
+    """D on `device`, or left on the CPU where the device cannot hold it (memory, or float64 on MPS)."""
+    try:
+        return D.to(device)
+    except (torch.cuda.OutOfMemoryError, TypeError):
+        return D
+
+
+def list_devices(device: str) -> list[str]:
+    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU. Raises NumericalError if absent."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return [f"cuda:{i}" for i in range(count)] or (["mps"] if mps else ["cpu"])
+    wanted = "cuda:0" if device == "cuda" else device
+    if wanted == "cpu" or (wanted == "mps" and mps) or wanted in [f"cuda:{i}" for i in range(count)]:
+        return [wanted]
+    raise NumericalError(f"device {device} is not there ({count} CUDA devices); use --device auto or cpu")

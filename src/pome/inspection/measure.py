@@ -1,0 +1,143 @@
+"""One unit looked at: the bytes of FT and BASE in, a record for each of its matrices out."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pome.config.spec import EditSpec
+from pome.editing.lora_merge import Data, load_pieces, merge_as_peft, orient, split_factors, take_factors
+from pome.editing.unit import TORCH_DTYPES, check_finite, describe_part, send, take
+from pome.errors import NumericalError
+from pome.inspection.records import Matrix, find_place
+from pome.kernel.equalize import Unsolved
+from pome.kernel.noise import Grid, measure_grid
+from pome.kernel.rank import RANK_RULES, RankRule, count_signal, measure_effective
+from pome.kernel.scale import SCALES, choose_scale
+from pome.kernel.spectrum import ZeroDelta
+from pome.kernel.values import measure_bearing, measure_product, measure_values
+from pome.manifest import KeptRecord
+from pome.planning.units import Unit, fan_out_in
+from pome.roles.roles import Part
+
+SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The two sides of one matrix, as stored: W of the base in working precision, the delta (D,) or its factors (F, G).
+
+    `noise` is the grid that FT was rounded to (None where nothing was rounded), `stored` that which the edited weight
+    will be rounded to, and `on_grid` says that the base's weights lie on it.
+    """
+
+    W: Tensor
+    delta: tuple[Tensor, ...]
+    noise: Grid | None
+    stored: Grid
+    on_grid: bool
+    changed: float | None
+
+
+def measure_unit(unit: Unit, data: Data, spec: EditSpec, device: str) -> list[Matrix | KeptRecord]:
+    """What every selected matrix of a unit is like. Raises NumericalError for NaN or infinity on either side."""
+    mine, base_bytes = data
+    base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    if isinstance(mine, dict):
+        tensors = load_pieces(mine)
+        for tensor in tensors.values():
+            check_finite(unit, unit.parts[0], tensor, base)
+        return [_measure(unit, part, _see_adapted(unit, part, tensors, base), spec, device) for part in unit.parts]
+    ft = torch.frombuffer(mine, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
+    return [_measure(unit, part, _see(unit, part, ft, base), spec, device) for part in unit.parts]
+
+
+def _see(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> Seen:
+    new, old = take(ft, part), take(base, part)
+    check_finite(unit, part, new, old)
+    working = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
+    W = old.to(working)
+    D = new.to(working) - W  # as the edit does: never subtract in storage dtype
+    grid = measure_grid(new)
+    on_grid = torch.promote_types(new.dtype, old.dtype) == new.dtype
+    return Seen(W, (D,), grid, grid, on_grid, float(torch.count_nonzero(D)) / D.numel())
+
+
+def _see_adapted(unit: Unit, part: Part, tensors: Mapping[str, Tensor], base: Tensor) -> Seen:
+    """A plain LoRA by its factors; what else an adapter may change, by the merged weight before it is rounded."""
+    change = unit.change
+    assert change is not None
+    old = take(base, part)
+    W = old.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
+    low = change.low
+    delta: tuple[Tensor, ...]
+    if change.whole is None and low is not None and low.magnitude is None and change.bias is None:
+        F, G = orient(*split_factors(low, tensors, unit.expert, W.dtype), low)
+        delta = take_factors(F * low.scaling, G, part)
+    else:
+        exact, _ = merge_as_peft(change, tensors, unit.expert, base)
+        delta = (take(exact, part) - W,)
+    return Seen(W, delta, None, measure_grid(old), True, None)
+
+
+def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) -> Matrix | KeptRecord:
+    W = send(seen.W.T if unit.transposed else seen.W, device)
+    D = tuple(send(factor.T, device) for factor in reversed(seen.delta)) if unit.transposed else seen.delta
+    D = tuple(factor.to(W.device) for factor in D)
+    try:
+        values = measure_values(D[0]) if len(D) == 1 else measure_product(*D)
+    except ZeroDelta:
+        return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
+    except (Unsolved, ValueError) as error:
+        raise NumericalError(
+            f"{describe_part(unit, part)}: {error}; leave it out with --exclude to see the others"
+        ) from None
+    sigma, rank, shape = values.sigma, values.rank, fan_out_in(unit, part)
+    squares = sigma.square()
+    norm = float(squares.sum().sqrt())
+    base_norm = float(torch.linalg.vector_norm(W, dtype=torch.float64 if W.device.type == "cpu" else None))
+    floor = seen.noise.noise_floor if seen.noise else 0.0
+    k = {name: rule.choose(sigma, rank, shape) for name, rule in _make_rules(spec, floor).items()}
+    alpha = {name: choose_scale(name, sigma, k["ratio"], shape, norm) for name in SCALES}
+    edit_ratio = {name: value * math.sqrt(k["ratio"]) / norm for name, value in alpha.items()}
+    bearing = measure_bearing(W, D, norm)
+    return Matrix(
+        name=unit.name,
+        part=unit.label(part),
+        role=part.role,
+        place=find_place(unit.name),
+        shape=shape,
+        dtype=unit.dtype,
+        base_norm=base_norm,
+        delta_norm=norm,
+        relative_norm=norm / base_norm if base_norm else None,
+        rank=rank,
+        stable_rank=float(squares.sum() / squares[0]),
+        effective_rank=measure_effective(sigma),
+        energy={str(K): float(squares[: max(1, round(K * rank))].sum() / squares.sum()) for K in SHARES},
+        noise_floor=floor,
+        noise_share=(seen.noise.noise_norm / norm) ** 2 if seen.noise else 0.0,
+        above_noise=min(rank, count_signal(sigma, floor, shape)),
+        changed=seen.changed,
+        k=k,
+        alpha=alpha,
+        edit_ratio=edit_ratio,
+        rounding=seen.stored.expect_rounding(norm, seen.on_grid),
+        align_r=bearing.r,
+        align_left=bearing.left,
+        align_right=bearing.right,
+        drift=bearing.drift if math.isfinite(bearing.drift) else None,
+        spectral_norm=bearing.spectral_norm,
+        sigma=array("f", sigma.tolist()),
+    )
+
+
+def _make_rules(spec: EditSpec, floor: float) -> dict[str, RankRule]:
+    """Every rule that needs no number of its own."""
+    names = (name for name in RANK_RULES if name != "fixed")
+    return {name: RankRule(name, spec.rank_ratio, None, spec.energy, floor) for name in names}

@@ -1,0 +1,146 @@
+"""What the measured spectra advise: warnings in words, each with the option that answers it, and one command.
+
+Rules of thumb, each from numbers that anybody can check in the survey. They have seen the weights and no task.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pome.inspection.records import Matrix
+
+# Roles in the order in which an edit of them is worth trying: the paper's default first, attention last.
+PREFERRED = ("up", "gate", "down", "v", "o", "k", "q")
+SMALL_RANK = 1 / 8  # of the short side: below it, a delta or what stands out of its noise is low-rank
+NOISY = 0.5  # share of the energy that rounding explains
+LOSSY = 0.3  # share of the edit that rounding destroys
+SPARSE = 0.5  # share of entries that changed at all
+FAR = 0.3  # norm of the delta beside the base's
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a reader should know: in words, the option that answers it ("" for none), in how many matrices."""
+
+    text: str
+    option: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What the update looks like, the command that suits it ("" for none), and why."""
+
+    title: str
+    command: str
+    why: str
+
+
+CAUTION = "This is a rule of thumb from the spectra alone; it has not seen your task: evaluate before you trust it."
+
+
+def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
+    """What is odd about these deltas."""
+    checks: list[tuple[Callable[[Matrix], bool], str, str]] = [
+        (
+            lambda m: m.above_noise == 0,
+            "No direction stands above storage rounding: an edit would equalize rounding noise.",
+            "--exclude PATTERN",
+        ),
+        (
+            lambda m: m.above_noise > 0 and m.noise_share > NOISY,
+            "More than half of the update's energy is what storage rounding alone would put there, so half of the rank "
+            "is mostly noise.",
+            "--rank-rule noise-floor --scale mean",
+        ),
+        (
+            lambda m: m.rank <= SMALL_RANK * min(m.shape),
+            "The update is low-rank, as an adapter's is: half of its directions would be cut though all carry signal.",
+            "--rank-ratio 1",
+        ),
+        (
+            lambda m: m.rounding > LOSSY,
+            f"Storing the edit would lose over {LOSSY:.0%} of it to rounding (an estimate from the stored exponents).",
+            "--dtype float32",
+        ),
+        (
+            lambda m: m.changed is not None and m.changed < SPARSE,
+            "Most entries did not change at all, as after reinforcement learning with small steps or in rows that no "
+            "example touched.",
+            "--rank-rule noise-floor",
+        ),
+        (
+            lambda m: m.relative_norm is None or m.relative_norm > FAR,
+            f"The update is over {FAR:.0%} of the weight: a layer trained anew, or another base than this one.",
+            "--exclude PATTERN",
+        ),
+    ]
+    found = [(text, option, sum(map(test, matrices))) for test, text, option in checks]
+    return [Notice(text, option, count) for text, option, count in found if count]
+
+
+def suggest(base: str, fine_tuned: str, matrices: Sequence[Matrix]) -> Suggestion:
+    """One command for the pair, and why. `matrices` are those of the survey, of any roles."""
+    by_role = {role: [m for m in matrices if m.role == role] for role in PREFERRED}
+    role = next((role for role in PREFERRED if any(m.above_noise for m in by_role[role])), None)
+    if role is None:
+        return Suggestion(
+            "Nothing to edit",
+            "",
+            "In no feed-forward or attention matrix does a direction of the update stand above storage rounding; an "
+            "edit would amplify noise. Use a copy of the fine-tuned model in a wider dtype, if there is one. "
+            f"{CAUTION}",
+        )
+    chosen = by_role[role]
+
+    def median(value: Callable[[Matrix], float]) -> float:
+        return statistics.median(map(value, chosen))
+
+    short = median(lambda m: min(m.shape))
+    rank, above = median(lambda m: m.rank), median(lambda m: m.above_noise)
+    noise = median(lambda m: m.noise_share)
+    changed = median(lambda m: 1.0 if m.changed is None else m.changed)
+    options: list[str] = []
+    if rank <= SMALL_RANK * short:
+        title = "A low-rank update, such as an adapter"
+        options = ["--rank-ratio", "1"]
+        why = f"It has rank {rank:.0f} of {short:.0f}: all its directions are signal, and half of them would be lost."
+    elif above <= SMALL_RANK * short:
+        title = "A low-rank update under storage rounding, such as a merged LoRA"
+        options = ["--rank-rule", "noise-floor"]
+        why = (
+            f"Of {short:.0f} directions {above:.0f} stand above what rounding to the stored dtype explains; half of "
+            "the rank would be mostly noise."
+        )
+        if noise > 0.1:
+            options += ["--scale", "mean"]
+            why += f" Noise holds about {min(noise, 1.0):.0%} of the energy, which the scale `mean` leaves out."
+    elif changed < SPARSE:
+        title = "A sparse update, as after reinforcement learning"
+        options = ["--rank-rule", "noise-floor"]
+        why = (
+            f"{changed:.0%} of the entries changed: steps so small that storage swallowed most; what stands above "
+            f"rounding are {above:.0f} of {short:.0f} directions."
+        )
+    elif noise > NOISY:
+        title = "An update that is mostly storage rounding"
+        options = ["--rank-rule", "noise-floor", "--scale", "mean"]
+        why = (
+            f"Rounding explains about {min(noise, 1.0):.0%} of its energy; {above:.0f} of {short:.0f} directions stand "
+            "above that, and these alone are kept and scaled by."
+        )
+    else:
+        title = "An ordinary full fine-tune"
+        why = (
+            f"{above:.0f} of {short:.0f} directions stand above storage rounding, and half of the rank holds "
+            f"{median(lambda m: m.energy['0.5']):.0%} of the energy: the defaults (K = 0.5, beta = 1) fit."
+        )
+    if median(lambda m: m.rounding) > LOSSY:
+        options += ["--dtype", "float32"]
+        why += " Stored in its dtype the edit would lose a good part to rounding, so float32."
+    out = f"{fine_tuned.rstrip('/').rpartition('/')[2].partition('@')[0].removesuffix('.safetensors') or 'model'}-pome"
+    command = shlex.join(["pome", "edit", base, fine_tuned, out, "--layers", role, *options])
+    return Suggestion(title, command, f"{why} {CAUTION}")

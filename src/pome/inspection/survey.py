@@ -1,0 +1,55 @@
+"""The looking behind `pome inspect`: a pair opened, its matrices measured one after the other, nothing written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pome.config.spec import EditSpec
+from pome.editing.session import Progress, Source, open_pair
+from pome.engines.local import map_units
+from pome.inspection.records import Matrix, Survey
+from pome.manifest import KeptRecord
+from pome.planning.units import Unit
+from pome.roles.roles import ROLES
+
+if TYPE_CHECKING:
+    from pome.editing.lora_merge import Data
+
+EVERYTHING = EditSpec(layers=ROLES)
+
+
+def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Progress | None = None) -> Survey:
+    """Look at the selected matrices of a pair, one at a time in memory; of `spec` the layers, the exclusions, the
+    device and the options that choose k count. Raises PomeError."""
+    from pome.editing.lora_merge import read_unit
+    from pome.editing.unit import list_devices
+    from pome.inspection.measure import measure_unit
+
+    progress = progress or Progress()
+    with open_pair(base, ft, spec) as opened:
+        devices = list_devices(spec.device)
+        units = [unit for unit in opened.plan.units if unit.parts]
+        progress.begin(opened.plan, opened.ft, devices, 0)
+        progress.start("survey", len(units))
+
+        def read(unit: Unit) -> Data:
+            return read_unit(unit, opened.ft, opened.base)
+
+        def work(unit: Unit, data: Data, device: str) -> tuple[Unit, list[Matrix | KeptRecord]]:
+            return unit, measure_unit(unit, data, spec, device)
+
+        found: dict[str, list[Matrix | KeptRecord]] = {}
+        for unit, records in map_units(units, devices, read, work):
+            found[unit.key] = records
+            progress.advance("survey", 1, unit.nbytes + unit.base_nbytes, unit.name)
+        progress.finish("survey")
+        for side in (opened.base, opened.ft):
+            side.check_unchanged()
+        records = [record for unit in units for record in found[unit.key]]
+        kept = [KeptRecord(item.name, item.part, item.reason) for item in opened.plan.kept]
+        return Survey(
+            opened.base.source,
+            opened.ft.source,
+            tuple(record for record in records if isinstance(record, Matrix)),
+            (*kept, *(record for record in records if isinstance(record, KeptRecord))),
+        )

@@ -1,0 +1,201 @@
+"""The model card (README.md) of an output: metadata for the Hub, what was edited, how to do it again.
+
+It names repositories and commits, never paths of this machine, and depends on nothing but the manifest and FT's card.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from typing import Any
+
+import yaml
+
+from pome.checkpoint.source import ADAPTER_WEIGHTS
+from pome.config.spec import NUMBER_OF, EditSpec
+from pome.config.yaml_text import compose
+from pome.manifest import Manifest, SideRecord, TensorRecord
+
+CARD_NAME = "README.md"
+PAPER = "https://arxiv.org/abs/2510.06627"
+TAGS = ("pome", "model-editing")
+# What stays true of the edited model. Results (`model-index`) do not: they were measured on FT.
+_CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LOCAL_VALUE = re.compile(r"[/~.\\]|[A-Za-z]:\\|file:")
+# Training scripts write where they ran: `/data/llama` by itself, or as a link to huggingface.co//data/llama.
+_LOCAL_LINK = re.compile(r"\]\(https?://huggingface\.co/[/~.][^)\s]*\)")
+_LOCAL_PATH = re.compile(r"(?<![\w/:<.~-])(?:file://|~|[A-Za-z]:)?[/\\](?:[\w.@+ -]*[\w.@+-][/\\])+([\w.@+-]*)")
+_NOT_OPTIONS = ("device", "engine", "overrides")  # where it is computed, not what; and what only a file can say
+
+
+def make_card(manifest: Manifest, ft_card: str | None) -> str:
+    """The card's text, from the records of the edit and the text of FT's own card, if it has one."""
+    from huggingface_hub import ModelCard
+
+    metadata, body = _read_card(ft_card or "")
+    on_hub = manifest.fine_tuned.revision is not None
+    sections = [
+        _introduce(manifest),
+        _describe_edits(manifest),
+        _tell_command(manifest),
+    ]
+    if body.strip():
+        text = body.strip() if on_hub else _hide_paths(body.strip())
+        sections.append(f"## Card of the fine-tuned model\n\n{text}")
+    text = "\n\n".join(sections)
+    return str(ModelCard(f"---\n{_make_metadata(manifest, metadata)}\n---\n\n{text}\n"))
+
+
+def _read_card(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and the text below it. Metadata that cannot be read is none."""
+    from huggingface_hub import ModelCard
+
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    if not text.lstrip().startswith("---"):
+        return {}, text
+    try:
+        compose(text.lstrip().removeprefix("---").partition("\n---")[0])
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return {}, text.lstrip().removeprefix("---").partition("\n---")[2].lstrip("-")
+    return vars(card.data), card.text
+
+
+def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    kept = {key: _drop_local(theirs[key]) for key in theirs if key in _CARRIED or key.startswith("extra_gated_")}
+    tags = theirs.get("tags")
+    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    adapter = manifest.spec["out_format"] == "adapter"
+    # An adapter's base is the model that it goes on, not the adapter that it was.
+    sides = (manifest.base,) if adapter else (manifest.fine_tuned, manifest.base)
+    parents = [name for side in sides if (name := _hub_id(side))][:1]
+    parents = parents or _read_parents(theirs.get("base_model"))
+    fields = {key: value for key, value in kept.items() if value not in (None, [], "")}
+    if adapter:
+        fields["library_name"] = "peft"
+    elif _is_adapter(manifest) and fields.get("library_name") == "peft":
+        del fields["library_name"]  # what was an adapter is a whole model now
+    data = ModelCardData(
+        base_model=parents or None,
+        base_model_relation=("adapter" if adapter else "finetune") if parents else None,
+        tags=list(dict.fromkeys([*tags, *TAGS])),
+        ignore_metadata_errors=True,
+        **fields,
+    )
+    return str(data.to_yaml())
+
+
+def _read_parents(value: object) -> list[str]:
+    """The Hub ids among what FT's card says it was made from."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and _HUB_ID.fullmatch(text)]
+
+
+def _drop_local(value: Any) -> Any:
+    if isinstance(value, list):
+        return [item for item in map(_drop_local, value) if item is not None]
+    return None if isinstance(value, str) and _LOCAL_VALUE.match(value) else value
+
+
+def _hub_id(side: SideRecord) -> str | None:
+    return side.source.partition("@")[0] if side.revision is not None else None
+
+
+def _is_adapter(manifest: Manifest) -> bool:
+    """Whether FT was one."""
+    return ADAPTER_WEIGHTS in manifest.fine_tuned.files
+
+
+def _introduce(manifest: Manifest) -> str:
+    ft = _hub_id(manifest.fine_tuned)
+    title = f"{ft.rpartition('/')[2]}, edited by POME" if ft else "A model edited by POME"
+    count = len(manifest.tensors)
+    what = "the update of 1 matrix" if count == 1 else f"the updates of {count} matrices"
+    rest = "Every other byte of the weights is the fine-tuned model's."
+    if manifest.spec["out_format"] == "adapter":
+        rest = "It is an adapter as before; its other modules are unchanged."
+    elif _is_adapter(manifest):
+        rest = "The adapter is merged: its other modules as PEFT merges them, every other byte is the base model's."
+    used = "No data and no training were used."
+    if manifest.sweep is not None:
+        tried = sum(item["params"] is not None for item in manifest.sweep["candidates"])
+        used = f"No training was used; the options are the best of {tried} by their scores (see the manifest)."
+    return (
+        f"# {title}\n\n{_link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
+        f"{_link(manifest.base, 'the pretrained model')} equalized by POME ([arXiv 2510.06627]({PAPER})): the leading "
+        f"singular directions of each update are kept and given one weight. {used} {rest}"
+    )
+
+
+def _link(side: SideRecord, otherwise: str) -> str:
+    name = _hub_id(side)
+    if name is None:
+        return otherwise
+    return f"[{name}](https://huggingface.co/{name}/tree/{side.revision})"
+
+
+def _describe_edits(manifest: Manifest) -> str:
+    by_role: dict[tuple[str, tuple[int, int]], list[TensorRecord]] = {}
+    for record in manifest.tensors:
+        by_role.setdefault((record.role, record.shape), []).append(record)
+    lines = [
+        "## What was edited",
+        "",
+        "| role | matrices | shape | rank | k | alpha | beta | energy kept | norm of edit / of update |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (role, (rows, columns)), records in by_role.items():
+        middle = {
+            key: statistics.median(getattr(record, key) for record in records)
+            for key in ("rank", "k", "alpha", "beta", "energy_kept")
+        }
+        ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
+        lines.append(
+            f"| {role} | {len(records)} | {rows} x {columns} | {middle['rank']:.0f} | {middle['k']:.0f} | "
+            f"{middle['alpha']:.4g} | {middle['beta']:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
+        )
+    lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]
+    return "\n".join(lines)
+
+
+def _tell_command(manifest: Manifest) -> str:
+    sides = []
+    for side, otherwise in ((manifest.base, "BASE"), (manifest.fine_tuned, "FT")):
+        name = _hub_id(side)
+        sides.append(f"{name}@{side.revision}" if name else otherwise)
+    overrides = manifest.spec["overrides"]
+    config = ["--config", "edit.yaml"] if overrides else []
+    command = shlex.join(["pome", "edit", *sides, "OUT", *_list_options(manifest.spec), *config])
+    check = shlex.join(["pome", "verify", "OUT", "--base", sides[0], "--ft", sides[1]])
+    version = manifest.pome_version
+    text = f"## Do it again\n\n```\npip install pome-edit=={version}\n{command}\n{check}\n```"
+    if overrides:  # which no option of the command line can say
+        text += f"\n\nwith `edit.yaml`:\n\n```yaml\n{yaml.safe_dump({'overrides': overrides}, sort_keys=False)}```"
+    return text
+
+
+def _list_options(spec: dict[str, Any]) -> list[str]:
+    """The options of the command line that differ from their defaults, in the order of the spec."""
+    defaults = EditSpec().to_mapping()
+    options: list[str] = []
+    for key, value in spec.items():
+        implied = key == "rank_rule" and value == "fixed"
+        idle = key in NUMBER_OF.values() and key != NUMBER_OF.get(spec["rank_rule"])  # the command line refuses it
+        if value == defaults.get(key) or value is None or implied or idle or key in _NOT_OPTIONS:
+            continue
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            options += [flag]
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                options += [flag, str(item)]
+    return options
+
+
+def _hide_paths(text: str) -> str:
+    """The text with the paths of a machine cut down to their last names."""
+    return _LOCAL_PATH.sub(lambda match: match[1] or "...", _LOCAL_LINK.sub("]", text))

@@ -1,0 +1,315 @@
+"""Stage an output beside its final place, patch it, keep a journal, publish it with one rename.
+
+The staging folder `OUT.pome-staging` holds
+    lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
+    command     what is being made; another command's progress is never reused
+    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
+    output/     what becomes OUT
+    publishing  the command, and the hash of the manifest by which the OUT that it made is known
+    replaced/   the former OUT, for the moment of an overwrite
+
+At every instant OUT is absent, whole as before, or whole and new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from pome.checkpoint.files import File
+from pome.checkpoint.header import Header
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.errors import OutputError
+from pome.output.clone import Advance, can_share, copy_file, copy_range, write_at
+from pome.output.durable import (
+    append_synced,
+    clear_staging,
+    explain,
+    open_regular,
+    pump,
+    read_object,
+    remove,
+    show_path,
+    sync_folder,
+    write_synced,
+)
+from pome.output.lock import LOCK_NAME, Lock, take_lock
+from pome.output.target import STAGING_SUFFIX
+
+_SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
+
+
+class Staging:
+    """An output in the making; use as a context manager, which releases the lock and deletes nothing."""
+
+    def __init__(self, target: Path, command: dict[str, Any], fresh: bool, suffix: str = STAGING_SUFFIX) -> None:
+        self.target = target
+        self.folder = target.with_name(target.name + suffix)
+        self.output = self.folder / "output"
+        self._command = command
+        self._fresh = fresh
+        self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._lock: Lock | None = None
+        self._journal = -1
+        self._sync_failed = False
+        self.copied: dict[str, int] = {}  # name -> bytes
+        self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
+
+    def __enter__(self) -> Staging:
+        with explain(self.folder):
+            made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                sync_folder(folder.parent)
+            self._lock = take_lock(self.folder)
+            try:
+                self._restore_replaced()
+                self._open_progress()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (*self._files.values(), self._journal):
+            if fd >= 0:
+                os.close(fd)
+        self._files.clear()
+        self._journal = -1
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _restore_replaced(self) -> None:
+        """Put the former OUT back, where the second of the two renames of an overwrite did not come to pass."""
+        replaced = self.folder / "replaced"
+        # After the second rename there is no output here, and `replaced` may be half removed.
+        if replaced.exists() and self.output.exists() and not self.target.exists():
+            os.rename(replaced, self.target)
+
+    def _open_progress(self) -> None:
+        stored = read_object(self.folder / "command")
+        if stored is not None and not self._fresh and self.output.is_dir() and stored != self._command:
+            differing = [key for key in self._command if stored.get(key) != self._command[key]]
+            raise OutputError(
+                f"{show_path(self.folder)}: holds the unfinished run of another command (it differs in "
+                f"{', '.join(differing)}); finish that one, or give --fresh to drop its progress"
+            )
+        if stored != self._command or self._fresh or not self.output.is_dir():
+            # All of it speaks of other inputs, a sweep's decompositions and scores too. First what vouches for it.
+            remove(self.folder / "command")
+            for path in list(self.folder.iterdir()):
+                if path.name != LOCK_NAME:
+                    remove(path)
+            # Before anything new: a power cut must not leave the old journal with the new command.
+            sync_folder(self.folder)
+            self.output.mkdir()
+            write_synced(self.folder / "command", json.dumps(self._command).encode())
+        self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        sync_folder(self.folder)
+        self._replay()
+
+    def _replay(self) -> None:
+        """Read the journal up to its last whole line; what a crash left behind that is cut off."""
+        with open(os.dup(self._journal), "rb") as file:
+            good = 0
+            for line in file:
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if not _is_entry(entry):
+                    break
+                good += len(line)
+                if "copied" in entry:
+                    self._note_copied(entry["copied"], entry["bytes"])
+                else:
+                    self.finished[entry["unit"]] = entry
+        os.ftruncate(self._journal, good)
+        os.lseek(self._journal, 0, os.SEEK_END)
+
+    def _note_copied(self, name: str, size: int) -> None:
+        """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
+        if name in self.copied:
+            self.finished = {key: entry for key, entry in self.finished.items() if entry["file"] != name}
+        self.copied[name] = size
+
+    def check_space(self, needed: int, probe: Path | None) -> None:
+        """Refuse early what cannot fit: OutputError, unless FT's bytes can be shared on this file system."""
+        with explain(self.folder):
+            free = shutil.disk_usage(self.folder).free
+        if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
+            raise OutputError(
+                f"{show_path(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
+                "another OUT"
+            )
+
+    def copy_file(self, name: str, source: Path, advance: Advance) -> None:
+        """Copy one file of FT into the output, unless an earlier run did."""
+        with self._copying(name, source) as fds:
+            if fds is not None:
+                fd, copy = fds
+                copy_file(fd, copy, os.fstat(fd).st_size, advance)
+                # A script keeps its mode; a weight file that FT has read-only must stay writable for the patches.
+                os.fchmod(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
+
+    def write_file(self, name: str, source: File, advance: Advance) -> None:
+        """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
+        with self._copying(name, source.stored) as fds:
+            if fds is not None:
+                pump(source, 0, fds[1], 0, source.size, advance)
+
+    def lay_out(self, name: str, source: File, old: Header, raw: bytes, new: Header, advance: Advance) -> None:
+        """Write a file with another layout: the new header, and every tensor whose dtype stays copied to its place."""
+        with self._copying(name, source.stored) as fds:
+            if fds is not None:
+                fd, copy = fds
+                write_at(copy, raw, 0)
+                os.ftruncate(copy, new.file_size)
+                for entry in new.tensors.values():
+                    was = old.tensors[entry.name]
+                    if was.dtype != entry.dtype:
+                        continue
+                    if source.path is None:
+                        pump(source, was.start, copy, entry.start, entry.nbytes, advance)
+                    else:
+                        copy_range(fd, was.start, copy, entry.start, entry.nbytes, advance)
+
+    @contextlib.contextmanager
+    def _copying(self, name: str, source: Path | None) -> Iterator[tuple[int, int] | None]:
+        """(source, empty copy) open for the caller to fill, then synced and journalled; None if done already."""
+        assert source is not None  # FT was opened whole
+        target = self.output / name
+        if name in self.copied and target.is_file() and target.stat().st_size == self.copied[name]:
+            yield None
+            return
+        fd = open_regular(source)
+        try:
+            with explain(target, f", copied from {show_path(source)}"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+                copy = os.open(target, flags, 0o666)
+                try:
+                    yield fd, copy
+                    os.fsync(copy)
+                    size = os.fstat(copy).st_size
+                finally:
+                    os.close(copy)
+                sync_folder(target.parent)
+                append_synced(self._journal, json.dumps({"copied": name, "bytes": size}).encode() + b"\n")
+                self._note_copied(name, size)
+        finally:
+            os.close(fd)
+
+    def put_file(self, name: str, content: bytes) -> None:
+        """Write a small file of our own making into the output."""
+        with explain(self.output / name):
+            write_synced(self.output / name, content)
+
+    def write(self, name: str, data: bytearray, offset: int) -> None:
+        """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
+        with explain(self.output / name):
+            write_at(self._open(name), data, offset)
+
+    def commit(self, entries: list[dict[str, Any]]) -> None:
+        """Sync all written bytes, then the journal lines that say they are there; each has `unit` and its `file`.
+
+        After a sync that failed nothing is journalled any more: the system may have dropped the bytes, and the next
+        sync would not tell.
+        """
+        if self._sync_failed:
+            return
+        self._sync_failed = True
+        with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
+            files = list(self._files.items())
+        for name, fd in files:
+            with explain(self.output / name):
+                os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        with explain(self.folder / "journal"):
+            append_synced(self._journal, lines)
+        self._sync_failed = False
+
+    def publish(self, manifest: bytes, overwrite: bool) -> None:
+        """Sync everything, write the manifest last, and rename the whole to OUT."""
+        if self.target.exists() and not overwrite:
+            raise OutputError(
+                f"{show_path(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
+            )
+        with explain(self.output):
+            for fd in self._files.values():
+                os.fsync(fd)
+            write_synced(self.output / MANIFEST_NAME, manifest)
+            for root, _, _ in os.walk(self.output):
+                sync_folder(Path(root))
+            mark = {"manifest": hashlib.sha256(manifest).hexdigest(), "command": self._command}
+            write_synced(self.folder / "publishing", json.dumps(mark).encode())
+            sync_folder(self.folder)
+        with explain(self.target):
+            if self.target.exists():
+                os.rename(self.target, self.folder / "replaced")
+            try:
+                os.rename(self.output, self.target)
+            except BaseException:
+                self._restore_replaced()
+                raise
+            sync_folder(self.target.parent)
+        # OUT is whole from here on. What cannot be removed now is only litter, which the next run clears.
+        clear_staging(self.folder)
+
+    def clear_output(self) -> None:
+        """Take the output's files away, and what the journal says of them; the folder and its command stay."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+        with explain(self.folder):
+            os.ftruncate(self._journal, 0)
+            os.lseek(self._journal, 0, os.SEEK_SET)
+            remove(self.output)
+            self.output.mkdir()
+        self.copied.clear()
+        self.finished.clear()
+
+    def discard_if_empty(self) -> None:
+        """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""
+        if not self.copied and not self.finished and not any(self.output.iterdir()):
+            self.discard()
+
+    def discard(self) -> None:
+        """Take away the staging folder with all progress, where no run can go on from it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, name: str) -> int:
+        with self._opening:  # workers of several devices write to one file
+            if name not in self._files:
+                self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return self._files[name]
+
+
+def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a journal line is one that this room or the run writes."""
+    if not isinstance(entry, dict):
+        return False
+    if "copied" in entry:
+        return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
+    texts, lists = (entry.get("unit"), entry.get("file")), (entry.get("tensors"), entry.get("kept"))
+    return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
+
+
+def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:
+    """The index for `size` bytes of data and without the tensors `gone`, all else as it was."""
+    index = json.loads(raw)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone}
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = size
+    return (json.dumps(index, indent=2) + "\n").encode()

@@ -1,0 +1,113 @@
+"""What the user selected: which tensors hold it, what is refused in it, and what there was to choose from."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from pome.checkpoint.header import TensorEntry
+from pome.checkpoint.quantization import find_quantized
+from pome.checkpoint.source import Checkpoint
+from pome.config.spec import EditSpec
+from pome.errors import PairingError, printable
+from pome.roles.roles import GROUPS, Layout, describe, describe_all
+
+EDITABLE = ("F64", "F32", "F16", "BF16")
+
+
+class Selection:
+    """What `--layers` and `--exclude` say of a tensor."""
+
+    def __init__(self, spec: EditSpec) -> None:
+        self._roles = {role for name in spec.layers for role in GROUPS.get(name, (name,))}
+        self._patterns = [re.compile(name[3:]) for name in spec.layers if name.startswith("re:")]
+        self._excluded = [re.compile(pattern) for pattern in spec.exclude]
+
+    def match(self, name: str, shape: tuple[int, ...], layout: Layout) -> Layout | None:
+        """The layout of a tensor with its selected parts alone; None if it holds no selected matrix."""
+        if any(pattern.search(name) for pattern in self._excluded):
+            return None
+        if any(pattern.search(name) for pattern in self._patterns):
+            return layout
+        parts = tuple(part for part in layout.parts if part.role in self._roles)
+        return Layout(parts, layout.transposed, layout.stacked) if parts and len(shape) >= 2 else None
+
+
+def select(ft: Checkpoint, spec: EditSpec, apart: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
+    """Tensors that hold a selected matrix, each with the layout that has only its selected parts.
+
+    What is `apart` has a shape of its own, which is to say nothing of its neighbours' roles.
+    """
+    selection = Selection(spec)
+    layouts = describe_tensors(ft, apart)
+    for name, (_, entry) in ft.tensors.items():
+        layout = selection.match(name, entry.shape, layouts[name])
+        if layout is not None:
+            yield name, layout
+
+
+def describe_tensors(side: Checkpoint, apart: Container[str] = ()) -> dict[str, Layout]:
+    """The layout of every tensor; one stored as something else than floats shows no shape of a matrix."""
+    shapes = {name: entry.shape for name, (_, entry) in side.tensors.items()}
+    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in apart}
+    alone = {n: describe(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
+    return describe_all(plain, side.config) | alone
+
+
+def refuse_quantized(side: Checkpoint, spec: EditSpec) -> None:
+    """Raise PairingError if a selected weight of a checkpoint is stored quantized, naming format and way out."""
+    selection = Selection(spec)
+    for found in find_quantized(side.tensors, side.config):
+        layout = describe(found.weight, found.shape, side.config)
+        if selection.match(found.weight, found.shape, layout) is not None:
+            raise PairingError(
+                f"{side.where(found.stored)}: quantized as {found.format}, which cannot be edited; {found.next_step}, "
+                "or leave it out with --exclude"
+            )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates whose names differ in numbers alone."""
+
+    pattern: str  # a regular expression over tensor names
+    example: TensorEntry
+    count: int
+    role: str
+
+
+def group_candidates(ft: Checkpoint) -> list[Group]:
+    """The floating-point matrices of FT, grouped by name pattern, most bytes first."""
+    members: dict[str, list[TensorEntry]] = {}
+    for name, (_, entry) in ft.tensors.items():
+        if len(entry.shape) in (2, 3) and entry.dtype in EDITABLE:
+            pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+            members.setdefault(pattern, []).append(entry)
+    groups = []
+    layouts = describe_tensors(ft)
+    for pattern, entries in members.items():
+        roles = dict.fromkeys(part.role for part in layouts[entries[0].name].parts)
+        groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))
+    return sorted(groups, key=lambda g: -g.count * g.example.nbytes)
+
+
+def explain_empty(ft: Checkpoint, spec: EditSpec) -> str:
+    said = ", ".join(printable(name) for name in spec.layers)
+    if spec.exclude:
+        said += f" without {', '.join(printable(pattern) for pattern in spec.exclude)}"
+    groups = group_candidates(ft)
+    head = f"{printable(ft.source)}: no tensor matches --layers {said}"
+    if not groups:
+        return f"{head}; the checkpoint holds no floating-point matrix at all"
+    lines = [f"{head}; its matrices are, and each line can be pasted:"]
+    for group in groups[:20]:
+        shape = " x ".join(map(str, group.example.shape))
+        option = f"--layers {shlex.quote(f're:^{group.pattern}$')}"
+        if printable(group.pattern) != group.pattern:
+            option = f"(a name that cannot be pasted) {printable(group.example.name)}"
+        lines.append(f"  {option}   {group.count} of {shape}, role {group.role}")
+    if len(groups) > 20:
+        lines.append(f"  ... and {len(groups) - 20} more patterns")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""What a plan is made of: units, byte ranges that hold whole matrices, and what an edit will do to them. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
+from pome.checkpoint.lora import Change
+from pome.checkpoint.source import Checkpoint
+from pome.roles.roles import Layout, Part, matrix_shape
+
+STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A contiguous byte range of one stored tensor that holds whole matrices: a 2-D tensor, or one expert of a 3-D one.
+
+    Units are independent and idempotent: the same bytes go to the same range, in any order, any number of times.
+    """
+
+    name: str
+    expert: int | None
+    parts: tuple[Part, ...]  # the selected matrices, others in the range stay FT's
+    transposed: bool
+    shape: tuple[int, int]  # as stored
+    file: str
+    base_name: str
+    dtype: str  # of FT, as are start and nbytes
+    start: int
+    nbytes: int
+    base_dtype: str
+    base_start: int
+    base_nbytes: int
+    out_dtype: str
+    out_start: int
+    out_nbytes: int
+    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.name, self.expert])  # a name may hold any character: no two units share a key
+
+    def label(self, part: Part) -> str | None:
+        """The manifest's `part`: None for a whole 2-D tensor, else such as `expert=3,half=up`."""
+        labels = [f"expert={self.expert}" if self.expert is not None else None, part.label]
+        return ",".join(label for label in labels if label) or None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor (or one matrix in it) that the selection matched but that is not edited."""
+
+    name: str
+    reason: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit will do. `layouts` holds the new header of every file whose layout changes (`--dtype`)."""
+
+    units: tuple[Unit, ...]
+    kept: tuple[Kept, ...]
+    pairs: dict[str, str]
+    matched: int
+    tensor_count: int
+    layouts: dict[str, tuple[bytes, Header]]
+    merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
+
+    def matrices(self) -> Iterator[tuple[Unit, Part]]:
+        return ((unit, part) for unit in self.units for part in unit.parts)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(unit.base_nbytes + (0 if unit.change else unit.nbytes) for unit in self.units)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(unit.out_nbytes for unit in self.units)
+
+    @property
+    def memory(self) -> int:
+        """Expected peak of resident memory in bytes: torch, two units in flight, and the workspace of the largest."""
+        work = 0
+        for unit, part in self.matrices():
+            m, n = fan_out_in(unit, part)
+            short = min(m, n)
+            wide = 8 if "F64" in (unit.dtype, unit.base_dtype) else 4
+            # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
+            work = max(work, 4 * wide * m * n + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
+        # An adapter's other tensors are merged: their change and the sum in float32, beside the bytes of two units.
+        work = max([work, *(6 * unit.nbytes + 2 * unit.base_nbytes for unit in self.units if not unit.parts)])
+        return TORCH_BYTES + work
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--dry-run --json`."""
+        edit = [
+            {
+                "name": unit.name,
+                "part": unit.label(part),
+                "file": unit.file,
+                "role": part.role,
+                "shape": list(fan_out_in(unit, part)),
+                "dtype": unit.out_dtype,
+            }
+            for unit, part in self.matrices()
+        ]
+        keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
+        totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
+        return {"edit": edit, "keep": keep, **totals}
+
+
+def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
+    """(fan_out, fan_in) of a part's matrix, after transposition."""
+    return matrix_shape(Layout(unit.parts, unit.transposed), part, unit.shape)
+
+
+def split_units(
+    name: str,
+    layout: Layout,
+    base_name: str,
+    base: Checkpoint,
+    ft: Checkpoint,
+    layouts: dict[str, tuple[bytes, Header]],
+) -> Iterator[Unit]:
+    """The units of one tensor: itself, or each expert of a stack."""
+    file, entry = ft.tensors[name]
+    _, base_entry = base.tensors[base_name]
+    out_entry = layouts[file][1].tensors[name] if file in layouts else entry
+    count = entry.shape[0] if layout.stacked else 1
+    shape = entry.shape[1:] if layout.stacked else entry.shape
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    # Resized embeddings share their first rows, and rows lie one after the other.
+    rows = rows if entry.shape == base_entry.shape else min(rows, base_entry.shape[0])
+    sizes = [rows * columns * DTYPE_BITS[e.dtype] // 8 for e in (entry, base_entry, out_entry)]
+    for i in range(count):
+        yield Unit(
+            name=name,
+            expert=i if layout.stacked else None,
+            parts=layout.parts,
+            transposed=layout.transposed,
+            shape=(rows, columns),
+            file=file,
+            base_name=base_name,
+            dtype=entry.dtype,
+            start=entry.start + i * sizes[0],
+            nbytes=sizes[0],
+            base_dtype=base_entry.dtype,
+            base_start=base_entry.start + i * sizes[1],
+            base_nbytes=sizes[1],
+            out_dtype=out_entry.dtype,
+            out_start=out_entry.start + i * sizes[2],
+            out_nbytes=sizes[2],
+        )
+
+
+def lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[bytes, Header]]:
+    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype; order as in FT."""
+    changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
+    layouts = {}
+    for file in {ft.tensors[name][0] for name in changed}:
+        header = ft.files[file].header
+        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
+        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
+        raw = build_header(entries, header.metadata)
+        data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
+        layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)
+    return layouts

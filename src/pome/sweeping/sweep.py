@@ -1,0 +1,351 @@
+"""`pome sweep`: score candidates of one pair, keep the scores, and write the best where it is better beyond noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
+from pome.config.spec import EditSpec
+from pome.editing.edit import edit
+from pome.editing.session import Opened, Progress, Source, copy_files, count_space, describe_command, open_pair
+from pome.errors import NumericalError, ScoreError, VerificationError, printable
+from pome.manifest import Manifest, read_manifest
+from pome.output.staging import Staging
+from pome.output.target import SWEEP_SUFFIX, check_target
+from pome.planning.plan import check_overrides, make_plan
+from pome.planning.units import Plan
+from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
+from pome.sweeping.journal import Journal
+from pome.sweeping.scorers.command import FolderScorer, ModelScorer, Score, Scored
+from pome.sweeping.scorers.language import load_model
+from pome.sweeping.trials import Listener, Outcome, Trial
+
+if TYPE_CHECKING:
+    from pome.sweeping.candidates import Maker, Marks
+
+
+def sweep(
+    base: Source,
+    ft: Source,
+    out: Source,
+    grid: Grid,
+    scorer: FolderScorer | ModelScorer,
+    *,
+    listener: Listener | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    write_best: bool = False,
+    retry_failed: bool = False,
+    card: bool = False,
+) -> Outcome:
+    """Score every candidate of `grid`, the fine-tuned model and BASE; write the best to `out`.
+
+    `out` is written only if the best is better than the fine-tuned model beyond noise (`write_best`: in any case). What
+    is scored is kept in `OUT.pome-sweep`, where the same call, also with other lists in its grid, goes on; a sweep
+    that ends without an output keeps its scores there. A candidate that cannot be made or scored is marked and passed
+    over. Raises ScoreError when the fine-tuned model, or every candidate, has no score; PomeError as `edit` does.
+    """
+    with open_pair(base, ft, _shared_spec(grid), whole=True, whole_base=True) as opened:
+        plans = _make_plans(opened, grid)
+        # Only for the command as it was: what it wrote is of these inputs, which the staging folder's command proves.
+        written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
+        target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
+        command = {**describe_command(opened, grid.shared), **scorer.describe()}
+        with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:
+            journal = Journal(staging.folder / "scores.jsonl", command, retry_failed)
+            search = _Search(opened, plans, grid, scorer, staging, journal, listener or Listener())
+            try:
+                outcome = search.run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted; {len(journal.entries)} scores are safe in {staging.folder}; run the same command "
+                    "again to go on"
+                ) from None
+            search.forget_model()
+            if written is not None:
+                outcome = dataclasses.replace(outcome, manifest=written)
+                staging.discard()
+            elif outcome.best is not None and (outcome.beats or write_best):
+                from pome.sweeping.candidates import Bases
+
+                best = cast(Candidate, outcome.best.candidate)
+                recall = Bases(staging.folder / "bases").recall
+                record = outcome.describe()
+                manifest = edit(
+                    base, ft, out, best.spec, progress,
+                    overwrite=overwrite, fresh=fresh, card=card, recall=recall, sweep=record,
+                )  # fmt: skip
+                outcome = dataclasses.replace(outcome, manifest=manifest)
+                staging.discard()
+            else:
+                shutil.rmtree(staging.folder / "bases", ignore_errors=True)
+                staging.clear_output()
+    return dataclasses.replace(outcome, peak_bytes=_measure_peak())
+
+
+def _find_written(out: Path, grid: Grid, scorer: FolderScorer | ModelScorer) -> Manifest | None:
+    """The manifest of OUT, where a run of this sweep was stopped after it wrote OUT and before it cleared up."""
+    folder = Path(os.path.expanduser(out))
+    if not folder.with_name(folder.name + SWEEP_SUFFIX).is_dir():
+        return None
+    try:
+        manifest = read_manifest(folder / MANIFEST_NAME)
+    except VerificationError:
+        return None
+    record = manifest.sweep or {}
+    same = (record.get("grid"), record.get("scorer")) == (grid.to_mapping(), scorer.describe())
+    return manifest if same else None
+
+
+def _shared_spec(grid: Grid) -> EditSpec:
+    return dataclasses.replace(grid.shared, layers=grid.layers[0])
+
+
+def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
+    """One plan for each alternative of layers; a sweep varies nothing else that a plan depends on."""
+    plans = {}
+    for layers in grid.layers:
+        spec = dataclasses.replace(grid.shared, layers=layers)
+        plans[layers] = make_plan(opened.base, opened.ft, spec)
+        check_overrides(plans[layers], spec)
+    return plans
+
+
+def _measure_peak() -> int:
+    """Resident memory of this process at its most, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
+class _Search:
+    """The state of one sweep: what is scored, and the target that candidates are made in."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        plans: dict[tuple[str, ...], Plan],
+        grid: Grid,
+        scorer: FolderScorer | ModelScorer,
+        staging: Staging,
+        journal: Journal,
+        listener: Listener,
+    ) -> None:
+        from pome.editing.unit import list_devices
+
+        self.opened = opened
+        self.plans = plans
+        self.grid = grid
+        self.scorer = scorer
+        self.staging = staging
+        self.listener = listener
+        self.devices = list_devices(grid.shared.device)
+        self.journal = journal
+        self.trials: dict[str, Trial] = {}
+        self.count = grid.size + 2
+        self._maker: Maker | None = None
+        self._marks: Marks = {}  # of the copy as it was given to a command
+        self._model: tuple[Any, Any] | None = None
+
+    def run(self) -> Outcome:
+        from pome.sweeping.candidates import count_bytes
+
+        # A copy that an earlier run left holds one of its candidates, perhaps of other layers: it is made anew.
+        self.staging.clear_output()
+        self._check_space(count_bytes(list(self.plans.values())))
+        reference = self._try(FINE_TUNED, None)
+        if reference.score is None:
+            raise ScoreError(f"the fine-tuned model has no score: {reference.failed}; mend the scorer and run again")
+        self._try(BASE, None)
+        search = walk(self.grid)
+        sign = -1.0 if self.scorer.minimize else 1.0
+        try:
+            candidate = next(search)
+            while True:
+                trial = self._try(candidate.key, candidate)
+                candidate = search.send(None if trial.score is None else sign * _chosen_by(trial.score).value)
+        except StopIteration:
+            pass
+        self.opened.check_unchanged()
+        return self._judge(reference.score)
+
+    def _check_space(self, basis_bytes: int) -> None:
+        copies = [count_space(self.opened, self.staging)] if self._needs_copy() else []
+        if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
+            copies.append(count_space(self._see_base(), self.staging))
+        copy_bytes = sum(size for size, _ in copies)
+        self.listener.begin(self.opened, self.count, basis_bytes, copy_bytes, self.staging.folder)
+        self.staging.check_space(basis_bytes, None)
+        for _, shared in copies:
+            self.staging.check_space(basis_bytes + copy_bytes, shared)
+
+    def _needs_copy(self) -> bool:
+        """Whether candidates are made on the disk; a model in memory needs FT as it is, in a folder."""
+        whole = self.opened.ft.adapter_config is None and not self.opened.ft.dequantized
+        return not (_in_memory(self.scorer) and whole)
+
+    def _try(self, key: str, candidate: Candidate | None) -> Trial:
+        """A model's trial: from this run, from the journal, or made and scored now."""
+        if key in self.trials:
+            return self.trials[key]
+        label = candidate.label if candidate else key
+        begun = time.perf_counter()
+        known = self.journal.find(key)
+        if known is not None:
+            trial = Trial(key, label, candidate, known.score, known.failed, known.seconds, earlier=True)
+        else:
+            score, failed = None, None
+            try:
+                score = self._score(key, candidate)
+            except (ScoreError, NumericalError) as error:
+                failed = str(error)
+            trial = Trial(key, label, candidate, score, failed, time.perf_counter() - begun)
+            if failed is None or key != FINE_TUNED:  # without it there is no sweep: the next run tries again
+                self.journal.add(trial)
+        self.trials[key] = trial
+        self.listener.tell(trial, len(self.trials), self.count)
+        return trial
+
+    def _score(self, key: str, candidate: Candidate | None) -> Score:
+        """Make a model and score it. Raises ScoreError and NumericalError."""
+        from pome.sweeping.candidates import mark_files
+
+        if key == BASE:
+            return self._score_base()
+        if _in_memory(self.scorer) and self._load():
+            assert self._model is not None
+            self._make(candidate)
+            return self._score_model(*self._model)
+        self._make(candidate)
+        if _in_memory(self.scorer):
+            return self._score_model(*load_model(self.staging.output, self.devices[0]))
+        self._marks = mark_files(self.staging.output)
+        return cast(FolderScorer, self.scorer).score_folder(self.staging.output)
+
+    def _score_base(self) -> Score:
+        if _in_memory(self.scorer):
+            base = self.opened.base
+            self.forget_model()  # one model at a time; what is loaded again costs seconds
+            return self._score_model(*load_model(base.folder or Path(os.path.expanduser(base.source)), self.devices[0]))
+        # What a command writes or removes beside a model must not be BASE's.
+        opened = self._see_base()
+        with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:
+            try:
+                copy.check_space(*count_space(opened, copy))
+                copy_files(opened, copy, Progress())
+                return cast(FolderScorer, self.scorer).score_folder(copy.output)
+            finally:
+                copy.discard()
+
+    def _see_base(self) -> Opened:
+        """The pair with BASE in the place of what is copied."""
+        base = self.opened.base
+        plan = dataclasses.replace(self.opened.plan, layouts={})
+        return dataclasses.replace(self.opened, plan=plan, template=base, side_files=list_side_files(base)[0])
+
+    def _tidy(self) -> None:
+        """Undo what a command did to the copy, so that no candidate finds what was left beside another."""
+        from pome.sweeping.candidates import keep_marked
+
+        gone = keep_marked(self.staging.output, self._marks)
+        if gone & self.opened.template.files.keys():
+            self.staging.clear_output()
+            self._maker = None
+        elif gone:
+            copy_files(self.opened, self.staging, Progress())
+
+    def _score_model(self, model: Any, tokenizer: Any) -> Score:
+        try:
+            return cast(ModelScorer, self.scorer).score_model(model, tokenizer)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # From inside a model: an index beyond a vocabulary, memory that a device does not have.
+            reason = str(error).strip().splitlines()[:1] or [""]
+            raise ScoreError(f"{type(error).__name__}: {printable(reason[0])}") from None
+
+    def _load(self) -> bool:
+        """Load FT into memory once, if the candidates can be made there."""
+        from pome.sweeping.candidates import Bases, Maker, find_targets, write_into
+
+        if self._maker is None:
+            plans = list(self.plans.values())
+            if not self._needs_copy() and self.opened.ft.folder is not None:
+                self._model = load_model(self.opened.ft.folder, self.devices[0])
+                targets = find_targets(self._model[0], self.opened, plans)
+                if targets is not None:
+                    bases = Bases(self.staging.folder / "bases")
+                    self._maker = Maker(self.opened, plans, self.devices, bases, write_into(targets))
+                    self._maker.strange.clear()  # it was compared with FT just now
+                    return True
+                self._model = None
+        return self._model is not None
+
+    def _make(self, candidate: Candidate | None) -> None:
+        from pome.sweeping.candidates import Bases, Maker
+
+        if self._marks:
+            self._tidy()
+            self._marks = {}
+        if self._maker is None:
+            self.staging.check_space(*count_space(self.opened, self.staging))
+            copy_files(self.opened, self.staging, Progress())
+            bases = Bases(self.staging.folder / "bases")
+
+            def write(unit: Any, data: bytes | bytearray) -> None:
+                self.staging.write(unit.file, bytearray(data), unit.out_start)
+
+            self._maker = Maker(self.opened, list(self.plans.values()), self.devices, bases, write)
+            if self.opened.ft.adapter_config is None:
+                self._maker.strange.clear()  # the copy is FT's, just made; of an adapter it is BASE's
+        if candidate is None:
+            self._maker.restore()
+        else:
+            self._maker.make(self.plans[candidate.spec.layers], candidate.spec)
+
+    def _judge(self, reference: Score) -> Outcome:
+        """Rank, compare with the fine-tuned model, and pick the best."""
+        from pome.sweeping.bootstrap import beats, compare
+
+        sign = -1.0 if self.scorer.minimize else 1.0
+        edited = [t for t in self.trials.values() if t.candidate is not None and t.score is not None]
+        if not edited:
+            reasons = [trial.failed for trial in self.trials.values() if trial.candidate is not None]
+            raise ScoreError(
+                f"no candidate has a score ({reasons[0]}); mend that and give --retry-failed to score them again"
+            )
+        edited.sort(key=lambda trial: -sign * _chosen_by(cast(Score, trial.score)).value)
+        others = [trial for trial in self.trials.values() if trial not in edited]
+        # On training data the choice is made before the held-out examples are looked at, so the best stands alone.
+        judged = edited[:1] if reference.train is not None else edited
+        alone = compare([cast(Score, trial.score).scored for trial in judged], reference.scored)
+        rest = [*edited[len(judged) :], *(trial for trial in others if trial.score is not None)]
+        listed = compare([cast(Score, trial.score).scored for trial in rest], reference.scored)
+        known = dict(zip([trial.key for trial in (*judged, *rest)], (*alone, *listed), strict=True))
+        trials = [dataclasses.replace(trial, difference=known.get(trial.key)) for trial in (*edited, *others)]
+        return Outcome(
+            trials=tuple(trials),
+            best=trials[0],
+            beats=beats(known[trials[0].key], self.scorer.minimize),
+            minimize=self.scorer.minimize,
+            scorer=self.scorer.describe(),
+            grid=self.grid.to_mapping(),
+            manifest=None,
+            peak_bytes=0,
+        )
+
+    def forget_model(self) -> None:
+        """Give its memory back."""
+        self._maker = self._model = None
+
+
+def _in_memory(scorer: FolderScorer | ModelScorer) -> bool:
+    return hasattr(scorer, "score_model")
+
+
+def _chosen_by(score: Score) -> Scored:
+    return score.train or score.scored

@@ -1,0 +1,251 @@
+"""An output's edits made again from BASE and FT, and held against its bytes and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from pome.config.spec import EditSpec
+from pome.manifest import Manifest, TensorRecord
+from pome.planning.units import STORED_NAMES, Plan, Unit
+from pome.verification.comparison import Advance, Difference, compare_untouched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = 4  # units recomputed without `full`
+# Another device or number of threads may round differently. Numbers of the spectrum then agree to this, and an edit
+# agrees entry by entry or, where its cut lies in a cluster, reaches the certificate's bound all the same.
+NUMBERS_AGREE = 1e-3
+EDITS_AGREE = 1e-3
+OBJECTIVE_BOUND = 1e-4
+SQUARES_AGREE = 2e-7  # of the largest square: float32 squares leave that in doubt, whatever comes after them
+MERGES_AGREE = 1e-6
+ROUNDINGS_AGREE = 0.05  # another rounding of some entries; what is lost to it is the root of a sum over all
+# Numbers that are next to 0 or 1 by themselves, and differ by what the certificate leaves open.
+RESIDUES_AGREE = {"objective": 1e-4, "orthogonality": 1e-4, "rounding": 1e-5}
+
+
+def recompute(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    spec: EditSpec,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> int:
+    """Edit a sample of the units again and compare bytes and records; the number of matrices recomputed."""
+    from pome.editing.lora_merge import make_patch, read_unit, see_ft
+
+    found += _check_plan(plan, manifest)
+    if found:
+        return 0
+    spec = dataclasses.replace(spec, device="cpu")
+    count = 0
+    for unit in _choose(plan.units, full):
+        data = read_unit(unit, tuned, base)
+        original = see_ft(unit, data)
+        out_bytes = made.read(unit.name, unit.out_start, unit.out_nbytes)
+        patch = make_patch(unit, data, spec, "cpu")
+        expected = patch.data if patch.data is not None else bytearray(original)
+        count += len(patch.tensors)
+        found += _check_records(patch.tensors, manifest)
+        if out_bytes != expected:
+            what = _judge(unit, out_bytes, expected, original, data[1], {r.part: r for r in patch.tensors})
+            if what:
+                found.append(Difference(unit.file, unit.name, what))
+        advance(unit.nbytes)
+    return count
+
+
+def _check_plan(plan: Plan, manifest: Manifest) -> Iterator[Difference]:
+    """What the manifest says was edited, kept and merged is what these inputs plan."""
+    records = {(record.name, record.part) for record in manifest.tensors}
+    kept = {(item.name, item.part) for item in manifest.kept}
+    planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
+    for name, part in sorted(records - planned, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select")
+    for name, part in sorted(planned - records - kept, key=str):
+        yield Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record")
+    for name in sorted(set(manifest.merged) ^ set(plan.merged)):
+        yield Difference(MANIFEST_NAME, name, "is merged by these inputs, or by the manifest, but not by both")
+
+
+def is_converted(made: Checkpoint, name: str, spec: EditSpec) -> bool:
+    """Whether a tensor of an output has the dtype that `--dtype` asked for."""
+    return name in made.tensors and made.tensors[name][1].dtype == STORED_NAMES.get(spec.dtype)
+
+
+def compare_converted(made: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[Difference]:
+    """Tensors that were written in another dtype, and not edited, hold FT's values."""
+    import torch
+
+    from pome.editing.unit import TORCH_DTYPES, to_bytes
+
+    for name in sorted(set(names) & tuned.tensors.keys()):
+        (file, mine), (_, theirs) = made.tensors[name], tuned.tensors[name]
+        if theirs.dtype not in TORCH_DTYPES or mine.shape != theirs.shape:
+            continue  # the comparison of the tables says so
+        values = torch.frombuffer(tuned.read(name, theirs.start, theirs.nbytes), dtype=TORCH_DTYPES[theirs.dtype])
+        if made.read(name, mine.start, mine.nbytes) != to_bytes(values.to(TORCH_DTYPES[mine.dtype])):
+            yield Difference(file, name, "its values are not FT's, and it was not edited")
+
+
+def check_adapter(
+    made: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    manifest: Manifest,
+    spec: EditSpec,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> tuple[int, int]:
+    """An edited adapter against the one that it was made from: (bytes compared, matrices recomputed)."""
+    from pome.editing.lora_rewrite import agree, edit_loras
+
+    lows = {change.low.a: change.low for unit in plan.units if (change := unit.change) and change.low}
+    edited = {name for low in lows.values() for name in (low.a, low.b)}
+    rest = [
+        dataclasses.replace(side, tensors={name: at for name, at in side.tensors.items() if name not in edited})
+        for side in (made, tuned)
+    ]
+    compared = compare_untouched(rest[0], rest[1], set(), found, advance)
+    found += [Difference(ADAPTER_WEIGHTS, name, "missing") for name in sorted(edited - made.tensors.keys())]
+    found += _check_plan(plan, manifest)
+    if found:
+        return compared, 0
+    found += _check_config(made, tuned, plan, manifest)
+    chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
+    units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
+    count = 0
+    for lora in edit_loras(dataclasses.replace(plan, units=units), tuned, spec, "cpu"):
+        count += len(lora.tensors)
+        found += _check_records(lora.tensors, manifest)
+        room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
+        if not agree(lora, made, tuned, room):
+            found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
+        advance(sum(unit.nbytes for unit in lora.units))
+    return compared, count
+
+
+def _check_config(made: Checkpoint, tuned: Checkpoint, plan: Plan, manifest: Manifest) -> Iterator[Difference]:
+    """An edited adapter's config is FT's but for the ranks and alphas of what was edited."""
+    from pome.editing.lora_rewrite import configure
+
+    edited = {record.name for record in manifest.tensors}
+    lows = {
+        unit.change.low.a: unit.change.low
+        for unit in plan.units
+        if unit.name in edited and unit.change and unit.change.low
+    }
+    ranks = [(low, made.tensors[low.a][1].shape[0] // low.experts) for low in lows.values()]
+    if made.adapter_config != json.loads(configure(tuned.adapter_config or {}, ranks)):
+        yield Difference(ADAPTER_CONFIG, None, "is not FT's with the ranks and alphas of the edit")
+
+
+def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
+    """All units, or a few spread over the model: the same ones each time."""
+    step = 1 if full else max(1, math.ceil(len(units) / SAMPLE))
+    return list(units[::step])
+
+
+def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Iterator[Difference]:
+    """The manifest says of these matrices what a recomputation finds."""
+    records = {(record.name, record.part): record for record in manifest.tensors}
+    for fresh in tensors:
+        what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+        if what:
+            yield Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}")
+
+
+def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
+    """What a record says otherwise than a recomputation, or None."""
+    if recorded is None:
+        return "has no record, though its delta is not zero"
+    for field in ("file", "role", "shape", "dtype", "rank", "k"):
+        if getattr(recorded, field) != getattr(fresh, field):
+            return f"{field} {getattr(recorded, field)}, recomputed {getattr(fresh, field)}"
+    for field in ("alpha", "beta", "sigma_max", "noise_floor", "delta_norm", "edit_norm", "energy_kept"):
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not math.isclose(a, b, rel_tol=NUMBERS_AGREE):
+            return f"{field} {a}, recomputed {b}"
+    for field in ("sigma_k", "sigma_next"):
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not math.isclose(a**2, b**2, rel_tol=2 * NUMBERS_AGREE, abs_tol=SQUARES_AGREE * fresh.sigma_max**2):
+            return f"{field} {a}, recomputed {b}"
+    for field, slack in RESIDUES_AGREE.items():
+        a, b = getattr(recorded, field), getattr(fresh, field)
+        if not abs(a - b) <= slack + ROUNDINGS_AGREE * abs(b) * (field == "rounding"):
+            return f"{field} {a}, recomputed {b}"
+    return None
+
+
+def _judge(
+    unit: Unit,
+    out_bytes: bytearray,
+    expected: bytearray,
+    ft_bytes: bytes,
+    base_bytes: bytearray,
+    records: dict[str | None, TensorRecord],
+) -> str | None:
+    """Whether bytes other than those recomputed here are still the edit: what is wrong, or None."""
+    import torch
+
+    from pome.editing.unit import TORCH_DTYPES, put_view, take
+
+    def load(data: bytes | bytearray, dtype: str) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).reshape(unit.shape)
+
+    out, fresh = load(out_bytes, unit.out_dtype), load(expected, unit.out_dtype)
+    ft, base = load(ft_bytes, unit.dtype), load(base_bytes, unit.base_dtype)
+    rest = fresh.clone()
+    for part in unit.parts:
+        put_view(rest, part).copy_(put_view(out, part))
+    if not torch.equal(rest.view(torch.uint8), out.view(torch.uint8)):
+        # Merged entries are products and sums, which another machine may round to the neighbouring value.
+        ulps = 2 * torch.finfo(out.dtype).eps * rest.double().abs() + MERGES_AGREE * base.double().abs()
+        if unit.change is None or not bool(((rest.double() - out.double()).abs() <= ulps).all()):
+            return "entries outside the edited matrices are not FT's"
+    for part in unit.parts:
+        record = records.get(unit.label(part))
+        E, again = take(out, part).double(), take(fresh, part).double()
+        if record is None:
+            return "differs from FT, though its delta is zero"
+        # Edits that differ by d are stored differently in d / ulp of the entries, and there by one ulp: a square of
+        # d * ulp each. The root of the sum over ulp^2 is sqrt(12) times what the rounding lost.
+        room = math.sqrt(EDITS_AGREE**2 + 4 * EDITS_AGREE * record.rounding) * record.edit_norm
+        if float((E - again).norm()) <= room:
+            continue
+        W_base = take(base, part).double()
+        D = take(ft, part).double() - W_base
+        if not _is_certified((E - W_base) / record.alpha, (again - W_base) / record.alpha, D, record):
+            return f"{record.part or 'the matrix'} is not the edit of these inputs"
+    return None
+
+
+def _is_certified(P: Tensor, again: Tensor, D: Tensor, record: TensorRecord) -> bool:
+    """Whether another P than the one recomputed solves the same problem, which only a cut in a cluster allows.
+
+    Both hold what storage lost. That moves the singular values by no more than its norm (Mirsky), and points anywhere,
+    so that it adds to the objective one part in the root of the entries.
+    """
+    import torch
+
+    if record.sigma_k - record.sigma_next > EDITS_AGREE * record.sigma_k:
+        return False
+    gram = P.mT @ P if P.shape[0] >= P.shape[1] else P @ P.mT
+    s = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
+    s[: record.k] -= 1.0
+    if float(s.norm()) > (EDITS_AGREE + (1 + ROUNDINGS_AGREE) * record.rounding) * math.sqrt(record.k):
+        return False
+    objective = float((D * P).sum()) / float((D * again).sum())
+    return abs(objective - 1) <= OBJECTIVE_BOUND + 8 * record.rounding * (1 + record.rounding) / math.sqrt(P.numel())

@@ -1,0 +1,186 @@
+"""Prove an output: its files are those of its manifest, its other bytes are FT's, its edits are the method's."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
+from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from pome.config.spec import EditSpec
+from pome.errors import SpecError, VerificationError, printable
+from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
+from pome.output.card import CARD_NAME
+from pome.output.clone import hash_file
+from pome.planning.plan import make_plan
+from pome.verification.comparison import (
+    Advance,
+    Difference,
+    check_input,
+    compare_headers,
+    compare_other_rows,
+    compare_side_files,
+    compare_untouched,
+)
+from pome.verification.recomputation import check_adapter, compare_converted, is_converted, recompute
+
+# What a Hub or git leaves beside an output that was uploaded and fetched again.
+STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and every difference found."""
+
+    differences: tuple[Difference, ...]
+    files: int  # hashed against the manifest
+    bytes_compared: int  # of OUT with FT, outside the edited matrices
+    edits: int  # matrices recomputed from BASE and FT
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+def verify(
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    ft: str | os.PathLike[str] | None = None,
+    *,
+    full: bool = False,
+    advance: Advance = lambda _: None,
+) -> Verdict:
+    """Check an output against its manifest; with FT also its untouched bytes, with BASE and FT also its edits.
+
+    Of the edits a sample is recomputed, or all of them when `full`. Raises PomeError when something cannot be read at
+    all; whatever can be read and differs is a Difference.
+    """
+    if base is not None and ft is None:
+        raise VerificationError("--base needs --ft: an edit is recomputed from both")
+    folder = _find_folder(out)
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    found = list(_check_manifest(folder, manifest))
+    found += _check_files(folder, manifest.files, advance)
+    compared = edits = 0
+    if ft is not None and not found:
+        # With a file missing or changed the rest cannot be told apart from it; what differs is already said.
+        compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, found, advance)
+    return Verdict(tuple(found), len(manifest.files), compared, edits)
+
+
+def _find_folder(out: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.expanduser(out))
+    if path.is_dir():
+        return path
+    checkpoint = open_checkpoint(out, whole=True)
+    checkpoint.close()
+    if checkpoint.folder is None:
+        raise VerificationError(f"{printable(str(path))}: not a folder; give the output that pome made")
+    return checkpoint.folder
+
+
+def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[Difference]:
+    """The manifest is as it was written, to the byte: its own checksum and its own form."""
+    if (folder / MANIFEST_NAME).read_bytes() != manifest.to_json().encode():
+        yield Difference(MANIFEST_NAME, None, "it is not in the form in which pome writes it; it was edited")
+    if manifest.timing.get(CHECKSUM) != manifest.checksum():
+        yield Difference(MANIFEST_NAME, None, "its checksum does not fit what it says; it was edited")
+
+
+def _check_files(folder: Path, files: dict[str, FileRecord], advance: Advance) -> Iterator[Difference]:
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    for name in sorted(present - files.keys() - {MANIFEST_NAME}):
+        if Path(name).parts[0] not in STRANGERS:
+            yield Difference(name, None, "the manifest does not name it")
+    for name, record in files.items():
+        if name not in present:
+            yield Difference(name, None, "missing")
+            continue
+        try:
+            info = os.stat(folder / name)
+            if not stat.S_ISREG(info.st_mode):  # a device would be read for ever
+                yield Difference(name, None, "not a regular file")
+            elif info.st_size != record.bytes:
+                yield Difference(name, None, f"{info.st_size} bytes, the manifest says {record.bytes}")
+            elif (sha256 := hash_file(folder / name, advance)[1]) != record.sha256:
+                yield Difference(name, None, f"SHA-256 {sha256}, the manifest says {printable(record.sha256)}")
+        except OSError as error:
+            yield Difference(name, None, f"cannot be read: {error.strerror}")
+
+
+def _check_against_inputs(
+    out: str,
+    base: str | os.PathLike[str] | None,
+    ft: str | os.PathLike[str],
+    manifest: Manifest,
+    full: bool,
+    found: list[Difference],
+    advance: Advance,
+) -> tuple[int, int]:
+    sides: list[Checkpoint] = []
+    try:
+        for source, record in ((out, None), (ft, manifest.fine_tuned), (base, manifest.base)):
+            if source is not None:
+                dequantize = record is not None and bool(manifest.spec.get("dequantize"))
+                sides.append(open_checkpoint(source, dequantize=dequantize))
+                if record is not None:
+                    found += check_input(sides[-1], record, advance)
+        if found:
+            return 0, 0
+        made, tuned = sides[:2]
+        spec = _read_spec(manifest)
+        adapted = tuned.adapter_config is not None
+        if adapted and base is None:
+            raise VerificationError(
+                f"{printable(os.fspath(ft))}: an adapter; give --base too, whose bytes the output has elsewhere"
+            )
+        merged = adapted and spec.out_format == "full"
+        template = sides[2] if merged else tuned
+        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted)
+        beside = None
+        if all(side.folder is not None or side.revision is None for side in sides[1:]):
+            side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
+            beside = {file.name: file.path for file in side_files}
+            if template.index is not None and template.folder is not None:
+                beside[template.index] = template.folder / template.index
+        recorded = {**(manifest.base.files if merged else {}), **manifest.fine_tuned.files}
+        written = _list_written(made, template, spec)
+        found += compare_side_files(manifest.files, beside, recorded, written, advance)
+        if base is None:
+            edited = {record.name for record in manifest.tensors}
+            # Selected, and of a zero delta: FT's values in the dtype that was asked for.
+            converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
+            found += compare_converted(made, tuned, converted)
+            return compare_untouched(made, tuned, edited | converted, found, advance), 0
+        plan = make_plan(sides[2], tuned, spec)
+        if adapted and not merged:
+            return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
+        compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)
+        if not merged:
+            compared += compare_other_rows(made, tuned, plan, found)
+        return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, found, advance)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set[str]:
+    """Files of an output that are no copies: weights, a model card, and what a change of the layout rewrites."""
+    written = {*made.files, CARD_NAME}
+    if made.adapter_config is not None:
+        written.add(ADAPTER_CONFIG)
+    if template.index is not None and (spec.dtype != "keep" or template.dequantized):
+        written.add(template.index)
+    if template.dequantized:
+        written.add("config.json")  # without the word of the scales
+    return written
+
+
+def _read_spec(manifest: Manifest) -> EditSpec:
+    try:
+        return EditSpec(**manifest.spec)
+    except (TypeError, SpecError) as error:
+        raise VerificationError(f"{MANIFEST_NAME}: its spec is not one of pome: {printable(str(error))}") from None
