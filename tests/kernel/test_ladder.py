@@ -159,7 +159,7 @@ def test_a_driver_that_fails_hands_over_and_the_record_says_so(monkeypatch, erro
 
 def pretend_rungs(*rungs):
     """Attempts on an accelerator, for a delta that lies on the CPU: (name, device, solver) each."""
-    return lambda D, known=None: [
+    return lambda D, cache=None: [
         kernel.Attempt(name, torch.device(device), functools.partial(solve, D)) for name, device, solve in rungs
     ]
 

@@ -16,41 +16,41 @@ from hypothesis import strategies as st
 from pome.errors import CheckpointError
 from pome.output import clone
 from pome.output.clone import hash_file
-from pome.output.watermark import Trail
+from pome.output.watermark import Watermark
 
 
 @settings(deadline=None, max_examples=40)
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=12), seed=st.integers(0, 999))
 def test_the_hash_is_that_of_what_was_written(tmp_path_factory, sizes, seed):
-    file = tmp_path_factory.mktemp("trail") / "file"
+    file = tmp_path_factory.mktemp("watermark") / "file"
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     file.write_bytes(b"\0" * sum(sizes))
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
-    trail = Trail(("file", start) for start in starts)
+    watermark = Watermark(("file", start) for start in starts)
     read: list[int] = []
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setattr(clone, "_CHUNK", 700)
-        future = pool.submit(hash_file, file, read.append, partial(trail.wait, "file"))
+        future = pool.submit(hash_file, file, read.append, partial(watermark.wait, "file"))
         for i in order:
             assert sum(read) <= min([start for j, start in enumerate(starts) if j in order[order.index(i) :]])
             with file.open("r+b") as out:
                 out.seek(starts[i])
                 out.write(bytes([i + 1]) * sizes[i])
-            trail.settle("file", starts[i])
+            watermark.mark_written("file", starts[i])
         assert future.result(timeout=10) == (sum(sizes), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def test_files_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    trail = Trail([("a", 10), ("b", 10)])
-    trail.wait("a", 10)
-    trail.wait("c", 1 << 40)
-    trail.settle("a", 10)
-    trail.wait("a", 1 << 40)
+    watermark = Watermark([("a", 10), ("b", 10)])
+    watermark.wait("a", 10)
+    watermark.wait("c", 1 << 40)
+    watermark.mark_written("a", 10)
+    watermark.wait("a", 1 << 40)
 
 
 def test_who_waits_is_sent_away_when_the_writers_stop() -> None:
-    trail = Trail([("a", 10)])
-    threading.Timer(0.05, trail.abandon).start()
+    watermark = Watermark([("a", 10)])
+    threading.Timer(0.05, watermark.abandon).start()
     with pytest.raises(CheckpointError, match="cancelled"):
-        trail.wait("a", 11)
+        watermark.wait("a", 11)

@@ -26,7 +26,7 @@ from pome import EditSpec, Equalized, edit, equalize, make_grid, make_scorer, sw
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel.equalize import equalize_factors
-from pome.sweeping.candidates import Bases
+from pome.sweeping.candidates import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
 from support.browser import open_page
@@ -110,21 +110,21 @@ def test_what_is_known_of_a_delta_changes_no_bit(tmp_path, kind):
     class Named:
         key, label = "unit", staticmethod(lambda part: None)
 
-    known = Bases(tmp_path / "bases").recall(Named, None)
+    cache = DecompositionFolder(tmp_path / "decompositions").find_cache(Named, None)
     b, a = delta[:, :9].contiguous(), delta[:9].contiguous()
     for round_ in range(2):  # the second time all comes from the files
         for ratio in (0.2, 0.5, 0.9):
             for beta in (1.0, 1.3):
                 if kind == "factors":
                     plain, kept = (
-                        equalize_factors(b, a, rank_ratio=ratio, beta=beta, known=known_) for known_ in (None, known)
+                        equalize_factors(b, a, rank_ratio=ratio, beta=beta, cache=cache_) for cache_ in (None, cache)
                     )
                 else:
-                    plain, kept = (equalize(delta, rank_ratio=ratio, beta=beta, known=k) for k in (None, known))
+                    plain, kept = (equalize(delta, rank_ratio=ratio, beta=beta, cache=c) for c in (None, cache))
                 assert torch.equal(plain.value, kept.value), (round_, ratio)
                 for field in Equalized.__dataclass_fields__:
                     assert field == "value" or getattr(plain, field) == getattr(kept, field)
-    assert len(known) >= 1
+    assert len(cache) >= 1
 
 
 class Counter(Listener):
@@ -242,7 +242,7 @@ def test_a_fresh_sweep_keeps_no_decomposition_of_another_model(pair, tmp_path):
     stop = f"echo x >> {log}; if [ $(wc -l < {log}) = 4 ]; then kill -9 $PPID; fi; {CHECKSUM}"
     arguments = ["sweep", str(base), str(ft), str(tmp_path / "out"), "--beta", "1,2", "--write-best"]
     assert run_python("-m", "pome", *arguments, "--score-cmd", stop).returncode != 0
-    assert list((tmp_path / "out.pome-sweep/bases").iterdir())
+    assert list((tmp_path / "out.pome-sweep/decompositions").iterdir())
     tensors = read_tensors(ft)
     save_file({name: t + 2e-6 * torch.randn(t.shape) for name, t in tensors.items()}, ft / "model.safetensors")
     refused = run_python("-m", "pome", *arguments, "--score-cmd", stop)

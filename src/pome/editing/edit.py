@@ -35,11 +35,11 @@ from pome.output.card import CARD_NAME, make_card
 from pome.output.clone import hash_file
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
-from pome.output.watermark import Trail
+from pome.output.watermark import Watermark
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
-    from pome.editing.unit import Recall
+    from pome.editing.unit import FindCache
 
 # Finished units are synced and journalled in groups: what a crash loses is at most this much work.
 COMMIT_SECONDS = 5.0
@@ -56,13 +56,13 @@ def edit(
     overwrite: bool = False,
     fresh: bool = False,
     card: bool = False,
-    recall: Recall | None = None,
+    caches: FindCache | None = None,
     sweep: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write to the folder `out` the checkpoint `ft` with the selected matrices edited; returns its manifest.
 
     `out` appears whole or not at all. What an interrupted call finished lies in `OUT.pome-staging`, and the same call
-    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. `recall` gives
+    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. `caches` gives
     decompositions that are known already, `sweep` is what the manifest says of how the options were chosen. Raises
     PomeError for bad input or a machine that fails; KeyboardInterrupt, after progress is safe, when interrupted.
     """
@@ -70,7 +70,7 @@ def edit(
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite)
-        run = _Run(opened, spec, progress or Progress(), begun, card, recall, sweep)
+        run = _Run(opened, spec, progress or Progress(), begun, card, caches, sweep)
         return run.make(target, overwrite, fresh)
 
 
@@ -84,7 +84,7 @@ class _Run:
         progress: Progress,
         begun: float,
         card: bool,
-        recall: Recall | None,
+        caches: FindCache | None,
         sweep: Mapping[str, Any] | None,
     ) -> None:
         self.opened = opened
@@ -92,7 +92,7 @@ class _Run:
         self.progress = progress
         self.begun = begun
         self.card = card
-        self.recall = recall
+        self.caches = caches
         self.sweep = sweep
         self.kernel_seconds = 0.0
         self.output_hashes: dict[str, Future[tuple[int, str]]] = {}
@@ -120,8 +120,8 @@ class _Run:
                         self._edit_adapter(staging, devices[0])
                     else:
                         copy_files(self.opened, staging, self.progress)
-                        with self._hashing_output(staging) as trail:
-                            self._edit(staging, devices, trail)
+                        with self._hashing_output(staging) as watermark:
+                            self._edit(staging, devices, watermark)
                     base, fine_tuned = self._join_hashes(hashes)
                 self.opened.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
@@ -169,7 +169,7 @@ class _Run:
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
 
-    def _edit(self, staging: Staging, devices: list[str], trail: Trail) -> None:
+    def _edit(self, staging: Staging, devices: list[str], watermark: Watermark) -> None:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.editing.lora_merge import Data, make_patch, read_unit
         from pome.editing.unit import Patch
@@ -186,10 +186,10 @@ class _Run:
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> Patch:
-            patch = make_patch(unit, data, self.spec, device, self.recall)
+            patch = make_patch(unit, data, self.spec, device, self.caches)
             if patch.data is not None:
                 staging.write(unit.file, patch.data, unit.out_start)
-            trail.settle(unit.file, unit.out_start)
+            watermark.mark_written(unit.file, unit.out_start)
             return dataclasses.replace(patch, data=None)
 
         def commit() -> None:
@@ -221,19 +221,19 @@ class _Run:
         self.progress.finish("edit")
 
     @contextlib.contextmanager
-    def _hashing_output(self, staging: Staging) -> Iterator[Trail]:
+    def _hashing_output(self, staging: Staging) -> Iterator[Watermark]:
         """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
         todo = [unit for unit in self.opened.plan.units if unit.key not in staging.finished]
-        trail = Trail((unit.file, unit.out_start) for unit in todo)
+        watermark = Watermark((unit.file, unit.out_start) for unit in todo)
         pool = ThreadPoolExecutor(1, thread_name_prefix="pome-hash")
         self.output_hashes = {
-            name: pool.submit(self._hash, staging.output / name, wait=functools.partial(trail.wait, name))
+            name: pool.submit(self._hash, staging.output / name, wait=functools.partial(watermark.wait, name))
             for name in dict.fromkeys(unit.file for unit in self.opened.plan.units)
         }
         try:
-            yield trail
+            yield watermark
         except BaseException:
-            trail.abandon()
+            watermark.abandon()
             raise
         finally:
             pool.shutdown(wait=False)
@@ -272,7 +272,7 @@ class _Run:
         plan = self.opened.plan
         entries = [staging.finished[unit.key] for unit in plan.units]
         tensors = [item for entry in entries for item in entry["tensors"]]
-        kept = [KeptRecord(item.name, item.part, item.reason) for item in plan.kept]
+        kept = list(plan.kept)
         kept += [KeptRecord(**item) for entry in entries for item in entry["kept"]]
         return Manifest(
             format_version=FORMAT_VERSION,

@@ -34,12 +34,12 @@ def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
     return mine, base.read(unit.base_name, unit.base_start, unit.base_nbytes)
 
 
-def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, recall: patch.Recall | None = None) -> Patch:
+def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, caches: patch.FindCache | None = None) -> Patch:
     """What a unit comes to, from what `read_unit` gave. Raises NumericalError."""
     mine, base = data
     if isinstance(mine, dict):
-        return merge_unit(unit, load_pieces(mine), base, spec, device, recall)
-    return patch.patch_unit(unit, mine, base, spec, device, recall)
+        return merge_unit(unit, load_pieces(mine), base, spec, device, caches)
+    return patch.patch_unit(unit, mine, base, spec, device, caches)
 
 
 def see_ft(unit: Unit, data: Data) -> bytes:
@@ -66,7 +66,7 @@ def merge_unit(
     base_bytes: bytearray,
     spec: EditSpec,
     device: str,
-    recall: patch.Recall | None = None,
+    caches: patch.FindCache | None = None,
 ) -> Patch:
     """Merge an adapter's change into a unit of BASE and edit the selected matrices of it on `device`.
 
@@ -109,7 +109,7 @@ def merge_unit(
         else:
             delta = (take(exact, part) - W_base,)
         floor = 0.0 if whole is None else storage_noise_floor(take(whole, part))
-        record = edit_part(unit, part, delta, W_base, put_view(out, part), floor, spec, device, recall)
+        record = edit_part(unit, part, delta, W_base, put_view(out, part), floor, spec, device, caches)
         if isinstance(record, TensorRecord):
             edited.append(record)
         else:

@@ -29,7 +29,7 @@ from pome.editing.unit import TORCH_DTYPES, equalize_part, measure_norm, put_vie
 from pome.errors import NumericalError, printable
 from pome.manifest import KeptRecord, TensorRecord
 from pome.output.clone import copy_range
-from pome.output.durable import explain
+from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit
 from pome.roles.roles import Part
 
@@ -87,7 +87,7 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
     """
     done: list[EditedLora] = []
     places: Places = {}
-    with explain(scratch), scratch.open("w+b") as buffer:
+    with as_output_error(scratch), scratch.open("w+b") as buffer:
         for lora in edited:
             for name, tensor in ((lora.low.a, lora.A), (lora.low.b, lora.B)):
                 if tensor is not None:
@@ -98,7 +98,7 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
         _assemble(ft, places, buffer.fileno(), folder)
     scratch.unlink()
     ranks = [(lora.low, lora.rank) for lora in done if lora.tensors]
-    with explain(folder), (folder / ADAPTER_CONFIG).open("wb") as file:
+    with as_output_error(folder), (folder / ADAPTER_CONFIG).open("wb") as file:
         file.write(configure(ft.adapter_config or {}, ranks))
         file.flush()
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from pome.config.spec import EditSpec
 from pome.errors import NumericalError, printable
 from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
-from pome.kernel.spectrum import Known, ZeroDelta
+from pome.kernel.spectrum import DecompositionCache, ZeroDelta
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit, fan_out_in
 from pome.roles.roles import Part
@@ -26,7 +26,7 @@ MEASURED = tuple(
 )
 
 # Where the decomposition of a matrix is kept, for those who edit it many times.
-Recall = Callable[[Unit, Part], Known]
+FindCache = Callable[[Unit, Part], DecompositionCache]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def patch_unit(
     base_bytes: bytearray,
     spec: EditSpec,
     device: str,
-    recall: Recall | None = None,
+    caches: FindCache | None = None,
 ) -> Patch:
     """Edit the selected matrices of a unit on `device`; `ft_bytes` is edited in place where the dtype stays.
 
@@ -66,7 +66,7 @@ def patch_unit(
     seconds = 0.0
     for part in unit.parts:
         begun = time.perf_counter()
-        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device, recall)
+        record = _edit_part(unit, part, take(ft, part), take(base, part), put_view(out, part), spec, device, caches)
         if isinstance(record, TensorRecord):
             edited.append(record)
         else:
@@ -119,7 +119,7 @@ def _edit_part(
     out: Tensor,
     spec: EditSpec,
     device: str,
-    recall: Recall | None,
+    caches: FindCache | None,
 ) -> TensorRecord | KeptRecord:
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
     check_finite(unit, part, ft, base)
@@ -129,7 +129,7 @@ def _edit_part(
     working = torch.float64 if exact else torch.float32
     W_base = base.to(working)
     D = ft.to(working) - W_base
-    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device, recall)
+    return edit_part(unit, part, (D,), W_base, out, storage_noise_floor(ft), spec, device, caches)
 
 
 def check_finite(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> None:
@@ -157,13 +157,13 @@ def edit_part(
     floor: float,
     spec: EditSpec,
     device: str,
-    recall: Recall | None = None,
+    caches: FindCache | None = None,
 ) -> TensorRecord | KeptRecord:
     """Equalize a delta, add it to `W_base` and write the sum to `out`, all of them as stored (transposed or not).
 
     `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
     """
-    result = equalize_part(unit, part, delta, floor, spec, device, recall)
+    result = equalize_part(unit, part, delta, floor, spec, device, caches)
     if isinstance(result, KeptRecord):
         return result
     value = result.value.to("cpu")
@@ -194,7 +194,7 @@ def equalize_part(
     floor: float,
     spec: EditSpec,
     device: str,
-    recall: Recall | None = None,
+    caches: FindCache | None = None,
 ) -> Equalized | KeptRecord:
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
@@ -210,7 +210,7 @@ def equalize_part(
             scale=spec.scale,
             beta=spec.beta,
             noise_floor=floor,
-            known=recall(unit, part) if recall else None,
+            cache=caches(unit, part) if caches else None,
         )
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")

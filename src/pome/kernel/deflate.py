@@ -37,7 +37,16 @@ from pome.kernel.products import (
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.spectrum import GAP, RESERVE, SUBSPACE, Basis, Kept, Known, Undecided, recall
+from pome.kernel.spectrum import (
+    GAP,
+    RESERVE,
+    SUBSPACE,
+    Decomposition,
+    DecompositionCache,
+    Kept,
+    Undecided,
+    find_decomposition,
+)
 
 EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...
@@ -82,7 +91,9 @@ class Split:
         return torch.cat((self.theta, lam.clamp_min(0.0).sqrt()))
 
 
-def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper: torch.device | None = None) -> Kept:
+def solve_deflated(
+    D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, helper: torch.device | None = None
+) -> Kept:
     """P of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace.
 
     With a `helper`, only the `eigh` of the short side goes there: for a device that cannot hold D and its products.
@@ -90,8 +101,8 @@ def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
     name = "deflated-float32" if helper is None else f"deflated-float32+{helper}"
-    basis = recall(known, name, D, lambda: find_basis(tall, shape, helper or D.device))
-    sigma, V, rank = basis.sigma.clone(), basis.V if known is None else basis.V.clone(), basis.rank
+    basis = find_decomposition(cache, name, D, lambda: find_basis(tall, shape, helper or D.device))
+    sigma, V, rank = basis.sigma.clone(), basis.V if cache is None else basis.V.clone(), basis.rank
     k = rule.choose(sigma, rank, shape)
     slack = basis.noise / float(sigma[k - 1]) ** 2
     if rule.choose(sigma, rank, shape, slack) != rule.choose(sigma, rank, shape, -slack):
@@ -103,7 +114,7 @@ def solve_deflated(D: Tensor, rule: RankRule, known: Known | None = None, helper
     return Kept(P, sigma, rank, k, find_resolution(sigma, k, basis.strong))
 
 
-def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Basis:
+def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Decomposition:
     """All directions of `tall`, which is D (of that shape) or D^T, and the rank. Raises Undecided."""
     split = split_strong(tall)
     lam, W = decompose(split.G.to(helper))
@@ -111,7 +122,7 @@ def find_basis(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Ba
     V = split.mirrors.complete(split.Q, W.to(tall.device).flip(1))
     noise = FLOOR * float(sigma[p]) ** 2 + (CANCEL * float(sigma[0])) ** 2
     rank = prove_rank(tall, V, sigma, noise, rank_tolerance(shape))
-    return Basis(sigma, rank, V, residual=split.residual, strong=p, noise=noise)
+    return Decomposition(sigma, rank, V, residual=split.residual, strong=p, noise=noise)
 
 
 def split_strong(D: Tensor) -> Split:
@@ -197,7 +208,7 @@ def prove_rank(D: Tensor, V: Tensor, sigma: Tensor, noise: float, tolerance: flo
     return rank
 
 
-def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis) -> None:
+def settle_cut(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Decomposition) -> None:
     """Decide in float64 which directions around the cut come before it, and check that the others may stay.
 
     V and sigma change in place, within a window of directions around the cut. Their float64 Gram matrix shows how far
@@ -261,7 +272,9 @@ def estimate_loss(sigma: Tensor, k: int, coupling: float, settled: slice) -> flo
     return float(cost.sum())
 
 
-def estimate_angle(D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Basis, coupling: float, settled: slice) -> float:
+def estimate_angle(
+    D: Tensor, V: Tensor, sigma: Tensor, k: int, basis: Decomposition, coupling: float, settled: slice
+) -> float:
     """By how much the kept subspace is turned, relative in the Frobenius norm, by a `coupling` of every pair (kept,
     dropped) but of those `settled` among the directions that are not strong; by what is left of the coupling of the
     strong ones; and by the rounding of D V_k in which they cancel."""

@@ -32,7 +32,7 @@ from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
 from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import Kept, Known, Solver, Undecided, ZeroDelta
+from pome.kernel.spectrum import DecompositionCache, Kept, Solver, Undecided, ZeroDelta
 from pome.kernel.svd import solve_svd
 
 RUNGS: tuple[tuple[str, Solver], ...] = (
@@ -86,13 +86,13 @@ def equalize(
     scale: str = "frobenius",
     beta: float = 1.0,
     noise_floor: float | None = None,
-    known: Known | None = None,
+    cache: DecompositionCache | None = None,
 ) -> Equalized:
     """The edited delta of `delta` (m x n, any float dtype, any device). Options are those of `pome edit`.
 
-    `known` is for many edits of one delta: a mapping, empty at first, that takes what is found before k is chosen and
+    `cache` is for many edits of one delta: a mapping, empty at first, that takes what is found before k is chosen and
     gives it back in the next call. The same input on the same device with the same number of threads gives the same
-    bits, with `known` or without; no global state of torch (random numbers, precision) is touched. Raises ZeroDelta
+    bits, with `cache` or without; no global state of torch (random numbers, precision) is touched. Raises ZeroDelta
     when there is nothing to equalize, ValueError for a tensor or an option that makes no sense, and Unsolved when no
     solver on any device could be certified.
     """
@@ -101,7 +101,7 @@ def equalize(
     check_shape(delta, "delta")
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
-        found = climb(list_rungs(D, known), partial(prove_dense, D), D.device, rule.shift(-exponent))
+        found = climb(list_rungs(D, cache), partial(prove_dense, D), D.device, rule.shift(-exponent))
         return finish(found, rule, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
 
 
@@ -116,7 +116,7 @@ def equalize_factors(
     scale: str = "frobenius",
     beta: float = 1.0,
     noise_floor: float | None = None,
-    known: Known | None = None,
+    cache: DecompositionCache | None = None,
 ) -> Equalized:
     """The edited delta of the low-rank delta b @ a (b m x r, a r x n), as an adapter's; else as `equalize`."""
     rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
@@ -130,7 +130,7 @@ def equalize_factors(
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        rungs = list_product_rungs(B, A, known)
+        rungs = list_product_rungs(B, A, cache)
         found = climb(rungs, partial(prove_product, B, A), B.device, rule.shift(-exponent))
         square = float(found.kept.sigma.square().sum())
         return finish(found, rule, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
@@ -200,12 +200,12 @@ def climb(
     raise Unsolved("no solver could be certified: " + "; ".join(notes))
 
 
-def list_rungs(D: Tensor, known: Known | None = None) -> Iterator[Attempt]:
+def list_rungs(D: Tensor, cache: DecompositionCache | None = None) -> Iterator[Attempt]:
     """The ladder where D is. Where that is an accelerator, the smaller form after it, D on the CPU and the short side's
     `eigh` still there, and then the ladder on the CPU. A small matrix takes the last rung at once, in a millisecond; a
     float64 one skips the first."""
     first = 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
-    given: dict[str, Any] = {} if known is None else {"known": known}
+    given: dict[str, Any] = {} if cache is None else {"cache": cache}
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D, **given))
     if D.device.type != "cpu":
@@ -217,11 +217,11 @@ def list_rungs(D: Tensor, known: Known | None = None) -> Iterator[Attempt]:
             yield Attempt(f"{name} on cpu", D.device, partial(solve, D, **given))
 
 
-def list_product_rungs(B: Tensor, A: Tensor, known: Known | None) -> Iterator[Attempt]:
+def list_product_rungs(B: Tensor, A: Tensor, cache: DecompositionCache | None) -> Iterator[Attempt]:
     """The thin route, and the dense ladder should it fail."""
-    given: dict[str, Any] = {} if known is None else {"known": known}
+    given: dict[str, Any] = {} if cache is None else {"cache": cache}
     yield Attempt("factors", B.device, partial(solve_factors, B, A, **given))
-    yield from list_rungs(B @ A, known)
+    yield from list_rungs(B @ A, cache)
 
 
 def finish(

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pome.kernel.products import decompose, gram, measure_cut, polar, scaled_image, widen
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
-from pome.kernel.spectrum import GAP, RESERVE, SUBSPACE, Basis, Kept, Known, Undecided, recall
+from pome.kernel.spectrum import (
+    GAP,
+    RESERVE,
+    SUBSPACE,
+    Decomposition,
+    DecompositionCache,
+    Kept,
+    Undecided,
+    find_decomposition,
+)
 
 EPS = 2.0**-53
 # Rounding of an eigenvalue of the Gram matrix, relative to the largest. Seen: 0.1 to 4 EPS. The threshold of the rank
@@ -19,12 +28,12 @@ NOISE = 16.0 * EPS
 BLURRED = 1e-7  # relative error of s_k^2 from which on the directions around it are looked at again, unsquared
 
 
-def solve_gram(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
+def solve_gram(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Kept:
     """P of D (m x n, float32 or float64). Raises Undecided when float64 squares cannot settle rank, k or subspace."""
     shape = (D.shape[0], D.shape[1])
     tall = widen(D if shape[0] >= shape[1] else D.mT)
-    basis = recall(known, "gram-float64", D, lambda: find_basis(tall, shape))
-    sigma, V = basis.sigma.clone(), basis.V if known is None else basis.V.clone()
+    basis = find_decomposition(cache, "gram-float64", D, lambda: find_basis(tall, shape))
+    sigma, V = basis.sigma.clone(), basis.V if cache is None else basis.V.clone()
     rank, noise, start = basis.rank, basis.noise, basis.tail
     k = rule.choose(sigma, rank, shape)
     slack = noise / float(sigma[k - 1]) ** 2
@@ -41,7 +50,7 @@ def solve_gram(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
     return Kept(P.to(D), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
 
 
-def find_basis(tall: Tensor, shape: tuple[int, int]) -> Basis:
+def find_basis(tall: Tensor, shape: tuple[int, int]) -> Decomposition:
     """The eigenvectors of the Gram matrix of `tall` (float64), which is D (of that shape) or D^T, and the rank."""
     lam, V = decompose(gram(tall))
     lam, V = lam.flip(0).clamp_min(0.0), V.flip(1)
@@ -50,7 +59,7 @@ def find_basis(tall: Tensor, shape: tuple[int, int]) -> Basis:
     threshold = rank_tolerance(shape) * float(sigma[0])
     if bool(((sigma > 0.5 * threshold) & (sigma < 2.0 * threshold)).any()):
         tail = sharpen_tail(tall, V, sigma, 10.0 * threshold)
-    return Basis(sigma, count_rank(sigma, shape), V, noise=NOISE * float(lam[0]), tail=tail)
+    return Decomposition(sigma, count_rank(sigma, shape), V, noise=NOISE * float(lam[0]), tail=tail)
 
 
 def sharpen_tail(D: Tensor, V: Tensor, sigma: Tensor, below: float) -> int:

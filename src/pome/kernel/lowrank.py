@@ -7,19 +7,19 @@ from torch import Tensor
 
 from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Basis, Kept, Known, ZeroDelta, recall
+from pome.kernel.spectrum import Decomposition, DecompositionCache, Kept, ZeroDelta, find_decomposition
 
 CANCELLED = 2.0**-46  # rounding of a float64 product, relative to its factors: what is no larger is zero
 
 
-def solve_factors(b: Tensor, a: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
+def solve_factors(b: Tensor, a: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Kept:
     """P of D = b @ a, b m x r and a r x n, both float32 or both float64.
 
     Q_b R_b = b and Q_a R_a = a^T give D = Q_b (R_b R_a^T) Q_a^T, and the core R_b R_a^T is at most r x r. Everything
     but the product that writes P is float64: r is small, and it costs milliseconds.
     """
     shape = (b.shape[0], a.shape[1])
-    basis = recall(known, "factors", b, lambda: find_basis(b, a))
+    basis = find_decomposition(cache, "factors", b, lambda: find_basis(b, a))
     assert basis.U is not None
     sigma = basis.sigma
     k = rule.choose(sigma, basis.rank, shape)
@@ -28,7 +28,7 @@ def solve_factors(b: Tensor, a: Tensor, rule: RankRule, known: Known | None = No
     return Kept(left @ right, sigma, basis.rank, k, resolution, (left, right))
 
 
-def find_basis(b: Tensor, a: Tensor) -> Basis:
+def find_basis(b: Tensor, a: Tensor) -> Decomposition:
     """The decomposition of b @ a: thin U (m x r) and V (n x r)."""
     shape = (b.shape[0], a.shape[1])
     Qb, Rb = torch.linalg.qr(widen(b))
@@ -38,4 +38,4 @@ def find_basis(b: Tensor, a: Tensor) -> Basis:
         raise ZeroDelta("the factors multiply to zero")
     sigma = torch.zeros(min(shape), dtype=torch.float64, device="cpu")
     sigma[: s.numel()] = s.cpu()
-    return Basis(sigma, count_rank(sigma, shape), Qa @ Vh.mT, Qb @ U)
+    return Decomposition(sigma, count_rank(sigma, shape), Qa @ Vh.mT, Qb @ U)

@@ -25,7 +25,7 @@ class Undecided(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Basis:
+class Decomposition:
     """What a solver finds of a delta D (m x n) before k is chosen: the costly part, good for every k, and read only.
 
     sigma: as in Kept. V: right singular vectors, of D^T where that is the tall one. U: left ones, where the solver has
@@ -43,24 +43,26 @@ class Basis:
     tail: int = 0
 
 
-# What is known of one delta, by solver and device: a Basis, or why that solver has none.
-Known = MutableMapping[str, Basis | Undecided]
+# What is known of one delta, by solver and device: a Decomposition, or why that solver has none.
+DecompositionCache = MutableMapping[str, Decomposition | Undecided]
 
 
-def recall(known: Known | None, solver: str, D: Tensor, find: Callable[[], Basis]) -> Basis:
-    """What `find` finds, from `known` where it was found before. Raises Undecided, as `find` does, again too."""
-    if known is None:
+def find_decomposition(
+    cache: DecompositionCache | None, solver: str, D: Tensor, find: Callable[[], Decomposition]
+) -> Decomposition:
+    """What `find` finds, from `cache` where it was found before. Raises Undecided, as `find` does, again too."""
+    if cache is None:
         return find()
     key = f"{solver}@{D.device}"
-    basis: Basis | Undecided
+    basis: Decomposition | Undecided
     try:
-        basis = known[key]
+        basis = cache[key]
     except KeyError:
         try:
             basis = find()
         except Undecided as reason:
             basis = reason
-        known[key] = basis
+        cache[key] = basis
     if isinstance(basis, Undecided):
         raise basis
     return basis
@@ -88,4 +90,4 @@ class Kept:
         return float(self.sigma[self.k]) if self.k < self.sigma.numel() else 0.0
 
 
-Solver = Callable[..., Kept]  # (D, rule, known=None)
+Solver = Callable[..., Kept]  # (D, rule, cache=None)

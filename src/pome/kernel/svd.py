@@ -7,16 +7,16 @@ from torch import Tensor
 
 from pome.kernel.products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Basis, Kept, Known, recall
+from pome.kernel.spectrum import Decomposition, DecompositionCache, Kept, find_decomposition
 
 
-def solve_svd(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
+def solve_svd(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Kept:
     """P of D (m x n, float32 or float64) by `torch.linalg.svd` in float64.
 
     Raises torch.linalg.LinAlgError when the driver does not converge.
     """
     shape = (D.shape[0], D.shape[1])
-    basis = recall(known, "svd-float64", D, lambda: find_basis(D))
+    basis = find_decomposition(cache, "svd-float64", D, lambda: find_basis(D))
     assert basis.U is not None
     sigma, U, Vh = basis.sigma, basis.U, basis.V.mT
     k = rule.choose(sigma, basis.rank, shape)
@@ -24,8 +24,8 @@ def solve_svd(D: Tensor, rule: RankRule, known: Known | None = None) -> Kept:
     return Kept((U[:, :k] @ Vh[:k]).to(D), sigma, basis.rank, k, resolution)
 
 
-def find_basis(D: Tensor) -> Basis:
+def find_basis(D: Tensor) -> Decomposition:
     """The decomposition."""
     U, s, Vh = torch.linalg.svd(widen(D), full_matrices=False)
     sigma = s.cpu()
-    return Basis(sigma, count_rank(sigma, (D.shape[0], D.shape[1])), Vh.mT, U)
+    return Decomposition(sigma, count_rank(sigma, (D.shape[0], D.shape[1])), Vh.mT, U)

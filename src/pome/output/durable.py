@@ -20,7 +20,7 @@ _PIECE = 8 << 20
 
 
 @contextlib.contextmanager
-def explain(path: Path, origin: str = "") -> Iterator[None]:
+def as_output_error(path: Path, origin: str = "") -> Iterator[None]:
     """Turn an OSError while writing into an OutputError that names the file, perhaps its origin, and the next step."""
     try:
         yield

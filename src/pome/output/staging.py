@@ -31,8 +31,8 @@ from pome.errors import OutputError
 from pome.output.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.output.durable import (
     append_synced,
+    as_output_error,
     clear_staging,
-    explain,
     open_regular,
     pump,
     read_object,
@@ -65,7 +65,7 @@ class Staging:
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
     def __enter__(self) -> Staging:
-        with explain(self.folder):
+        with as_output_error(self.folder):
             made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in made:
@@ -145,7 +145,7 @@ class Staging:
 
     def check_space(self, needed: int, probe: Path | None) -> None:
         """Refuse early what cannot fit: OutputError, unless FT's bytes can be shared on this file system."""
-        with explain(self.folder):
+        with as_output_error(self.folder):
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
@@ -194,7 +194,7 @@ class Staging:
             return
         fd = open_regular(source)
         try:
-            with explain(target, f", copied from {show_path(source)}"):
+            with as_output_error(target, f", copied from {show_path(source)}"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
                 copy = os.open(target, flags, 0o666)
@@ -212,12 +212,12 @@ class Staging:
 
     def put_file(self, name: str, content: bytes) -> None:
         """Write a small file of our own making into the output."""
-        with explain(self.output / name):
+        with as_output_error(self.output / name):
             write_synced(self.output / name, content)
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
-        with explain(self.output / name):
+        with as_output_error(self.output / name):
             write_at(self._open(name), data, offset)
 
     def commit(self, entries: list[dict[str, Any]]) -> None:
@@ -232,10 +232,10 @@ class Staging:
         with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
             files = list(self._files.items())
         for name, fd in files:
-            with explain(self.output / name):
+            with as_output_error(self.output / name):
                 os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-        with explain(self.folder / "journal"):
+        with as_output_error(self.folder / "journal"):
             append_synced(self._journal, lines)
         self._sync_failed = False
 
@@ -245,7 +245,7 @@ class Staging:
             raise OutputError(
                 f"{show_path(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
             )
-        with explain(self.output):
+        with as_output_error(self.output):
             for fd in self._files.values():
                 os.fsync(fd)
             write_synced(self.output / MANIFEST_NAME, manifest)
@@ -254,7 +254,7 @@ class Staging:
             mark = {"manifest": hashlib.sha256(manifest).hexdigest(), "command": self._command}
             write_synced(self.folder / "publishing", json.dumps(mark).encode())
             sync_folder(self.folder)
-        with explain(self.target):
+        with as_output_error(self.target):
             if self.target.exists():
                 os.rename(self.target, self.folder / "replaced")
             try:
@@ -271,7 +271,7 @@ class Staging:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
-        with explain(self.folder):
+        with as_output_error(self.folder):
             os.ftruncate(self._journal, 0)
             os.lseek(self._journal, 0, os.SEEK_SET)
             remove(self.output)

@@ -10,14 +10,14 @@ from typing import Any
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.errors import OutputError, printable
 from pome.output.clone import hash_file
-from pome.output.durable import clear_staging, explain, read_object
+from pome.output.durable import as_output_error, clear_staging, read_object
 from pome.output.lock import LOCK_NAME, take_lock
 
 STAGING_SUFFIX, SWEEP_SUFFIX = ".pome-staging", ".pome-sweep"
 # All that ever lies in a staging folder: the run's own, the output before it is OUT, and a sweep's.
 STAGED = {
     *(LOCK_NAME, "command", "journal", "output", "replaced", "publishing", "factors"),
-    *("bases", "base", "scores.jsonl", "scores.new"),
+    *("decompositions", "base", "scores.jsonl", "scores.new"),
 }
 
 
@@ -91,7 +91,7 @@ def finish_published(target: Path, command: dict[str, Any]) -> bool:
     if not is_published(target):
         return False
     folder = staging_folder(target)
-    with explain(folder):
+    with as_output_error(folder):
         lock = take_lock(folder)
         try:
             mark = read_object(folder / "publishing")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pome.errors import CheckpointError
 
 
-class Trail:
+class Watermark:
     """Ranges that are to be written, by file and start; those who read behind the writers wait for them here."""
 
     def __init__(self, ranges: Iterable[tuple[str, int]]) -> None:
@@ -19,7 +19,7 @@ class Trail:
         self._abandoned = False
         self._changed = threading.Condition()
 
-    def settle(self, name: str, start: int) -> None:
+    def mark_written(self, name: str, start: int) -> None:
         """The range of a file that begins at `start` is written, or stays as it is."""
         with self._changed:
             self._done.add((name, start))

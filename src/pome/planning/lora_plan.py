@@ -12,9 +12,10 @@ from pome.checkpoint.quantization import declared_method, find_quantized
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, SelectionError, printable
+from pome.manifest import KeptRecord
 from pome.planning.obstacles import find_obstacle
 from pome.planning.selection import EDITABLE, describe_tensors, explain_empty, select
-from pome.planning.units import STORED_NAMES, Kept, Plan, lay_out, split_units
+from pome.planning.units import STORED_NAMES, Plan, lay_out, split_units
 from pome.roles.roles import Layout
 
 
@@ -40,7 +41,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     chosen = list(select(base, spec))
     if not chosen:
         raise SelectionError(explain_empty(base, spec))
-    kept: list[Kept] = []
+    kept: list[KeptRecord] = []
     edits: dict[str, Layout] = {}
     for name, layout in chosen:
         reason = "the adapter does not change it"
@@ -49,7 +50,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         if not reason and spec.out_format == "adapter":
             reason = _find_obstacle_in_adapter(changes[name], ft) or ""
         if reason:
-            kept.append(Kept(name, reason))
+            kept.append(KeptRecord(name, None, reason))
         else:
             edits[name] = layout
     if not edits:
@@ -94,7 +95,7 @@ def _plan_edited_adapter(
     spec: EditSpec,
     changes: dict[str, Change],
     edits: dict[str, Layout],
-    kept: list[Kept],
+    kept: list[KeptRecord],
     matched: int,
 ) -> Plan:
     """The plan for an adapter as the output: units of the LoRAs with a selected matrix, in the adapter's own order."""

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, SelectionError, printable
+from pome.manifest import KeptRecord
 from pome.planning.lora_plan import plan_adapter
 from pome.planning.obstacles import find_obstacle, refuse_doubtful_squares
 from pome.planning.selection import explain_empty, refuse_quantized, select
-from pome.planning.units import STORED_NAMES, Kept, Plan, lay_out, split_units
+from pome.planning.units import STORED_NAMES, Plan, lay_out, split_units
 from pome.roles.pairing import pair_names
 from pome.roles.roles import Layout
 
@@ -40,14 +41,14 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     chosen = list(select(ft, spec, unlike))
     if not chosen:
         raise SelectionError(explain_empty(ft, spec))
-    kept: list[Kept] = []
+    kept: list[KeptRecord] = []
     edits: list[tuple[str, Layout]] = []
     for name, layout in chosen:
         reason = find_obstacle(name, layout, base, ft, pairs, spec)
         if reason is None:
             edits.append((name, layout))
         else:
-            kept.append(Kept(name, reason))
+            kept.append(KeptRecord(name, None, reason))
     refuse_doubtful_squares((name for name, _ in edits), base, ft, pairs)
     if not edits:
         reasons = Counter(item.reason for item in kept)

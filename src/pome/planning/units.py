@@ -11,6 +11,7 @@ from typing import Any
 from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
 from pome.checkpoint.lora import Change
 from pome.checkpoint.source import Checkpoint
+from pome.manifest import KeptRecord
 from pome.roles.roles import Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -53,20 +54,11 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A tensor (or one matrix in it) that the selection matched but that is not edited."""
-
-    name: str
-    reason: str
-    part: str | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
     """What an edit will do. `layouts` holds the new header of every file whose layout changes (`--dtype`)."""
 
     units: tuple[Unit, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptRecord, ...]
     pairs: dict[str, str]
     matched: int
     tensor_count: int

@@ -18,28 +18,28 @@ from pome.editing.lora_merge import Data, make_patch, read_unit, see_ft
 from pome.editing.session import Opened
 from pome.editing.unit import FLOAT64_ENTRIES, TORCH_DTYPES
 from pome.engines.local import map_units
-from pome.kernel.spectrum import Basis, Known, Undecided
-from pome.output.durable import explain
+from pome.kernel.spectrum import Decomposition, DecompositionCache, Undecided
+from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit, fan_out_in
 from pome.roles.roles import Part
 
 Write = Callable[[Unit, bytes | bytearray], None]
 
 
-class Bases:
+class DecompositionFolder:
     """The decompositions of a sweep's matrices, in files of one folder: found once, whatever k and alpha follow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
 
-    def recall(self, unit: Unit, part: Part) -> Known:
+    def find_cache(self, unit: Unit, part: Part) -> DecompositionCache:
         """What is known of one matrix; may be asked from several threads, for different matrices."""
         name = f"{unit.key}\n{unit.label(part)}"
-        return _Shelf(self.folder, hashlib.sha256(name.encode()).hexdigest()[:32])
+        return _FileCache(self.folder, hashlib.sha256(name.encode()).hexdigest()[:32])
 
 
-class _Shelf(MutableMapping[str, Basis | Undecided]):
+class _FileCache(MutableMapping[str, Decomposition | Undecided]):
     """The files of one matrix, one for each solver. A file that a crash left torn counts as absent."""
 
     def __init__(self, folder: Path, stem: str) -> None:
@@ -49,7 +49,7 @@ class _Shelf(MutableMapping[str, Basis | Undecided]):
     def _path(self, key: str) -> Path:
         return self.folder / f"{self.stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
 
-    def __getitem__(self, key: str) -> Basis | Undecided:
+    def __getitem__(self, key: str) -> Decomposition | Undecided:
         device = key.rpartition("@")[2]
         try:
             with safe_open(self._path(key), framework="pt") as file:
@@ -64,22 +64,22 @@ class _Shelf(MutableMapping[str, Basis | Undecided]):
         tensors = {name.removesuffix(".T"): t.mT if name.endswith(".T") else t for name, t in found.items()}
         fields: dict[str, Any] = {name: t if name == "sigma" else t.to(device) for name, t in tensors.items()}
         fields |= {name: int(said[name]) for name in ("rank", "strong", "tail")}
-        return Basis(**fields, noise=float.fromhex(said["noise"]))
+        return Decomposition(**fields, noise=float.fromhex(said["noise"]))
 
-    def __setitem__(self, key: str, basis: Basis | Undecided) -> None:
+    def __setitem__(self, key: str, decomposition: Decomposition | Undecided) -> None:
         tensors: dict[str, Tensor] = {}
-        if isinstance(basis, Undecided):
-            said = {"undecided": str(basis)}
+        if isinstance(decomposition, Undecided):
+            said = {"undecided": str(decomposition)}
         else:
             for name in ("sigma", "V", "U", "residual"):
-                tensor = getattr(basis, name)
+                tensor = getattr(decomposition, name)
                 # Rows or columns first, as it was: a product's rounding depends on that.
                 if tensor is not None and tensor.is_contiguous():
                     tensors[name] = tensor.cpu()
                 elif tensor is not None:
                     tensors[f"{name}.T"] = tensor.cpu().mT.contiguous()
-            said = {name: str(getattr(basis, name)) for name in ("rank", "strong", "tail")}
-            said["noise"] = basis.noise.hex()
+            said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
+            said["noise"] = decomposition.noise.hex()
         path = self._path(key)
         made = path.with_suffix(".new")
         save_file(tensors, made, said)
@@ -127,7 +127,7 @@ def mark_files(folder: Path) -> Marks:
 
 def keep_marked(folder: Path, marks: Marks) -> set[str]:
     """Remove what is not as it was marked; the names of the marked files that are gone now. Raises OutputError."""
-    with explain(folder):
+    with as_output_error(folder):
         now = mark_files(folder)
         same = {name for name, mark in now.items() if marks.get(name) == mark}
         for name in now.keys() - same:
@@ -141,27 +141,29 @@ def keep_marked(folder: Path, marks: Marks) -> set[str]:
 class Maker:
     """Makes one candidate after the other by `write`, which takes all bytes of a unit.
 
-    What the target holds is known only after it was written: at first every unit of `plans` counts as strange.
+    What the target holds is known only after it was written: at first every unit of `plans` counts as dirty.
     """
 
-    def __init__(self, opened: Opened, plans: list[Plan], devices: list[str], bases: Bases, write: Write) -> None:
+    def __init__(
+        self, opened: Opened, plans: list[Plan], devices: list[str], caches: DecompositionFolder, write: Write
+    ) -> None:
         self.opened = opened
         self.devices = devices
-        self.bases = bases
+        self.caches = caches
         self.write = write
-        self.strange = {unit.key: unit for plan in plans for unit in plan.units}  # not known to hold FT's bytes
+        self.dirty = {unit.key: unit for plan in plans for unit in plan.units}  # not known to hold FT's bytes
 
     def make(self, plan: Plan, spec: EditSpec) -> None:
         """The candidate of a spec and its plan. Raises NumericalError; the target is then neither, and is mended by
         the next call."""
         wanted = {unit.key for unit in plan.units}
-        self._restore([unit for key, unit in self.strange.items() if key not in wanted])
+        self._restore([unit for key, unit in self.dirty.items() if key not in wanted])
         units = list(plan.units)
-        before = dict(self.strange)
-        self.strange |= {unit.key: unit for unit in units}
+        before = dict(self.dirty)
+        self.dirty |= {unit.key: unit for unit in units}
 
         def work(unit: Unit, data: Data, device: str) -> None:
-            patch = make_patch(unit, data, spec, device, self.bases.recall)
+            patch = make_patch(unit, data, spec, device, self.caches.find_cache)
             if patch.data is not None:
                 self.write(unit, patch.data)
             elif unit.key in before:
@@ -172,7 +174,7 @@ class Maker:
 
     def restore(self) -> None:
         """The fine-tuned model itself, as PEFT would merge it where it is an adapter."""
-        self._restore(list(self.strange.values()))
+        self._restore(list(self.dirty.values()))
 
     def _restore(self, units: list[Unit]) -> None:
         def work(unit: Unit, data: Data, device: str) -> Unit:
@@ -180,7 +182,7 @@ class Maker:
             return unit
 
         for unit in map_units(units, self.devices[:1], self._read, work):
-            del self.strange[unit.key]
+            del self.dirty[unit.key]
 
     def _read(self, unit: Unit) -> Data:
         return read_unit(unit, self.opened.ft, self.opened.base)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pome.output.durable import explain
+from pome.output.durable import as_output_error
 from pome.sweeping.scorers.command import Score, Scored
 from pome.sweeping.trials import Trial
 
@@ -41,7 +41,7 @@ class Journal:
         # Written anew: a line that a crash cut short, and failures to be tried again, go.
         kept = [line for line in lines[1:] if line["key"] in self.entries]
         made = path.with_suffix(".new")
-        with explain(path):
+        with as_output_error(path):
             with open(made, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in (head, *kept))
                 file.flush()
@@ -55,7 +55,7 @@ class Journal:
         line: dict[str, Any] = {"key": trial.key, "seconds": round(trial.seconds, 3), "failed": trial.failed}
         if trial.score is not None:
             line["score"] = dataclasses.asdict(trial.score)
-        with explain(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with as_output_error(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -74,19 +74,19 @@ def sweep(
                 outcome = dataclasses.replace(outcome, manifest=written)
                 staging.discard()
             elif outcome.best is not None and (outcome.beats or write_best):
-                from pome.sweeping.candidates import Bases
+                from pome.sweeping.candidates import DecompositionFolder
 
                 best = cast(Candidate, outcome.best.candidate)
-                recall = Bases(staging.folder / "bases").recall
+                caches = DecompositionFolder(staging.folder / "decompositions").find_cache
                 record = outcome.describe()
                 manifest = edit(
                     base, ft, out, best.spec, progress,
-                    overwrite=overwrite, fresh=fresh, card=card, recall=recall, sweep=record,
+                    overwrite=overwrite, fresh=fresh, card=card, caches=caches, sweep=record,
                 )  # fmt: skip
                 outcome = dataclasses.replace(outcome, manifest=manifest)
                 staging.discard()
             else:
-                shutil.rmtree(staging.folder / "bases", ignore_errors=True)
+                shutil.rmtree(staging.folder / "decompositions", ignore_errors=True)
                 staging.clear_output()
     return dataclasses.replace(outcome, peak_bytes=_measure_peak())
 
@@ -175,15 +175,15 @@ class _Search:
         self.opened.check_unchanged()
         return self._judge(reference.score)
 
-    def _check_space(self, basis_bytes: int) -> None:
+    def _check_space(self, decomposition_bytes: int) -> None:
         copies = [count_space(self.opened, self.staging)] if self._needs_copy() else []
         if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
             copies.append(count_space(self._see_base(), self.staging))
         copy_bytes = sum(size for size, _ in copies)
-        self.listener.begin(self.opened, self.count, basis_bytes, copy_bytes, self.staging.folder)
-        self.staging.check_space(basis_bytes, None)
+        self.listener.begin(self.opened, self.count, decomposition_bytes, copy_bytes, self.staging.folder)
+        self.staging.check_space(decomposition_bytes, None)
         for _, shared in copies:
-            self.staging.check_space(basis_bytes + copy_bytes, shared)
+            self.staging.check_space(decomposition_bytes + copy_bytes, shared)
 
     def _needs_copy(self) -> bool:
         """Whether candidates are made on the disk; a model in memory needs FT as it is, in a folder."""
@@ -270,7 +270,7 @@ class _Search:
 
     def _load(self) -> bool:
         """Load FT into memory once, if the candidates can be made there."""
-        from pome.sweeping.candidates import Bases, Maker, find_targets, write_into
+        from pome.sweeping.candidates import DecompositionFolder, Maker, find_targets, write_into
 
         if self._maker is None:
             plans = list(self.plans.values())
@@ -278,15 +278,15 @@ class _Search:
                 self._model = load_model(self.opened.ft.folder, self.devices[0])
                 targets = find_targets(self._model[0], self.opened, plans)
                 if targets is not None:
-                    bases = Bases(self.staging.folder / "bases")
-                    self._maker = Maker(self.opened, plans, self.devices, bases, write_into(targets))
-                    self._maker.strange.clear()  # it was compared with FT just now
+                    caches = DecompositionFolder(self.staging.folder / "decompositions")
+                    self._maker = Maker(self.opened, plans, self.devices, caches, write_into(targets))
+                    self._maker.dirty.clear()  # it was compared with FT just now
                     return True
                 self._model = None
         return self._model is not None
 
     def _make(self, candidate: Candidate | None) -> None:
-        from pome.sweeping.candidates import Bases, Maker
+        from pome.sweeping.candidates import DecompositionFolder, Maker
 
         if self._marks:
             self._tidy()
@@ -294,14 +294,14 @@ class _Search:
         if self._maker is None:
             self.staging.check_space(*count_space(self.opened, self.staging))
             copy_files(self.opened, self.staging, Progress())
-            bases = Bases(self.staging.folder / "bases")
+            caches = DecompositionFolder(self.staging.folder / "decompositions")
 
             def write(unit: Any, data: bytes | bytearray) -> None:
                 self.staging.write(unit.file, bytearray(data), unit.out_start)
 
-            self._maker = Maker(self.opened, list(self.plans.values()), self.devices, bases, write)
+            self._maker = Maker(self.opened, list(self.plans.values()), self.devices, caches, write)
             if self.opened.ft.adapter_config is None:
-                self._maker.strange.clear()  # the copy is FT's, just made; of an adapter it is BASE's
+                self._maker.dirty.clear()  # the copy is FT's, just made; of an adapter it is BASE's
         if candidate is None:
             self._maker.restore()
         else:

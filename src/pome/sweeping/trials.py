@@ -79,7 +79,7 @@ class Outcome:
 class Listener:
     """What a sweep tells while it goes on; override what you show."""
 
-    def begin(self, opened: Opened, count: int, basis_bytes: int, copy_bytes: int, folder: Path) -> None:
+    def begin(self, opened: Opened, count: int, decomposition_bytes: int, copy_bytes: int, folder: Path) -> None:
         """`count` models will be scored; so much disk goes to decompositions and to the scratch copy, in `folder`."""
 
     def tell(self, trial: Trial, number: int, count: int) -> None:
