@@ -14,7 +14,7 @@ from pome.config.outputs import Reports
 from pome.errors import printable
 from pome.reports.inspection import write_texts
 from pome.reports.sheet import HeatMap, shade
-from pome.sweeping.grid import name_cut
+from pome.sweeping.grid import describe_rank_choice
 from pome.sweeping.trials import Outcome, Trial
 
 
@@ -26,9 +26,9 @@ def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
-            at = ("+".join(params["layers"]), params["scale"], trial.candidate.cut, f"{params['beta']:g}")
+            at = ("+".join(params["layers"]), params["scale"], trial.candidate.rank_choice, f"{params['beta']:g}")
             found[at] = trial.score.scored.value
-    cuts = list(dict.fromkeys(name_cut(cut) for cut in grid["cuts"]))
+    cuts = list(dict.fromkeys(describe_rank_choice(cut) for cut in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
         for scale in grid["scale"]:
