@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
-from pome.checkpoint.lora import Change
+from pome.checkpoint.lora import AdapterChange
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
 from pome.roles.roles import Layout, Part, matrix_shape
@@ -41,7 +41,7 @@ class Unit:
     out_dtype: str
     out_start: int
     out_nbytes: int
-    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
 
     @property
     def key(self) -> str:
