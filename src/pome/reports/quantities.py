@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pome.choices import RANK_RULES, SCALES
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -20,17 +22,8 @@ class Quantity:
     column: str | None = None
 
 
-# Rules and scales whose k and alpha a survey holds, each with its heading in tables (None: not in tables).
-K_COLUMNS = {
-    "ratio": "k ratio",
-    "energy": "k energy",
-    "noise-floor": "k noise-floor",
-    "gavish-donoho": "k g.-donoho",
-    "effective": "k effective",
-}
-SCALES = ("frobenius", "mean", "spectral", "rms", "unit")
-# The scales whose alpha_0 does not depend on k.
-FIXED_SCALES = ("rms", "unit")
+# A survey has no k of its own to fix.
+SURVEYED_RULES = [rule for rule in RANK_RULES.values() if rule.name != "fixed"]
 
 SURVEYED = (
     Quantity("relative_norm", "‖Δ‖ / ‖W‖", "How far training moved the matrix, beside its own size.", True, "‖Δ‖/‖W‖"),
@@ -51,20 +44,26 @@ SURVEYED = (
     ),
     Quantity("changed", "entries changed", "Share of the entries that differ between the two checkpoints."),
     *(
-        Quantity(f"k_{rule}", f"k: {rule}", f"What --rank-rule {rule} would keep.", True, column)
-        for rule, column in K_COLUMNS.items()
+        Quantity(
+            f"k_{rule.name}", f"k: {rule.name}", f"What --rank-rule {rule.name} would keep.", True,
+            f"k {rule.heading or rule.name}",
+        )
+        for rule in SURVEYED_RULES
     ),
     *(
         Quantity(
-            f"alpha_{scale}", f"α: {scale}",
-            f"alpha_0 of --scale {scale}{'' if scale in FIXED_SCALES else ', at the k of ratio'}.", True,
+            f"alpha_{scale.name}", f"α: {scale.name}",
+            f"alpha_0 of --scale {scale.name} ({scale.means}), at the k of ratio.", True,
         )
-        for scale in SCALES
+        for scale in SCALES.values()
     ),
     *(
-        Quantity(f"edit_{scale}", f"norm ratio: {scale}", f"‖edit‖ / ‖Δ‖ of --scale {scale} with --beta 1.", True)
-        for scale in SCALES
-        if scale != "frobenius"  # its ratio is 1 by its definition
+        Quantity(
+            f"edit_{scale.name}", f"norm ratio: {scale.name}",
+            f"‖edit‖ / ‖Δ‖ of --scale {scale.name} with --beta 1.", True,
+        )
+        for scale in SCALES.values()
+        if scale.name != "frobenius"  # its ratio is 1 by its definition
     ),
     Quantity(
         "rounding", "lost to rounding", "ESTIMATE: share of the edit that FT's dtype would destroy.", True, "lost"
