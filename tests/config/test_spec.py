@@ -122,9 +122,9 @@ specs = st.builds(
     rank_ratio=st.floats(0, 1, exclude_min=True),
     rank_rule=st.sampled_from([rule for rule in RANK_RULES if rule != "fixed"]),
     energy=st.floats(0, 1, exclude_min=True),
-    scale=st.sampled_from(SCALES),
+    scale=st.sampled_from(list(SCALES)),
     beta=st.floats(1e-6, 1e6),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(DTYPES)),
 )
 
 

@@ -34,12 +34,14 @@ def show_inspection(
 ) -> tuple[int, Iterable[str]]:
     """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables import describe_kept, describe_notices, describe_survey, make_survey_tables
+    from pome.cli.tables.edit import describe_kept
+    from pome.cli.tables.inspect import describe_notices, describe_survey, make_survey_tables
     from pome.editing.session import open_pair
     from pome.inspection.suggest import list_warnings, suggest
     from pome.inspection.survey import survey
     from pome.manifest import read_manifest
-    from pome.reports.inspection import check_targets, write_reports
+    from pome.reports.files import check_targets
+    from pome.reports.inspection import write_reports
     from pome.reports.sheet import make_edit_sheet, make_sheet
 
     check_targets(reports, (base, ft))
@@ -84,9 +86,11 @@ def make_sweep_of(
 ) -> Outcome:
     """Score, tell people, write the reports."""
     from pome.cli.progress import SweepLines
-    from pome.cli.tables import make_sweep_tables, show_bytes
-    from pome.reports.inspection import check_targets
-    from pome.reports.sweep import describe_outcome, write_sweep_reports
+    from pome.cli.tables.sweep import make_sweep_tables
+    from pome.cli.tables.text import show_bytes
+    from pome.reports.files import check_targets
+    from pome.reports.sweep import write_sweep_reports
+    from pome.reports.sweep_words import describe_outcome
     from pome.sweeping.sweep import sweep
 
     check_targets(reports, (base, ft, out))
@@ -192,7 +196,7 @@ RUNNERS = {"edit": _run_edit, "inspect": _run_inspect, "sweep": _run_sweep, "ver
 
 
 def report_verdict(verdict: Verdict, out: str, console: Console) -> None:
-    from pome.cli.tables import show_bytes
+    from pome.cli.tables.text import show_bytes
 
     for item in verdict.differences:
         where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
@@ -217,7 +221,7 @@ def make_edit(
     fresh: bool,
     publication: Publication,
 ) -> Manifest:
-    from pome.cli.tables import describe_plan
+    from pome.cli.tables.edit import describe_plan
     from pome.editing.edit import edit
     from pome.editing.session import open_pair
     from pome.output.target import check_target
@@ -243,7 +247,8 @@ def push(out: Path, publication: Publication, console: Console) -> None:
 
 
 def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool) -> None:
-    from pome.cli.tables import describe_plan, make_plan_table, show_bytes
+    from pome.cli.tables.edit import describe_plan, make_plan_table
+    from pome.cli.tables.text import show_bytes
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
@@ -258,7 +263,8 @@ def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, a
 
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables import describe_kept, describe_warnings, make_closing_table, show_bytes
+    from pome.cli.tables.edit import describe_kept, describe_warnings, make_closing_table
+    from pome.cli.tables.text import show_bytes
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))

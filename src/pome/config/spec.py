@@ -6,24 +6,22 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pome.choices import DTYPES as DTYPES
+from pome.choices import ENGINES, GROUPS, OUT_FORMATS, ROLES
+from pome.choices import RANK_RULES as RANK_RULES
+from pome.choices import SCALES as SCALES
 from pome.errors import SpecError, printable
-from pome.roles.roles import GROUPS, ROLES
 
-RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective")
-SCALES = ("frobenius", "unit", "rms", "mean", "spectral")
-DTYPES = ("keep", "float32", "bfloat16", "float16")
-ENGINES = ("local",)
-OUT_FORMATS = ("full", "adapter")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 # The options that together choose k. One of them given on the command line sets aside what a file says of the others.
 RANK_OPTIONS = frozenset({"rank_ratio", "rank", "rank_rule", "energy"})
 # The rules that take a number, and the option that gives it.
-NUMBER_OF = {"ratio": "rank_ratio", "fixed": "rank", "energy": "energy"}
+NUMBER_OF = {rule.name: rule.number for rule in RANK_RULES.values() if rule.number}
 MOST = 10**9  # of what is counted: no matrix is as large, and every library can take it
 BETAS = (1e-6, 1e6)
 
@@ -293,8 +291,8 @@ def _share(key: str, value: object) -> float:
     return number
 
 
-def _choice(key: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
+def _choice(key: str, value: object, known: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in known:
         hint = nearest(value, known) if isinstance(value, str) else ""
         raise SpecError(f"{key}: {show(value)} is not one of {', '.join(known)}{hint}")
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pome.choices import GROUPS as GROUPS
+from pome.choices import ROLES as ROLES
 from pome.roles import families as arch
 from pome.roles.feed_forward import (
     FFN_MODULE,
@@ -29,9 +31,6 @@ from pome.roles.layout import Layout as Layout
 from pome.roles.layout import Part as Part
 from pome.roles.layout import cut_runs
 from pome.roles.layout import matrix_shape as matrix_shape
-
-ROLES = ("gate", "up", "down", "q", "k", "v", "o", "embed", "head", "router", "other")
-GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 # Which module a tensor belongs to is decided by the last path token that names one of these or an FFN.
 _ATTENTION = re.compile(r"(self|cross|encoder|rel|multi_head|enc_?dec)?_?(attn|attention|att)s?", re.IGNORECASE)
