@@ -11,10 +11,9 @@ from pome.checkpoint.lora import AdapterChange, LoraTensors, LowRank, check_rank
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles import families as arch
+from pome.roles.families import family_of
+from pome.roles.model_config import config_of
 
-# PEFT takes the first axis after the experts for `in` where transformers marks the experts as stored (E, in, out).
-_MARKED_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria_text"})
 # Fused experts as transformers holds them -> the leaves of single experts as checkpoints store them.
 _SPLIT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
@@ -63,13 +62,12 @@ class ExpertMatcher:
         if stacked:
             tensor = stored[0][0]
             rows, columns = self.shapes[tensor][1:]
-            if rows == columns:
-                model_type = arch.model_type_of(arch.config_of(tensor, self.base.config))
-                if model_type not in _MARKED_IN_OUT:
-                    raise PairingError(
-                        f"{self.ft.where(a.name)}: the experts of {printable(tensor)} are square, and releases of PEFT "
-                        f"differ in which side is which; {MERGE_FIRST}"
-                    )
+            # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
+            if rows == columns and not family_of(config_of(tensor, self.base.config)).marked_in_out:
+                raise PairingError(
+                    f"{self.ft.where(a.name)}: the experts of {printable(tensor)} are square, and releases of PEFT "
+                    f"differ in which side is which; {MERGE_FIRST}"
+                )
             flipped = rows == columns or (b.shape[0], a.shape[1]) != (rows, columns)
             yield AdapterChange(tensor, low=replace(low, flipped=flipped))
             return

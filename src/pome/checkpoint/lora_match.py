@@ -14,9 +14,9 @@ from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_experts import ExpertMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles import families as arch
+from pome.roles.model_config import config_of, size_of
 from pome.roles.pairing import pair_names
-from pome.roles.roles import describe
+from pome.roles.roles import find_layout
 
 _OWN_EXPERT = re.compile(r"experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])$")
 
@@ -86,7 +86,7 @@ class _Matcher:
             self.unused.append(entry.name)
             return
         if self.shapes[name] != entry.shape:
-            vocabulary = {part.role for part in describe(name, self.shapes[name], self.base.config).parts}
+            vocabulary = {part.role for part in find_layout(name, self.shapes[name], self.base.config).parts}
             why = "resized vocabularies are not supported; " if vocabulary <= {"embed", "head"} else ""
             raise PairingError(
                 f"{self.ft.where(entry.name)}: its shape {list(entry.shape)} is not {list(self.shapes[name])} of "
@@ -109,10 +109,12 @@ class _Matcher:
         if not any(module.endswith(str(saved)) for saved in self.config.get("modules_to_save") or ()):
             return False
         config = self.base.config
-        text = arch.config_of(name, config)
-        if arch.size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
+        text = config_of(name, config)
+        if size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
             return False  # a table of positions or of token types
-        roles = {one: {part.role for part in describe(one, shape, config).parts} for one, shape in self.shapes.items()}
+        roles = {
+            one: {part.role for part in find_layout(one, shape, config).parts} for one, shape in self.shapes.items()
+        }
         tied = {side.get("tie_word_embeddings") for side in (config, text) if side} - {None} != {False}
         return tied and roles[name] == {"embed"} and {"head"} not in roles.values()
 
@@ -144,7 +146,7 @@ class _Matcher:
         else:
             # As in PEFT the kind of module decides, whatever fan_in_fan_out says; only a square matrix leaves a doubt.
             square = shape[0] == shape[1]
-            told = bool(self.config.get("fan_in_fan_out")) or describe(name, shape, self.base.config).transposed
+            told = bool(self.config.get("fan_in_fan_out")) or find_layout(name, shape, self.base.config).transposed
             kind, flipped = "linear", told if square else shape != out_in
             if _OWN_EXPERT.search(lora.module):
                 kind = "parameter"  # transformers 5 holds single experts stacked, and PEFT merges into the stack
