@@ -63,7 +63,7 @@ SCALES = _by_name(
         Choice("unit", "1"),
         Choice("rms", "sqrt(fan_out/fan_in)"),
         Choice("mean", "mean of the kept singular values"),
-        Choice("spectral", "the largest"),
+        Choice("spectral", "the largest of them"),
     ]
 )
 

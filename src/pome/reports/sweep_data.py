@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pome.sweeping.grid import name_cut
+from pome.sweeping.grid import describe_rank_choice
 from pome.sweeping.trials import Outcome, Trial
 
 
@@ -29,9 +29,9 @@ def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
-            at = ("+".join(params["layers"]), params["scale"], trial.candidate.cut, f"{params['beta']:g}")
+            at = ("+".join(params["layers"]), params["scale"], trial.candidate.rank_choice, f"{params['beta']:g}")
             found[at] = trial.score.scored.value
-    rank_choices = list(dict.fromkeys(name_cut(options) for options in grid["cuts"]))
+    rank_choices = list(dict.fromkeys(describe_rank_choice(options) for options in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
         for scale in grid["scale"]:
