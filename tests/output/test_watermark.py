@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pome.checkpoint.hashing import hash_file
 from pome.errors import CheckpointError
 from pome.output import clone
-from pome.output.clone import hash_file
 from pome.output.watermark import Watermark
 
 

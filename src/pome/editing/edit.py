@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pome
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from pome.config.spec import EditSpec
@@ -32,7 +33,6 @@ from pome.engines.local import map_units
 from pome.errors import CheckpointError, NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.output.card import CARD_NAME, make_card
-from pome.output.clone import hash_file
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark

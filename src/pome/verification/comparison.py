@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pome.checkpoint.files import File, read_range
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
 from pome.manifest import FileRecord, SideRecord
-from pome.output.clone import hash_file
 from pome.planning.units import Plan
 
 CHUNK = 8 << 20

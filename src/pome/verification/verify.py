@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.output.card import CARD_NAME
-from pome.output.clone import hash_file
 from pome.planning.plan import make_plan
 from pome.verification.comparison import (
     Advance,
