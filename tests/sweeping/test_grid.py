@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pome.errors import ScoreError, SpecError
 from pome.sweeping.grid import make_grid, walk
-from pome.sweeping.scorers.command import CommandScorer, Score, Scored, read_score
+from pome.sweeping.scorers.base import Score, Scored
+from pome.sweeping.scorers.command import CommandScorer, read_score
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 from pome.sweeping.scorers.options import make_scorer
 

@@ -26,7 +26,7 @@ from pome import EditSpec, Equalized, edit, equalize, make_grid, make_scorer, sw
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel.equalize import equalize_factors
-from pome.sweeping.candidates import DecompositionFolder
+from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
 from support.browser import open_page

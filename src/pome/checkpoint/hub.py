@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: byte ranges of the files that are needed, or whole snapshots through the Hub's own cache."""
+"""Checkpoints on the Hub: byte ranges over HTTP, or whole snapshots in the Hub's own cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint and read byte ranges of its tensors: names, shapes, dtypes and offsets first, bytes on demand.
+"""Checkpoints, opened lazily: names, shapes, dtypes and offsets of tensors first, bytes on demand.
 
 A checkpoint is a folder (on disk or a Hub repository) with `model.safetensors`, one other `.safetensors` file, or
 shards with their index; or one `.safetensors` file. A PEFT adapter is opened as well: its file, and its config apart.
@@ -49,10 +49,20 @@ class Checkpoint:
     tensors: dict[str, tuple[str, TensorEntry]]
     config: Mapping[str, Any] | None
     index: str | None
-    revision: str | None = None  # the Hub commit
+    revision: str | None = None  # the Hub commit; None for what does not come from the Hub
     unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
     adapter_config: Mapping[str, Any] | None = None  # of a PEFT adapter, which has no weights of its own
     dequantized: frozenset[str] = frozenset()  # tensors that stand in the files and are not seen: scales of fp8 weights
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was given as a Hub repository, wherever its bytes are read."""
+        return self.revision is not None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files lie on this machine: a folder, a file, or a downloaded snapshot of a repository."""
+        return not self.on_hub or self.folder is not None
 
     def read(self, name: str, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of a tensor's file from absolute offset `start`; CheckpointError if they cannot all be had."""
@@ -65,8 +75,8 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files on this machine that say what the weights are: configs and index."""
-        if self.folder is None and self.revision is not None:
-            return []  # read from the Hub
+        if not self.is_local:
+            return []
         here = self.folder or Path(os.path.expanduser(self.source)).parent
         said = {"config.json": self.config, ADAPTER_CONFIG: self.adapter_config, self.index: self.index}
         return [here / name for name, there in said.items() if name and there is not None]

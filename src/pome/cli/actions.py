@@ -20,9 +20,9 @@ from pome.errors import OutputError, PomeError, SpecError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pome.editing.session import Progress
     from pome.inspection.records import Survey
     from pome.manifest import Manifest
+    from pome.output.progress import Progress
     from pome.sweeping.trials import Outcome
     from pome.verification.verify import Verdict
 
@@ -294,7 +294,7 @@ def make_console(quiet: bool) -> Console:
 @contextlib.contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
     from pome.cli.progress import BarProgress, LineProgress
-    from pome.editing.session import Progress
+    from pome.output.progress import Progress
 
     if console.quiet:
         yield Progress()

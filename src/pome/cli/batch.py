@@ -27,7 +27,7 @@ from pome.config.yaml_text import compose
 from pome.errors import SpecError, printable
 from pome.roles.roles import ROLES
 from pome.sweeping.grid import AXES, Grid, make_grid
-from pome.sweeping.scorers.command import FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
 
 MAX_YAML_BYTES = 4 << 20

@@ -1,4 +1,4 @@
-"""Copy bytes of files in the cheapest way the file system has: share them, copy in the kernel, or read and write."""
+"""Copies of files in the cheapest way that the file system has: shared, in the kernel, or by read and write."""
 
 from __future__ import annotations
 

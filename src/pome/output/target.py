@@ -1,4 +1,4 @@
-"""OUT before and after a run: whether it may be made, and whether it is there already. Writes nothing into it."""
+"""Checks of OUT: whether an output may be made there, and whether a run that was stopped had published it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An output's bytes beside those of its inputs: what an edit must have left alone."""
+"""Comparison of an output's bytes with those of its inputs, outside the edited matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as the manifest says."""
+    """One thing in an output that is not as its manifest or its inputs say.
+
+    file: its name below the output. tensor: its name, where one tensor is meant. what: in words.
+    """
 
     file: str
     tensor: str | None

@@ -12,7 +12,7 @@ from typing import Any
 
 from pome.checkpoint.hashing import hash_file
 from pome.errors import ScoreError, SpecError, printable
-from pome.sweeping.scorers.command import Score, Scored, is_mean, read_finite
+from pome.sweeping.scorers.base import Score, Scored, is_mean, read_finite
 
 MAX_TOKENS = 2048  # of one record; what is longer is cut, as in most training
 LOGIT_BYTES = 256 << 20  # of one batch's logits in float32: the bound on memory beyond the model's own

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pome.config.spec import check_count, check_switch, check_text, read_float, show
 from pome.errors import SpecError
-from pome.sweeping.scorers.command import CommandScorer, FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
+from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 
 # What each option but the scorers themselves goes with.
