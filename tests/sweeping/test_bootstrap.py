@@ -67,7 +67,7 @@ def test_a_95_per_cent_interval_holds_the_true_difference_in_95_per_cent(monkeyp
     assert 930 <= held <= 970
 
 
-def test_the_interval_of_the_best_holds_although_it_was_chosen(monkeypatch):
+def test_the_interval_of_the_best_of_many_has_at_most_5_per_cent_false_wins(monkeypatch):
     """24 candidates that differ from the reference by noise alone: one at least seems better in most draws, and the
     interval that allows for the choice says so in 5 % of them only (one-sided: about half of that)."""
     monkeypatch.setattr(bootstrap, "DRAWS", 500)
