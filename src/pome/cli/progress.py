@@ -22,8 +22,9 @@ from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
 from pome.cli.tables.text import name_side, show_bytes
-from pome.editing.session import Opened, Progress
+from pome.editing.session import Opened
 from pome.errors import printable
+from pome.output.progress import Progress
 from pome.planning.units import Plan
 from pome.reports.sweep_data import show_number
 from pome.sweeping.trials import Listener, Trial

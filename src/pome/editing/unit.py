@@ -1,4 +1,4 @@
-"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+"""Edit of one unit: from bytes of FT and BASE to bytes of the output and a record for each matrix."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
 )
 
-# Where the decomposition of a matrix is kept, for those who edit it many times.
+# Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
 FindCache = Callable[[Unit, Part], DecompositionCache]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a unit came to. `data` is None where FT's bytes stay."""
+    """Result for one unit: its bytes in the output (None where FT's bytes stay) and the records of its matrices."""
 
     unit: Unit
     data: bytearray | None

@@ -18,7 +18,7 @@ from pome.config.spec import EditSpec, check_alone, merge_options
 from pome.config.yaml_text import read_config
 from pome.errors import printable
 from pome.sweeping.grid import LISTED, Grid, make_grid
-from pome.sweeping.scorers.command import FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
 
 if TYPE_CHECKING:
