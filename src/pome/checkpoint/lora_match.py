@@ -13,12 +13,11 @@ from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.lora import MERGE_FIRST, Change, Lora, LowRank, refuse_unknown_kinds, sort_keys
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles import families as arch
+from pome.roles.families import family_of
+from pome.roles.model_config import config_of, size_of
 from pome.roles.pairing import pair_names
-from pome.roles.roles import describe
+from pome.roles.roles import find_layout
 
-# PEFT takes the first axis after the experts for `in` where transformers marks the experts as stored (E, in, out).
-_MARKED_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria_text"})
 # Fused experts as transformers holds them -> the leaves of single experts as checkpoints store them.
 _SPLIT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 _OWN_EXPERT = re.compile(r"experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])$")
@@ -65,7 +64,7 @@ class _Fitting:
                 self.unused.append(entry.name)
                 continue
             if self.shapes[name] != entry.shape:
-                vocabulary = {part.role for part in describe(name, self.shapes[name], self.base.config).parts}
+                vocabulary = {part.role for part in find_layout(name, self.shapes[name], self.base.config).parts}
                 why = "resized vocabularies are not supported; " if vocabulary <= {"embed", "head"} else ""
                 raise PairingError(
                     f"{self.ft.where(entry.name)}: its shape {list(entry.shape)} is not {list(self.shapes[name])} of "
@@ -106,10 +105,12 @@ class _Fitting:
         if not any(module.endswith(str(saved)) for saved in self.config.get("modules_to_save") or ()):
             return False
         config = self.base.config
-        text = arch.config_of(name, config)
-        if arch.size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
+        text = config_of(name, config)
+        if size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
             return False  # a table of positions or of token types
-        roles = {one: {part.role for part in describe(one, shape, config).parts} for one, shape in self.shapes.items()}
+        roles = {
+            one: {part.role for part in find_layout(one, shape, config).parts} for one, shape in self.shapes.items()
+        }
         tied = {side.get("tie_word_embeddings") for side in (config, text) if side} - {None} != {False}
         return tied and roles[name] == {"embed"} and {"head"} not in roles.values()
 
@@ -153,7 +154,7 @@ class _Fitting:
         else:
             # As PEFT, which corrects fan_in_fan_out by the kind of module; only a square matrix leaves a doubt.
             square = shape[0] == shape[1]
-            told = bool(self.config.get("fan_in_fan_out")) or describe(name, shape, self.base.config).transposed
+            told = bool(self.config.get("fan_in_fan_out")) or find_layout(name, shape, self.base.config).transposed
             kind, flipped = "linear", told if square else shape != out_in
             if _OWN_EXPERT.search(lora.module):
                 kind = "parameter"  # transformers 5 holds single experts stacked, and PEFT merges into the stack
@@ -214,13 +215,12 @@ class _Fitting:
         if stacked:
             tensor = stored[0][0]
             rows, columns = self.shapes[tensor][1:]
-            if rows == columns:
-                model_type = arch.model_type_of(arch.config_of(tensor, self.base.config))
-                if model_type not in _MARKED_IN_OUT:
-                    raise PairingError(
-                        f"{self.ft.where(a.name)}: the experts of {printable(tensor)} are square, and releases of PEFT "
-                        f"differ in which side is which; {MERGE_FIRST}"
-                    )
+            # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
+            if rows == columns and not family_of(config_of(tensor, self.base.config)).marked_in_out:
+                raise PairingError(
+                    f"{self.ft.where(a.name)}: the experts of {printable(tensor)} are square, and releases of PEFT "
+                    f"differ in which side is which; {MERGE_FIRST}"
+                )
             flipped = rows == columns or (b.shape[0], a.shape[1]) != (rows, columns)
             self._put(tensor, Change(tensor, low=replace(low, flipped=flipped)))
             return

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import pome
+from pome.choices import ROLES
 from pome.cli.actions import (
     complain,
     describe_error,
@@ -37,7 +38,6 @@ from pome.cli.batch import (
 from pome.config.outputs import Publication, Reports
 from pome.config.spec import EDIT_KEYS, EditSpec, merge_options
 from pome.errors import OutputError, PomeError, SpecError, printable
-from pome.roles.roles import ROLES
 from pome.sweeping.scorers.options import BATCH_SIZE
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pome.choices import ROLES
 from pome.config.outputs import Publication, Reports
 from pome.config.spec import (
     EDIT_KEYS,
@@ -25,7 +26,6 @@ from pome.config.spec import (
 )
 from pome.config.yaml_text import compose
 from pome.errors import SpecError, printable
-from pome.roles.roles import ROLES
 from pome.sweeping.grid import AXES, Grid, make_grid
 from pome.sweeping.scorers.command import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer

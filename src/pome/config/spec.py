@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pome.choices import GROUPS, ROLES
 from pome.errors import SpecError, printable
-from pome.roles.roles import GROUPS, ROLES
 
 RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective")
 SCALES = ("frobenius", "unit", "rms", "mean", "spectral")

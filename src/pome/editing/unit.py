@@ -17,7 +17,7 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.spectrum import DecompositionCache, ZeroDelta
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64

@@ -23,7 +23,7 @@ from pome.kernel.spectrum import ZeroDelta
 from pome.kernel.values import measure_bearing, measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 SHARES = (0.25, 0.5, 0.75)
 

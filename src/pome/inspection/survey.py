@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pome.choices import ROLES
 from pome.config.spec import EditSpec
 from pome.editing.session import Progress, Source, open_pair
 from pome.engines.local import map_units
 from pome.inspection.records import Matrix, Survey
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit
-from pome.roles.roles import ROLES
 
 if TYPE_CHECKING:
     from pome.editing.lora_merge import Data

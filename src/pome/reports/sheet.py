@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.choices import ROLES
 from pome.errors import VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
 from pome.manifest import Manifest, TensorRecord
-from pome.roles.roles import ROLES
 
 POINTS, FEW_POINTS, MANY = 96, 24, 4000  # points kept of a spectrum; with more matrices than MANY, the few
 

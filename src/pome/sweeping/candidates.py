@@ -21,7 +21,7 @@ from pome.engines.local import map_units
 from pome.kernel.spectrum import Decomposition, DecompositionCache, Undecided
 from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 Write = Callable[[Unit, bytes | bytearray], None]
 
