@@ -358,6 +358,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(pair: tuple[str, str]) -> N
     assert (result.returncode, result.stderr) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_a_stream_that_is_closed_is_written_to_by_nobody(pair: tuple[str, str], closed: str) -> None:
     line = f"{shlex.quote(sys.executable)} -m pome edit base ft out --json {closed}"
@@ -414,6 +415,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: signal.Signals

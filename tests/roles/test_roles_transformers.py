@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 TABLE = Path(__file__).parent / "roles_survey.md"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,17 +41,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def rows(one_thread: None) -> list[Row]:
+def surveyed(one_thread: None) -> list[Row]:
     return [row for kind in KINDS for row in survey(kind)]
 
 
-def test_no_role_is_wrong(rows: list[Row]):
-    wrong = {row.model_type: row.verdict.wrong for row in rows if row.verdict and row.verdict.wrong}
+def test_no_role_is_wrong(surveyed: list[Row]):
+    wrong = {row.model_type: row.verdict.wrong for row in surveyed if row.verdict and row.verdict.wrong}
     assert wrong == {}
 
 
-def test_nearly_every_causal_language_model_is_fully_right(rows: list[Row]):
-    causal = [row for row in rows if row.kind == "causal-lm"]
+def test_nearly_every_causal_language_model_is_fully_right(surveyed: list[Row]):
+    causal = [row for row in surveyed if row.kind == "causal-lm"]
     assert sum(row.verdict is not None for row in causal) >= 0.95 * len(causal)
     # A few have no feed-forward module at all (state-space models).
     with_ffn = [row for row in causal if row.has_ffn]
@@ -58,13 +59,22 @@ def test_nearly_every_causal_language_model_is_fully_right(rows: list[Row]):
     assert sum(row.complete for row in with_ffn) >= 0.95 * len(with_ffn)
 
 
-def test_the_table_says_what_is_so(rows: list[Row]):
+def test_the_table_is_of_the_release_that_constraints_pin():
+    pinned = re.search(r"^transformers==([\d.]+)", CONSTRAINTS.read_text(encoding="utf-8"), re.M)[1]
+    assert f"transformers {pinned};" in TABLE.read_text(encoding="utf-8")
+
+
+def test_the_table_is_the_survey(surveyed: list[Row]):
+    """Line by line in the table's release; in any, what it calls right is right: that does not wait for a new table."""
     table = TABLE.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__};" not in table:
-        return  # another release has other architectures; that nothing is wrong there was tested above
-    lines = [line for line in format_table(rows).splitlines() if re.match(r"\| (?!kind)[a-z-]+ \| [a-zA-Z]", line)]
-    assert len(lines) == len(rows)
-    assert [line for line in lines if line not in table] == []
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\w-]+) \| [1-9]\d* \| 0 \| 0 \| 0 \|", table, re.M)
+    built = {(row.kind, row.model_type): row.complete for row in surveyed if row.verdict}
+    known = [row for row in rows if row in built]
+    assert len(known) >= 0.5 * len(rows) >= 100
+    assert [row for row in known if not built[row]] == []
+    if f"transformers {transformers.__version__};" in table:
+        again = "run: python scripts/survey_roles.py --out tests/roles/roles_survey.md"
+        assert format_table(surveyed).splitlines() == table.splitlines(), again
 
 
 def swap_gate_and_up(role: str) -> str:

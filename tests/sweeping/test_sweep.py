@@ -71,6 +71,7 @@ def checksum(file: Path) -> int:
     return int(subprocess.run(["cksum", str(file)], capture_output=True, text=True, check=True).stdout.split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
     """Matrices of all sizes that the ladder treats apart: small, float64, float32 with deflation, wide and tall."""
@@ -235,6 +236,7 @@ def test_retry_failed_scores_only_the_failed_candidates_again(pair, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fresh_sweep_keeps_no_decomposition_of_another_model(pair, tmp_path):
     """Stopped, FT trained on, and begun anew: what is written is the edit of the new FT."""
     base, ft = pair
@@ -282,6 +284,7 @@ HARM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HARM)
 def test_files_that_a_command_changes_are_restored_for_the_next_model(pair, tmp_path, how):
     before = [hash_tree(folder) for folder in pair]
@@ -309,6 +312,7 @@ def test_after_a_candidate_that_cannot_be_made_the_next_one_is_whole(tmp_path):
     assert int(last.score.scored.value) == checksum(tmp_path / "plain" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_sweep_repeats_no_candidate_and_ends_the_same(pair, tmp_path, seed):
     arguments = ["sweep", *map(str, pair), "OUT", "--rank-ratio", "0.25,0.5,1", "--beta", "1,2", "--write-best", "-q"]
@@ -419,6 +423,7 @@ def loss_by_hand(folder: Path, file: Path) -> tuple[float, list[float]]:
     return sum(sums) / sum(counts), [a / b for a, b in zip(sums, counts, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("class_name", "model_type", "dtype"),
     [
@@ -528,6 +533,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch):
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}.items():
         monkeypatch.setenv(name, value)
@@ -564,6 +570,7 @@ def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch
     assert best.score.scored.value == pytest.approx(found["results"]["tiny_words"]["acc,none"])
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_a_score_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
