@@ -16,9 +16,9 @@ from pome import EditSpec, edit
 from pome.errors import NumericalError
 from pome.inspection.records import find_place, sort_places
 from pome.inspection.survey import survey
+from pome.kernel.decomposition import ZeroDelta
 from pome.kernel.noise import measure_grid, storage_noise_floor
 from pome.kernel.rank import RankRule, count_effective, count_energy, count_gavish_donoho, count_signal
-from pome.kernel.spectrum import ZeroDelta
 from pome.kernel.values import measure_bearing, measure_product, measure_values
 from support.adapters import make_pair, read_delta
 from support.checkpoints import LLAMA, llama_pair, read_tensors, run_python, write_checkpoint

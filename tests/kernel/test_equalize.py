@@ -8,9 +8,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pome.kernel.decomposition import ZeroDelta
 from pome.kernel.equalize import equalize, equalize_factors
 from pome.kernel.precision import full_precision
-from pome.kernel.spectrum import ZeroDelta
 from support.reference import assert_as_reference, plant, reference_edit
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (40, 24), (24, 40), (31, 31), (200, 130), (130, 200)]

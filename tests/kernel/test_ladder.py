@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pome.kernel import deflate, precision
 from pome.kernel import equalize as kernel
+from pome.kernel import precision
 from pome.kernel.certificate import certify, certify_factored, inner_dense
-from pome.kernel.deflate import solve_deflated
+from pome.kernel.decomposition import Undecided
 from pome.kernel.equalize import Unsolved, equalize, equalize_factors
-from pome.kernel.gram import solve_gram
 from pome.kernel.rank import RankRule
-from pome.kernel.spectrum import Undecided
-from pome.kernel.svd import solve_svd
+from pome.kernel.solvers import deflated as deflate
+from pome.kernel.solvers.deflated import solve_deflated
+from pome.kernel.solvers.gram import solve_gram
+from pome.kernel.solvers.svd import solve_svd
 from support.reference import assert_as_reference, plant, reference_edit
 
 

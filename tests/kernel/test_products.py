@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pome.kernel import products
-from pome.kernel.deflate import solve_deflated
+from pome.kernel import gram_products as products
+from pome.kernel.decomposition import Undecided
 from pome.kernel.equalize import equalize
-from pome.kernel.products import (
+from pome.kernel.gram_products import (
     add_upper,
     correct_root,
     couple,
@@ -21,7 +21,7 @@ from pome.kernel.products import (
     uncouple,
 )
 from pome.kernel.rank import RankRule
-from pome.kernel.spectrum import Undecided
+from pome.kernel.solvers.deflated import solve_deflated
 from support.reference import plant
 
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pome.kernel.edge import find_edge
 from pome.kernel.equalize import equalize
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import (
@@ -19,6 +18,7 @@ from pome.kernel.rank import (
     count_rank,
     marchenko_pastur_median,
 )
+from pome.kernel.spectral_edge import find_edge
 from support.reference import plant
 
 spectra = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pome.config.spec import EditSpec
 from pome.errors import NumericalError, printable
+from pome.kernel.decomposition import DecompositionCache, ZeroDelta
 from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
-from pome.kernel.spectrum import DecompositionCache, ZeroDelta
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit, fan_out_in
 from pome.roles.roles import Part

@@ -15,11 +15,11 @@ from pome.editing.lora_merge import Data, load_pieces, merge_as_peft, orient, sp
 from pome.editing.unit import TORCH_DTYPES, check_finite, describe_part, send, take
 from pome.errors import NumericalError
 from pome.inspection.records import Matrix, find_place
+from pome.kernel.decomposition import ZeroDelta
 from pome.kernel.equalize import Unsolved
 from pome.kernel.noise import Grid, measure_grid
 from pome.kernel.rank import RANK_RULES, RankRule, count_signal, measure_effective
 from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import ZeroDelta
 from pome.kernel.values import measure_bearing, measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in

@@ -25,15 +25,15 @@ from pome.kernel.certificate import (
     inner_factors,
     squared_norm,
 )
-from pome.kernel.deflate import solve_deflated
-from pome.kernel.gram import solve_gram
-from pome.kernel.lowrank import solve_factors
+from pome.kernel.decomposition import DecompositionCache, Kept, Solver, Undecided, ZeroDelta
 from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
 from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import DecompositionCache, Kept, Solver, Undecided, ZeroDelta
-from pome.kernel.svd import solve_svd
+from pome.kernel.solvers.deflated import solve_deflated
+from pome.kernel.solvers.factors import solve_factors
+from pome.kernel.solvers.gram import solve_gram
+from pome.kernel.solvers.svd import solve_svd
 
 RUNGS: tuple[tuple[str, Solver], ...] = (
     ("deflated-float32", solve_deflated),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pome.kernel.edge import find_edge
 from pome.kernel.rank import noise_margin
+from pome.kernel.spectral_edge import find_edge
 
 CHUNK = 1 << 20  # entries looked at in one go: 8 MiB where they are counted, whatever the size of the tensor
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian
-from pome.kernel.deflate import CANCEL, FLOOR, split_strong
+from pome.kernel.decomposition import Undecided, ZeroDelta
 from pome.kernel.equalize import SMALL, Unsolved, check_shape, normalise, shift, summarise
-from pome.kernel.lowrank import CANCELLED
+from pome.kernel.gram_products import gram
 from pome.kernel.precision import full_precision
-from pome.kernel.products import gram
 from pome.kernel.rank import count_rank, rank_tolerance
-from pome.kernel.spectrum import Undecided, ZeroDelta
+from pome.kernel.solvers.deflated import CANCEL, FLOOR, split_strong
+from pome.kernel.solvers.factors import CANCELLED
 
 LEADING = 16  # directions of the base that a delta is held against
 BESIDE = 8  # more of them in the subspace iteration, so that the last of the leading converges too

@@ -18,7 +18,7 @@ from pome.editing.lora_merge import Data, make_patch, read_unit, see_ft
 from pome.editing.session import Opened
 from pome.editing.unit import FLOAT64_ENTRIES, TORCH_DTYPES
 from pome.engines.local import map_units
-from pome.kernel.spectrum import Decomposition, DecompositionCache, Undecided
+from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
 from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit, fan_out_in
 from pome.roles.roles import Part

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian, squared_norm
-from pome.kernel.products import (
+from pome.kernel.decomposition import (
+    GAP,
+    RESERVE,
+    SUBSPACE,
+    Decomposition,
+    DecompositionCache,
+    Kept,
+    Undecided,
+    find_decomposition,
+)
+from pome.kernel.gram_products import (
     Mirrors,
     add_upper,
     decompose,
@@ -37,16 +47,6 @@ from pome.kernel.products import (
     widen,
 )
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.spectrum import (
-    GAP,
-    RESERVE,
-    SUBSPACE,
-    Decomposition,
-    DecompositionCache,
-    Kept,
-    Undecided,
-    find_decomposition,
-)
 
 EPS = 2.0**-24  # rounding of float32
 SKETCHES = (32, 96, 256)  # sizes of U, the next one when ...

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pome.kernel.products import widen
+from pome.kernel.decomposition import Decomposition, DecompositionCache, Kept, find_decomposition
+from pome.kernel.gram_products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Decomposition, DecompositionCache, Kept, find_decomposition
 
 
 def solve_svd(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Kept:

@@ -8,9 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pome.kernel.products import decompose, gram, measure_cut, polar, scaled_image, widen
-from pome.kernel.rank import RankRule, count_rank, rank_tolerance
-from pome.kernel.spectrum import (
+from pome.kernel.decomposition import (
     GAP,
     RESERVE,
     SUBSPACE,
@@ -20,6 +18,8 @@ from pome.kernel.spectrum import (
     Undecided,
     find_decomposition,
 )
+from pome.kernel.gram_products import decompose, gram, measure_cut, polar, scaled_image, widen
+from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 
 EPS = 2.0**-53
 # Rounding of an eigenvalue of the Gram matrix, relative to the largest. Seen: 0.1 to 4 EPS. The threshold of the rank

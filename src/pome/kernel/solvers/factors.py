@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pome.kernel.products import widen
+from pome.kernel.decomposition import Decomposition, DecompositionCache, Kept, ZeroDelta, find_decomposition
+from pome.kernel.gram_products import widen
 from pome.kernel.rank import RankRule, count_rank
-from pome.kernel.spectrum import Decomposition, DecompositionCache, Kept, ZeroDelta, find_decomposition
 
 CANCELLED = 2.0**-46  # rounding of a float64 product, relative to its factors: what is no larger is zero
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import draw_gaussian
-from pome.kernel.spectrum import Undecided
+from pome.kernel.decomposition import Undecided
 
 BLOCKS = 4  # a Gram matrix needs its upper half only: with 4 blocks 5/8 of the product, each still large
 ORTHONORMAL = 60.0  # defect of B, in units of rounding, that P may keep: 7e-6 in float32, and the certificate's is 1e-5
