@@ -1,18 +1,22 @@
-"""What every solver takes and gives: a delta and a rule in, the kept directions and the spectrum out.
+"""Input and output of every solver: a delta and a rank rule in, the truncated decomposition and its spectrum out.
 
-The solvers are rungs of one ladder (equalize.py climbs it): deflate.py, gram.py, svd.py, and lowrank.py for factors.
+The solvers are the rungs of one ladder, which `pome.kernel.ladder` climbs: deflated, gram and svd for a matrix, and
+factors for a product of two thin ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-# P itself, and not only its objective, is determined by the data where the relative gap at the cut is above GAP: there
-# the kept subspace must be known to SUBSPACE, relative in the Frobenius norm. A gap counts as such from RESERVE below
-# that on, or from as far below as the solver is in doubt about it.
+from pome.kernel.rank import RankRule
+
+# Where the relative gap (s_k - s_{k+1}) / s_k is above GAP, the data determine P itself and not only its objective: the
+# kept subspace must then be known to SUBSPACE, relative in the Frobenius norm. A solver takes a gap for larger than GAP
+# from GAP - RESERVE on, or from as far below GAP as its own doubt about the gap.
 GAP, RESERVE, SUBSPACE = 1e-3, 1e-5, 1e-4
 
 
@@ -21,16 +25,17 @@ class ZeroDelta(ValueError):
 
 
 class Undecided(ArithmeticError):
-    """The solver's precision cannot settle what was asked (rank, k, or the cut): the next rung must."""
+    """A solver's precision cannot decide what was asked (rank, k, or the cut): the next rung must."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """What a solver finds of a delta D (m x n) before k is chosen: the costly part, good for every k, and read only.
 
-    sigma: as in Kept. V: right singular vectors, of D^T where that is the tall one. U: left ones, where the solver has
-    them. strong: how many of the leading directions were found apart from the others, residual (n x strong) what they
-    leave in D^T D. noise: absolute doubt about sigma^2. tail: from where on sigma was found without squaring.
+    sigma: all min(m, n) singular values, descending, float64, CPU. V: right singular vectors, of D^T where that is the
+    tall one. U: left ones, where the solver has them. strong: how many of the leading directions were deflated,
+    residual (n x strong) what they leave in D^T D. noise: absolute error bound of sigma^2. tail: from which index on
+    sigma was found without squaring.
     """
 
     sigma: Tensor
@@ -48,33 +53,36 @@ DecompositionCache = MutableMapping[str, Decomposition | Undecided]
 
 
 def find_decomposition(
-    cache: DecompositionCache | None, solver: str, D: Tensor, find: Callable[[], Decomposition]
+    cache: DecompositionCache | None, solver: str, D: Tensor, decompose: Callable[[], Decomposition]
 ) -> Decomposition:
-    """What `find` finds, from `cache` where it was found before. Raises Undecided, as `find` does, again too."""
+    """Decomposition from `cache`, or by `decompose` where the cache has none yet.
+
+    Raises Undecided as `decompose` does; the cache remembers that as well.
+    """
     if cache is None:
-        return find()
+        return decompose()
     key = f"{solver}@{D.device}"
-    basis: Decomposition | Undecided
+    found: Decomposition | Undecided
     try:
-        basis = cache[key]
+        found = cache[key]
     except KeyError:
         try:
-            basis = find()
+            found = decompose()
         except Undecided as reason:
-            basis = reason
-        cache[key] = basis
-    if isinstance(basis, Undecided):
-        raise basis
-    return basis
+            found = reason
+        cache[key] = found
+    if isinstance(found, Undecided):
+        raise found
+    return found
 
 
 @dataclass(frozen=True)
-class Kept:
-    """P = U_k V_k^T of a delta, and what was learned on the way.
+class Truncation:
+    """P = U_k V_k^T of a delta, with the spectrum that it was cut from.
 
-    P: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU.
-    resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two directions apart.
-    factors: m x k and k x n, in P's dtype, where P is nothing but their product.
+    P: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
+    zero from `rank` on. resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two
+    directions apart. factors: m x k and k x n, in P's dtype, where P is nothing but their product.
     """
 
     P: Tensor
@@ -89,5 +97,16 @@ class Kept:
         """s_{k+1}, and 0 where there is none."""
         return float(self.sigma[self.k]) if self.k < self.sigma.numel() else 0.0
 
+    @property
+    def attainable(self) -> float:
+        """s_1 + ... + s_k, the most that <D, P> can be."""
+        return float(self.sigma[: self.k].sum())
 
-Solver = Callable[..., Kept]  # (D, rule, cache=None)
+
+class Solver(Protocol):
+    """One rung of the ladder: the truncation of D (m x n, float32 or float64) at the k of a rule.
+
+    Raises Undecided where its precision does not suffice, and what its driver raises.
+    """
+
+    def __call__(self, D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation: ...
