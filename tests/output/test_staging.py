@@ -17,7 +17,7 @@ import torch
 
 import pome.editing.edit
 from pome import CheckpointError, EditSpec, OutputError, edit
-from pome.kernel.equalize import equalize as equalize_one
+from pome.kernel.equalize import equalize_matrix
 from pome.output import clone
 from pome.output.staging import Staging
 from pome.output.target import check_target
@@ -343,13 +343,13 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     started: list[str] = []
 
-    def equalize(delta: torch.Tensor, **options: Any) -> Any:
+    def equalize(delta: torch.Tensor, *options: Any) -> Any:
         started.append("x")
         if len(started) > count:
             raise Interrupted
-        return equalize_one(delta, **options)
+        return equalize_matrix(delta, *options)
 
-    monkeypatch.setattr(pome.editing.unit, "equalize", equalize)
+    monkeypatch.setattr(pome.editing.unit, "equalize_matrix", equalize)
     return started
 
 

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from pome import EditSpec, Equalized, edit, equalize, make_grid, make_scorer, sweep
+from pome import EditSpec, Equalized, edit, make_grid, make_scorer, sweep
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
-from pome.kernel.equalize import equalize_factors
+from pome.kernel.equalize import equalize_matrix, equalize_product
 from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
@@ -41,6 +41,7 @@ from support.checkpoints import (
     run_python,
     write_checkpoint,
 )
+from support.recipes import make_recipe
 from support.reference import plant
 from support.tiny_models import tiny_config, tiny_model
 
@@ -116,12 +117,11 @@ def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
     for round_ in range(2):  # the second time all comes from the files
         for ratio in (0.2, 0.5, 0.9):
             for beta in (1.0, 1.3):
+                recipe = make_recipe(rank_ratio=ratio, beta=beta)
                 if kind == "factors":
-                    plain, kept = (
-                        equalize_factors(b, a, rank_ratio=ratio, beta=beta, cache=cache_) for cache_ in (None, cache)
-                    )
+                    plain, kept = (equalize_product(b, a, recipe, c) for c in (None, cache))
                 else:
-                    plain, kept = (equalize(delta, rank_ratio=ratio, beta=beta, cache=c) for c in (None, cache))
+                    plain, kept = (equalize_matrix(delta, recipe, c) for c in (None, cache))
                 assert torch.equal(plain.value, kept.value), (round_, ratio)
                 for field in Equalized.__dataclass_fields__:
                     assert field == "value" or getattr(plain, field) == getattr(kept, field)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pome.editing.unit import FLOAT64_ENTRIES
-from pome.kernel.spectrum import Decomposition, DecompositionCache, Undecided
+from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
 from pome.planning.units import Plan, Unit, fan_out_in
 from pome.roles.layout import Part
 
