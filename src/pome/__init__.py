@@ -16,7 +16,6 @@ from pome.errors import *  # noqa: F403
 if TYPE_CHECKING:
     from pome.config.spec import EditSpec as EditSpec
     from pome.editing.edit import edit as edit
-    from pome.editing.session import Progress as Progress
     from pome.inspection.records import Survey as Survey
     from pome.inspection.survey import survey as _survey
     from pome.kernel.equalize import Equalized as Equalized
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from pome.kernel.equalize import ZeroDelta as ZeroDelta
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
+    from pome.output.progress import Progress as Progress
     from pome.sweeping.grid import make_grid as make_grid
     from pome.sweeping.scorers.options import make_scorer as make_scorer
     from pome.sweeping.sweep import sweep as sweep
@@ -41,7 +41,7 @@ _LAZY_IMPORTS = {
     for module, names in {
         "pome.config.spec": "EditSpec",
         "pome.editing.edit": "edit",
-        "pome.editing.session": "Progress",
+        "pome.output.progress": "Progress",
         "pome.inspection.records": "Survey",
         "pome.inspection.survey": "inspect",
         "pome.kernel.equalize": "Equalized equalize Unsolved ZeroDelta",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     """Tell what was edited, what was kept, and what OUT is now."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables import describe_kept, describe_warnings, make_closing_table, show_bytes
+    from pome.cli.tables.edit import describe_kept, describe_warnings, make_closing_table
+    from pome.cli.tables.text import show_bytes
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))

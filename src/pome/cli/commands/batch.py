@@ -61,7 +61,7 @@ def run(
             said = str(error) or "interrupted"
             stopped = f"{printable(job.name)}: {said}; {len(results)} of {len(jobs)} jobs came to an end before it"
             results.append({**result, "status": "interrupted", "error": said})
-    from pome.cli.tables import make_batch_table
+    from pome.cli.tables.batch import make_batch_table
 
     console.print(make_batch_table(results))
     if as_json:

@@ -61,7 +61,8 @@ def run(
 
 
 def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool) -> None:
-    from pome.cli.tables import describe_plan, make_plan_table, show_bytes
+    from pome.cli.tables.edit import describe_plan, make_plan_table
+    from pome.cli.tables.text import show_bytes
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
@@ -78,7 +79,7 @@ def make_edit(
     base: str, ft: str, out: Path, spec: EditSpec, console: Console, publication: Publication, replacing: Replacing
 ) -> Manifest:
     """Edit and tell people; what can be refused without torch is refused before torch takes its seconds to load."""
-    from pome.cli.tables import describe_plan
+    from pome.cli.tables.edit import describe_plan
     from pome.editing.edit import edit
     from pome.editing.session import open_pair
     from pome.output.target import check_target

@@ -63,12 +63,14 @@ def show_inspection(
 ) -> tuple[int, Iterable[str]]:
     """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables import describe_kept, describe_notices, describe_survey, make_survey_tables
+    from pome.cli.tables.edit import describe_kept
+    from pome.cli.tables.inspect import describe_notices, describe_survey, make_survey_tables
     from pome.editing.session import open_pair
     from pome.inspection.suggest import list_warnings, suggest
     from pome.inspection.survey import survey
     from pome.manifest import read_manifest
-    from pome.reports.inspection import check_targets, write_reports
+    from pome.reports.files import check_targets
+    from pome.reports.inspection import write_reports
     from pome.reports.sheet import make_edit_sheet, make_sheet
 
     check_targets(reports, (base, ft))

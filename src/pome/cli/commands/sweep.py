@@ -18,7 +18,7 @@ from pome.config.spec import EditSpec, check_alone, merge_options
 from pome.config.yaml_text import read_config
 from pome.errors import printable
 from pome.sweeping.grid import LISTED, Grid, make_grid
-from pome.sweeping.scorers.command import FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
 
 if TYPE_CHECKING:
@@ -120,9 +120,11 @@ class SweepJob(Job):
 def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
     """Score, tell people, write the reports."""
     from pome.cli.progress import SweepLines
-    from pome.cli.tables import make_sweep_tables, show_bytes
-    from pome.reports.inspection import check_targets
-    from pome.reports.sweep import describe_outcome, write_sweep_reports
+    from pome.cli.tables.sweep import make_sweep_tables
+    from pome.cli.tables.text import show_bytes
+    from pome.reports.files import check_targets
+    from pome.reports.sweep import write_sweep_reports
+    from pome.reports.sweep_words import describe_outcome
     from pome.sweeping.sweep import sweep
 
     base, ft = str(job.base), str(job.fine_tuned)

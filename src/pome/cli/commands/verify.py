@@ -63,7 +63,7 @@ def check_sides(base: str | None, ft: str | None, full: bool) -> None:
 
 
 def report_verdict(verdict: Verdict, out: str, console: Console) -> None:
-    from pome.cli.tables import show_bytes
+    from pome.cli.tables.text import show_bytes
 
     for item in verdict.differences:
         where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)

@@ -19,7 +19,8 @@ from pome.config.options import (
     show,
 )
 from pome.errors import SpecError
-from pome.sweeping.scorers.command import CommandScorer, FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
+from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 
 # What each option but the scorers themselves goes with.
