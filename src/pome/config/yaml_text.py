@@ -139,7 +139,11 @@ def fill_in_variables(
 
     Raises SpecError, for all variables without a value at once.
     """
-    variables = {**_read_variables(declared, path), **given}
+    known = _read_variables(declared, path)
+    for name in given:
+        if name not in known:
+            raise SpecError(f"{path}: no variable is named {printable(name)!r}{nearest(name, known)}")
+    variables = {**known, **given}
     missing: dict[str, str] = {}
     for node in _walk(root):
         at = f"{path}:{node.start_mark.line + 1}"
