@@ -21,7 +21,7 @@ PACKAGE = Path(pome.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages(pome.__path__, "pome."))
 # The modules that compute: they load torch at once, as pyproject.toml lets them (TID253). No other module does.
 LOAD_TORCH = re.compile(
-    r"pome\.(kernel|poet|editing\.(unit|lora_merge|lora_rewrite)|inspection\.measure|sweeping\.(bootstrap|cache|candidates))\b"
+    r"pome\.(kernel|poet|editing\.(unit|lora_merge|lora_rewrite)|inspection\.measure|sweeping\.(bootstrap|cache|candidates|ranking))\b"
 )
 MOST_LINES = 350
 MOST_FILES_AT_THE_TOP = 10
