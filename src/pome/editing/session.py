@@ -167,7 +167,10 @@ def copy_files(opened: Opened, staging: Staging, progress: Progress) -> None:
             headers = {name: weights.header for name, weights in source.files.items()}
             headers |= {name: header for name, (_, header) in layouts.items()}
             size = sum(header.file_size - header.data_start for header in headers.values())
-            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
+            added = {
+                name: file for file, header in headers.items() for name in header.tensors if name not in source.tensors
+            }
+            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized, added))
         else:
             staging.copy_file(source.index, index, advance)
     progress.finish("copy")
