@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from pome.checkpoint.header import TensorEntry
-from pome.checkpoint.lora_config import FUSE_MLX, MERGE_FIRST, LoraConfig
-from pome.checkpoint.source import Checkpoint
+from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
+from pome.checkpoint.source import FUSE_MLX, Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.layout import Part
 

@@ -7,11 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pome.checkpoint.source import Checkpoint
+from pome.checkpoint.source import FUSE_MLX, Checkpoint
 from pome.errors import CheckpointError, printable
 
 MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"
-FUSE_MLX = "fuse it into its model with mlx_lm.fuse (--dequantize for a quantized one) and give the fused model as FT"
 
 # Options of a LoRA that change nothing in what it computes, or that are followed here. Any other may change it.
 _KNOWN = frozenset({
@@ -113,7 +112,8 @@ class LoraConfig:
                 raise CheckpointError(
                     f"{self.where}: {printable(str(pattern))} is not a regular expression; mend the pattern"
                 ) from None
-        return self.get(default_key)
+        # A key that is no expression for the name may still be the name itself.
+        return patterns.get(key, self.get(default_key)) if isinstance(patterns, Mapping) else self.get(default_key)
 
     def _refuse_unknown_kinds(self) -> None:
         if "peft_type" not in self.values and ("lora_parameters" in self.values or "fine_tune_type" in self.values):

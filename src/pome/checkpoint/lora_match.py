@@ -22,7 +22,7 @@ from pome.checkpoint.lora import (
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_experts import ExpertMatcher
 from pome.checkpoint.lora_places import PlaceIndex
-from pome.checkpoint.lora_tables import TableMatcher
+from pome.checkpoint.lora_tables import AS_ADAPTER, TableMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.pairing import pair_names
@@ -47,7 +47,7 @@ class _Matcher:
     """The state while one adapter is paired with one base."""
 
     def __init__(self, ft: Checkpoint, base: Checkpoint, merges: bool) -> None:
-        self.ft, self.base = ft, base
+        self.ft, self.base, self.merges = ft, base, merges
         self.config = LoraConfig(ft)
         self.tensors = group_keys(ft)
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
@@ -134,8 +134,13 @@ class _Matcher:
         bias = lora.tensors.get("lora_B.bias")
         if bias is not None:
             beside = self.names.get(f"{lora.module}.bias")
+            if beside is None and self.merges:
+                raise PairingError(
+                    f"{self.ft.where(bias.name)}: the adapter adds a bias, and BASE's {printable(lora.module)} has "
+                    f"none; {AS_ADAPTER}"
+                )
             if beside is None:
-                self.found.unused.append(bias.name)
+                self.found.unmatched.append(bias.name)
             else:
                 self.found.put(self.ft, AdapterChange(beside, bias=(bias.name, low.scaling)))
 
