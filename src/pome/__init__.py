@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pome.config.spec import EditSpec as EditSpec
     from pome.editing.edit import edit as edit
-    from pome.editing.session import Progress as Progress
     from pome.errors import (
         CheckpointError as CheckpointError,
     )
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from pome.kernel.equalize import Equalized as Equalized
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
+    from pome.output.progress import Progress as Progress
     from pome.sweeping.grid import make_grid as make_grid
     from pome.sweeping.scorers.options import make_scorer as make_scorer
     from pome.sweeping.sweep import sweep as sweep
@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "edit": "pome.editing.edit",
-    "Progress": "pome.editing.session",
+    "Progress": "pome.output.progress",
     "EditSpec": "pome.config.spec",
     "Manifest": "pome.manifest",
     "verify": "pome.verification.verify",

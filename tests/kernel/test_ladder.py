@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pome.kernel import deflate, precision
-from pome.kernel import equalize as kernel
+import pome.kernel.equalize as equalize_module
+from pome.kernel import ladder, precision
 from pome.kernel.certificate import certify, certify_factored, inner_dense
-from pome.kernel.deflate import solve_deflated
-from pome.kernel.equalize import Unsolved, equalize, equalize_factors
-from pome.kernel.gram import solve_gram
-from pome.kernel.rank import RankRule
-from pome.kernel.spectrum import Undecided
-from pome.kernel.svd import solve_svd
+from pome.kernel.decomposition import Undecided
+from pome.kernel.equalize import Unsolved, equalize, equalize_product, prove_product
+from pome.kernel.solvers.deflated import deflate, solve_deflated
+from pome.kernel.solvers.gram import solve_gram
+from pome.kernel.solvers.svd import solve_svd
+from support.recipes import make_recipe, make_rule
 from support.reference import assert_as_reference, plant, reference_edit
 
 
@@ -90,7 +90,7 @@ def test_the_ladder_agrees_with_the_reference_on_any_spectrum(kind, m, n, ratio,
 @pytest.mark.parametrize("shape", [(420, 160), (160, 420)], ids=str)
 def test_each_rung_alone_masters_the_usual_spectra(solve, kind, shape):
     delta = make_delta(kind, *shape, 5)
-    kept, wanted = solve(delta, RankRule()), reference_edit(delta)
+    kept, wanted = solve(delta, make_rule()), reference_edit(delta)
     assert (kept.rank, kept.k) == (wanted.rank, wanted.k)
     alpha = float(wanted.sigma.square().sum().sqrt()) / math.sqrt(kept.k)
     error = float((alpha * kept.P.double() - wanted.value).norm() / wanted.value.norm())
@@ -104,8 +104,8 @@ def test_the_usual_spectra_take_the_first_rung(kind):
 
 
 def test_a_flat_spectrum_deflates_nothing_and_a_steep_one_does():
-    assert deflate.split_strong(make_delta("noise", 400, 300, 0)).theta.numel() == 0
-    assert deflate.split_strong(make_delta("rounded-lora", 400, 300, 0)).theta.numel() == 8
+    assert deflate(make_delta("noise", 400, 300, 0)).theta.numel() == 0
+    assert deflate(make_delta("rounded-lora", 400, 300, 0)).theta.numel() == 8
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_flat_spectrum_deflates_nothing_and_a_steep_one_does():
 )
 def test_rules_choose_the_same_k_on_every_rung(rule, options):
     delta = make_delta("strong", 420, 160, 1) * 1e-3
-    asked = RankRule(rule, **options)
+    asked = make_rule(rule, **options)
     counts = {solve(delta, asked).k for solve in (solve_deflated, solve_gram, solve_svd)}
     assert len(counts) == 1
 
@@ -124,7 +124,7 @@ def test_an_energy_on_the_edge_is_left_to_the_rung_that_can_tell():
     squares = torch.linalg.svdvals(delta.double()).square().cumsum(0)
     edge = float(squares[59] / squares[-1])
     with pytest.raises(Undecided, match="leave k open"):
-        solve_deflated(delta, RankRule("energy", energy=edge))
+        solve_deflated(delta, make_rule("energy", energy=edge))
     assert equalize(delta, rank_rule="energy", energy=edge * (1 - 1e-10)).k == 60
     assert equalize(delta, rank_rule="energy", energy=edge * (1 + 1e-10)).k == 61
 
@@ -149,7 +149,7 @@ def fail_with(error):
 def test_a_driver_that_fails_hands_over_and_the_record_says_so(monkeypatch, error):
     delta = make_delta("noise", 200, 120, 0)
     rungs = (("first", fail_with(error)), ("second", fail_with(error)), ("svd-float64", solve_svd))
-    monkeypatch.setattr(kernel, "RUNGS", rungs)
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
     edit = equalize(delta)
     assert edit.solver == "svd-float64"
     assert [note.split(" ")[0] for note in edit.warnings] == ["first", "second"]
@@ -157,10 +157,10 @@ def test_a_driver_that_fails_hands_over_and_the_record_says_so(monkeypatch, erro
     assert_as_reference(edit, delta)
 
 
-def pretend_rungs(*rungs):
+def pretend_attempts(*rungs):
     """Attempts on an accelerator, for a delta that lies on the CPU: (name, device, solver) each."""
     return lambda D, cache=None: [
-        kernel.Attempt(name, torch.device(device), functools.partial(solve, D)) for name, device, solve in rungs
+        ladder.Attempt(name, torch.device(device), functools.partial(solve, D)) for name, device, solve in rungs
     ]
 
 
@@ -168,7 +168,9 @@ def test_an_accelerator_out_of_memory_is_left_for_the_cpu(monkeypatch):
     delta = make_delta("noise", 200, 120, 0)
     spent = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     rungs = [("small", "cuda:0", fail_with(spent)), ("large", "cuda:0", fail_with(AssertionError("not to be tried")))]
-    monkeypatch.setattr(kernel, "list_rungs", pretend_rungs(*rungs, ("svd-float64 on cpu", "cpu", solve_svd)))
+    monkeypatch.setattr(
+        equalize_module, "list_attempts", pretend_attempts(*rungs, ("svd-float64 on cpu", "cpu", solve_svd))
+    )
     edit = equalize(delta)
     assert edit.solver == "svd-float64 on cpu"
     assert edit.warnings == ("small handed over: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",)
@@ -186,8 +188,8 @@ def test_the_cpu_comes_after_every_rung_of_an_accelerator(device):
 
     delta = Elsewhere()
     delta.device = torch.device(device)
-    names = [name for name, _ in kernel.RUNGS]
-    attempts = list(kernel.list_rungs(delta))
+    names = [name for name, _ in ladder.RUNGS]
+    attempts = list(ladder.list_attempts(delta))
     smaller = f"deflated-float32 on cpu, eigh on {device}"
     assert [attempt.name for attempt in attempts] == [*names, smaller, *(f"{name} on cpu" for name in names)]
     assert [attempt.device.type for attempt in attempts] == [torch.device(device).type] * 3 + ["cpu"] * 4
@@ -204,23 +206,23 @@ def test_the_smaller_form_sends_the_short_side_only():
 
     delta, helper = make_delta("inverse-root", 500, 160, 0), torch.device("cpu", 0)
     with Recorder():
-        kept = kernel.solve_deflated(delta, RankRule(), helper=helper)
-    rest = 160 - deflate.split_strong(delta).theta.numel()
+        kept = solve_deflated(delta, make_rule(), helper=helper)
+    rest = 160 - deflate(delta).theta.numel()
     assert sent == [(rest, rest)]
-    assert torch.equal(kept.P, kernel.solve_deflated(delta, RankRule()).P)
+    assert torch.equal(kept.P, solve_deflated(delta, make_rule()).P)
 
 
 def test_when_every_rung_fails_each_is_named(monkeypatch):
-    monkeypatch.setattr(kernel, "RUNGS", (("one", fail_with(RuntimeError("a"))), ("two", fail_with(RuntimeError("b")))))
-    monkeypatch.setattr(kernel, "SMALL", 0)
+    monkeypatch.setattr(ladder, "RUNGS", (("one", fail_with(RuntimeError("a"))), ("two", fail_with(RuntimeError("b")))))
+    monkeypatch.setattr(ladder, "SMALL", 0)
     with pytest.raises(Unsolved, match=r"one handed over: RuntimeError: a; two handed over: RuntimeError: b"):
         equalize(torch.eye(4))
 
 
 def test_factors_fall_back_on_the_dense_ladder(monkeypatch):
     b, a = torch.randn(120, 5, generator=torch.Generator().manual_seed(0)), torch.ones(5, 130)
-    monkeypatch.setattr(kernel, "solve_factors", fail_with(RuntimeError("no QR on this device")))
-    edit = equalize_factors(b, a)
+    monkeypatch.setattr(ladder, "solve_factors", fail_with(RuntimeError("no QR on this device")))
+    edit = equalize_product(b, a, make_recipe())
     assert edit.solver != "factors"
     assert_as_reference(edit, b @ a)
 
@@ -228,11 +230,11 @@ def test_factors_fall_back_on_the_dense_ladder(monkeypatch):
 @pytest.mark.parametrize("how", ["one entry", "scaled", "sign", "not a number", "zero", "half precision"])
 def test_a_product_that_is_not_what_its_factors_say_fails_the_certificate(monkeypatch, how):
     b, a = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 12), (12, 150)))
-    solve = kernel.solve_factors
-    kept = solve(b, a, RankRule())
-    assert kernel.prove_product(b, a, kept).find_fault() is None
-    monkeypatch.setattr(kernel, "solve_factors", lambda *given: dataclasses.replace(solve(*given), P=spoil(kept, how)))
-    edit = equalize_factors(b, a)
+    solve = ladder.solve_factors
+    kept = solve(b, a, make_rule())
+    assert prove_product(b, a, kept).find_fault() is None
+    monkeypatch.setattr(ladder, "solve_factors", lambda *given: dataclasses.replace(solve(*given), P=spoil(kept, how)))
+    edit = equalize_product(b, a, make_recipe())
     assert edit.solver != "factors"
     assert edit.warnings[0].startswith("factors handed over: ")
     assert_as_reference(edit, b @ a)
@@ -241,7 +243,7 @@ def test_a_product_that_is_not_what_its_factors_say_fails_the_certificate(monkey
 @pytest.mark.parametrize("wrong", ["left", "right", "directions"])
 def test_wrong_factors_fail_the_certificate(wrong):
     b, a = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 12), (12, 150)))
-    kept = kernel.solve_factors(b, a, RankRule())
+    kept = ladder.solve_factors(b, a, make_rule())
     left, right = kept.factors
     if wrong == "left":
         left = left * 1.0001
@@ -249,7 +251,7 @@ def test_wrong_factors_fail_the_certificate(wrong):
         right = torch.roll(right, 1, 0) + 1e-4 * right
     else:
         left, right = torch.linalg.qr(b).Q[:, :6], torch.linalg.qr(a.T).Q.T[:6]
-    assert kernel.prove_product(b, a, dataclasses.replace(kept, P=left @ right, factors=(left, right))).find_fault()
+    assert prove_product(b, a, dataclasses.replace(kept, P=left @ right, factors=(left, right))).find_fault()
 
 
 @settings(deadline=None, max_examples=40)
@@ -279,9 +281,9 @@ def spoil(kept, how):
     if how == "scaled":
         P *= 1.001
     elif how == "rank too high":
-        P = solve_svd(spoil.delta, RankRule("fixed", count=k + 1)).P
+        P = solve_svd(spoil.delta, make_rule(rank=k + 1)).P
     elif how == "rank too low":
-        P = solve_svd(spoil.delta, RankRule("fixed", count=k - 1)).P
+        P = solve_svd(spoil.delta, make_rule(rank=k - 1)).P
     elif how == "wrong directions":
         U, _, Vh = torch.linalg.svd(spoil.delta)
         chosen = torch.cat((torch.arange(k - 5), torch.arange(k, k + 5)))
@@ -308,15 +310,15 @@ WRONG = [
 @pytest.mark.parametrize("how", WRONG)
 def test_a_wrong_answer_fails_the_certificate_and_the_next_rung_takes_over(monkeypatch, how):
     delta = make_delta("inverse-root", 300, 150, 3)
-    kept = solve_svd(delta, RankRule())
+    kept = solve_svd(delta, make_rule())
     spoil.delta = delta
     wrong = spoil(kept, how)
     attainable = float(kept.sigma[: kept.k].sum())
     assert certify(kept.P, kept.k, attainable, inner_dense(delta)).find_fault() is None
     assert certify(wrong, kept.k, attainable, inner_dense(delta)).find_fault() is not None
 
-    broken = (("broken", lambda D, rule: type(kept)(wrong, kept.sigma, kept.rank, kept.k, 0.0)), *kernel.RUNGS)
-    monkeypatch.setattr(kernel, "RUNGS", broken)
+    broken = (("broken", lambda D, rule: type(kept)(wrong, kept.sigma, kept.rank, kept.k, 0.0)), *ladder.RUNGS)
+    monkeypatch.setattr(ladder, "RUNGS", broken)
     edit = equalize(delta)
     assert edit.solver != "broken"
     assert edit.warnings[0].startswith("broken handed over: ")

@@ -5,23 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pome.kernel import products
-from pome.kernel.deflate import solve_deflated
+from pome.kernel import gram_products, polar
+from pome.kernel.decomposition import Undecided
 from pome.kernel.equalize import equalize
-from pome.kernel.products import (
-    add_upper,
-    correct_root,
-    couple,
-    decompose,
-    gram,
-    orthonormalise,
-    polar,
-    reflect,
+from pome.kernel.gram_products import add_upper, find_eigenvectors, multiply_gram
+from pome.kernel.householder import find_reflector, orthonormalise
+from pome.kernel.polar import (
+    apply_correction,
+    correct_by_newton,
+    find_correction_blocks,
+    multiply_polar,
     scaled_image,
-    uncouple,
 )
-from pome.kernel.rank import RankRule
-from pome.kernel.spectrum import Undecided
+from pome.kernel.solvers.deflated import solve_deflated
+from support.recipes import make_rule
 from support.reference import plant
 
 
@@ -38,13 +35,13 @@ def relative(error, to):
 def test_a_gram_matrix_is_whole_and_only_its_upper_half_is_read(m, n, seed):
     A = randn(m, n, seed=seed)
     exact = A.double().mT @ A.double()
-    assert relative(gram(A) - exact, exact) < 1e-6
+    assert relative(multiply_gram(A) - exact, exact) < 1e-6
     G = torch.full((n, n), float("nan"))
-    step = -(-n // products.BLOCKS)
+    step = -(-n // gram_products.BLOCKS)
     for start in range(0, n, step):  # add_upper fills whole blocks; what lies below them must never be read
         G[start : start + step, start:] = 0.0
     add_upper(G, A.mT, A.mT)
-    values, vectors = decompose(G)
+    values, vectors = find_eigenvectors(G)
     assert torch.allclose(values.double(), torch.linalg.eigvalsh(exact), atol=1e-5 * float(exact.trace()))
     assert relative(vectors * values @ vectors.mT - exact, exact) < 1e-5
 
@@ -76,7 +73,7 @@ def test_uncoupling_leaves_the_polar_factor_of_the_image_to_first_order(p, rest,
     U = torch.linalg.qr(randn(k + 5, k, seed=seed + 1, dtype=torch.float64)).Q
     image = U * s @ R  # D V of the rotated V, whose polar factor is U R
     B = image / s
-    found = B @ uncouple(couple(B, s, p), torch.eye(k, dtype=torch.float64))
+    found = B @ apply_correction(find_correction_blocks(B, s, p), torch.eye(k, dtype=torch.float64))
     assert float(torch.linalg.matrix_norm(found - U @ R, 2)) < 20 * size**2
 
 
@@ -90,18 +87,18 @@ def test_reflections_take_columns_to_the_first_axes_and_the_rest_to_their_comple
     if kind == "mixed" and p:
         Q[:, -1] = randn(n, seed=seed, dtype=torch.float64)
         Q = torch.linalg.qr(Q).Q
-    mirrors = reflect(Q)
+    reflector = find_reflector(Q)
     unit = torch.eye(n, dtype=torch.float64)
-    H = mirrors.apply(unit).mT
+    H = reflector.apply_transposed(unit).mT
     assert torch.allclose(H.mT @ H, unit, atol=1e-12)
     assert torch.allclose(H[:, :p].abs(), Q.abs(), atol=1e-12)
     assert torch.allclose((H[:, :p].mT @ Q).abs(), unit[:p, :p], atol=1e-12)
     G = randn(n, n, seed=seed + 1, dtype=torch.float64)
     G = G + G.mT
-    left, right = mirrors.move(G)
+    left, right = reflector.conjugate(G)
     assert torch.allclose(G - left @ right.mT - right @ left.mT, H.mT @ G @ H, atol=1e-11)
     W = torch.linalg.qr(randn(n - p, n - p, seed=seed + 2, dtype=torch.float64)).Q
-    assert torch.allclose(mirrors.complete(Q, W), torch.cat((Q, H[:, p:] @ W), 1), atol=1e-12)
+    assert torch.allclose(reflector.complete_basis(Q, W), torch.cat((Q, H[:, p:] @ W), 1), atol=1e-12)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -115,9 +112,9 @@ def test_a_polar_factor_is_corrected_by_as_much_as_it_takes(monkeypatch, flipped
     V[:, 4:] += leak / 100.0 * V[:, :4] @ randn(4, 36, dtype=torch.float64)
     U, _, W = torch.linalg.svd(D.double() @ V, full_matrices=False)
     taken = []
-    monkeypatch.setattr(products, "correct_root", lambda *given: taken.append("root") or correct_root(*given))
-    P = polar(scaled_image(D, V.float(), s[:40]), V.float(), s[:40], flipped, strong=4)
-    assert taken == ([] if is_thin else ["root"])
+    monkeypatch.setattr(polar, "correct_by_newton", lambda *given: taken.append("newton") or correct_by_newton(*given))
+    P = multiply_polar(scaled_image(D, V.float(), s[:40]), V.float(), s[:40], flipped, strong=4)
+    assert taken == ([] if is_thin else ["newton"])
     expected = U @ W @ V.mT
     # Of the second order in the leak; P must be known to 1e-4.
     assert relative((P.mT if flipped else P) - expected, expected) < 3e-6 + leak**2 / 2
@@ -155,4 +152,4 @@ def test_weak_directions_kept_beside_strong_ones_are_the_references(shape, fall)
 def test_an_open_cut_that_float32_blurs_is_handed_over():
     sigma = torch.cat((torch.linspace(390.0, 300.0, 150), torch.linspace(1.3, 1.0, 350))).double()
     with pytest.raises(Undecided, match="is known to .* only"):
-        solve_deflated(plant(sigma, 640, 500, seed=1), RankRule())
+        solve_deflated(plant(sigma, 640, 500, seed=1), make_rule())

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pome.kernel.edge import find_edge
-from pome.kernel.equalize import equalize
+from pome.kernel.equalize import equalize, equalize_matrix
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import (
-    RankRule,
+    Spectrum,
     count_above,
     count_effective,
     count_energy,
@@ -19,6 +18,8 @@ from pome.kernel.rank import (
     count_rank,
     marchenko_pastur_median,
 )
+from pome.kernel.spectral_edge import find_edge
+from support.recipes import make_recipe, make_rule
 from support.reference import plant
 
 spectra = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(
@@ -26,9 +27,13 @@ spectra = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(
 )
 
 
+def see(sigma, shape=(100, 100)):
+    return Spectrum(sigma, sigma.numel(), shape)
+
+
 @given(spectra, st.floats(0.01, 1.0))
 def test_energy_keeps_the_least_k_that_holds_the_share(sigma, energy):
-    k = count_energy(sigma, energy)
+    k = count_energy(see(sigma), energy)
     held = [float(sigma[:i].square().sum() / sigma.square().sum()) for i in range(sigma.numel() + 1)]
     # 1e-12: the sums are taken in another order than the rule takes them
     assert held[k] >= energy - 1e-12
@@ -44,7 +49,7 @@ def test_noise_floor_counts_what_lies_above(sigma, floor):
 def test_equal_directions_hold_their_share_exactly():
     for n in range(10, 151):
         sigma = torch.ones(n, dtype=torch.float64)
-        assert [count_energy(sigma, i / n) for i in range(1, n + 1)] == list(range(1, n + 1))
+        assert [count_energy(see(sigma), i / n) for i in range(1, n + 1)] == list(range(1, n + 1))
 
 
 @pytest.mark.parametrize("aspect", [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
@@ -53,7 +58,7 @@ def test_gavish_donoho_threshold_follows_the_published_fit(aspect):
     fit = 0.56 * aspect**3 - 0.95 * aspect**2 + 1.82 * aspect + 1.43
     # A spectrum whose median is 1, also without its few values around the threshold, shows where that lies.
     sigma = torch.cat([torch.linspace(fit + 0.2, fit - 0.2, 100, dtype=torch.float64), torch.ones(n - 100)])
-    k = count_gavish_donoho(sigma, (round(1000 / aspect), 1000))
+    k = count_gavish_donoho(see(sigma, (round(1000 / aspect), 1000)))
     assert abs(float(sigma[k]) - fit) < 0.02  # the accuracy the paper states for its fit
 
 
@@ -81,12 +86,12 @@ def test_gavish_donoho_finds_planted_directions():
 @given(spectra)
 def test_effective_rank_is_the_exponential_of_the_entropy(sigma):
     share = [s / float(sigma.sum()) for s in sigma.tolist()]
-    assert abs(count_effective(sigma) - math.exp(-sum(p * math.log(p) for p in share))) <= 0.5 + 1e-9
+    assert abs(count_effective(see(sigma)) - math.exp(-sum(p * math.log(p) for p in share))) <= 0.5 + 1e-9
 
 
 def test_effective_rank_of_equal_values_is_their_number():
     sigma = torch.tensor([2.0] * 5 + [0.0] * 3, dtype=torch.float64)
-    assert count_effective(sigma) == 5
+    assert count_effective(see(sigma)) == 5
 
 
 def test_numerical_rank_counts_down_to_the_root_of_float64():
@@ -99,14 +104,14 @@ def test_numerical_rank_counts_down_to_the_root_of_float64():
 def test_every_rule_stays_within_one_and_the_rank(rule):
     sigma = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64)
     for floor in (0.0, 10.0):
-        k = RankRule(rule, ratio=1e-6, energy=1.0, noise_floor=floor).choose(sigma, 4, (8, 8))
+        k = make_rule(rule, floor, rank_ratio=1e-6, energy=1.0).choose(sigma, 4, (8, 8))
         assert 1 <= k <= 4
 
 
 @pytest.mark.parametrize(("ratio", "rank", "k"), [(0.5, 5, 2), (0.5, 7, 4), (0.25, 1, 1), (1.0, 9, 9)])
 def test_ratio_rounds_as_python_does(ratio, rank, k):
     sigma = torch.ones(rank, dtype=torch.float64)
-    assert RankRule(ratio=ratio).choose(sigma, rank, (rank, rank)) == k
+    assert make_rule(rank_ratio=ratio).choose(sigma, rank, (rank, rank)) == k
 
 
 def test_rank_beside_the_default_rule_is_fixed_and_bounded_by_the_rank():
@@ -142,7 +147,7 @@ def test_rank_beside_the_default_rule_is_fixed_and_bounded_by_the_rank():
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError):
-        equalize(torch.eye(3), **options)
+        equalize_matrix(torch.eye(3), make_recipe(**options))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import pome
 from pome import EditSpec, PomeError
 from pome.roles.layout import Part
-from pome.roles.roles import describe
+from pome.roles.roles import find_layout
 from support.adapters import quietly
 from support.checkpoints import read_tensors
 from support.reference import reference_edit
@@ -308,7 +308,7 @@ def compare_full(base: Path, out: Path, merged: dict[str, Tensor], manifest: Any
         return f"{min(missing)} is missing"
     rest = {name: tensor.clone() for name, tensor in after.items()}
     for record in manifest.tensors:
-        layout = describe(record.name, tuple(before[record.name].shape), config)
+        layout = find_layout(record.name, tuple(before[record.name].shape), config)
         expert = re.match(r"expert=(\d+),?", record.part or "")
         label = (record.part or "").removeprefix(expert[0] if expert else "") or None
         sides = [tensors[record.name] for tensors in (before, merged, after, rest)]

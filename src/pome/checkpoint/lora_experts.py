@@ -12,11 +12,9 @@ from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_places import PlaceIndex
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles import families as arch
+from pome.roles.families import family_of
+from pome.roles.model_config import config_of, model_type_of
 
-# Models whose experts transformers marks as stored (E, in, out). PEFT takes the first axis after the experts for `in`
-# there; in releases up to 0.18 it does so in every model.
-_MARKED_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria_text"})
 # Models whose experts transformers 4 holds as (E, in, out), and transformers 5 as (E, out, in).
 _TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 # Stacked experts as transformers holds them -> their matrices, and the leaves of single experts in checkpoints.
@@ -94,16 +92,18 @@ class ExpertMatcher:
         rows, columns = self._size(leaves)
         if rows != columns:
             return (b.shape[0], a.shape[1]) != (rows, columns)
-        model_type = arch.model_type_of(arch.config_of(leaves[0], self.base.config))
-        in_out = model_type in _MARKED_IN_OUT or self.config.reads_experts_as_in_out()
+        facts = config_of(leaves[0], self.base.config)
+        family, model_type = family_of(facts), model_type_of(facts)
+        # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
+        in_out = family.marked_in_out or self.config.reads_experts_as_in_out()
         if in_out is None or model_type in _TURNED:
             raise PairingError(
                 f"{self.ft.where(a.name)}: the experts of {printable(leaves[0])} are square, and releases of PEFT "
                 f"(up to 0.18, from 0.19 on) and transformers differ in which side is which; {MERGE_FIRST}"
             )
         stacked = len(self.shapes[leaves[0]]) == 3
-        stored_in_out = stacked and model_type in arch.EXPERTS_IN_OUT
-        return in_out != (stored_in_out != (model_type in arch.EXPERTS_IN_OUT))
+        held_in_out = family.experts == "in_out"  # in the model
+        return in_out != ((stacked and held_in_out) != held_in_out)
 
     def _size(self, leaves: tuple[str, ...]) -> tuple[int, int]:
         """(rows, columns) of one expert, the tensors of it below each other."""

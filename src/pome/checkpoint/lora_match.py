@@ -26,7 +26,7 @@ from pome.checkpoint.lora_tables import AS_ADAPTER, TableMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.pairing import pair_names
-from pome.roles.roles import describe
+from pome.roles.roles import find_layout
 
 _OWN_EXPERT = re.compile(r"experts\.(\d+)\.[^.]+$")
 
@@ -125,7 +125,7 @@ class _Matcher:
         else:
             # As in PEFT the kind of module decides, whatever fan_in_fan_out says; only a square matrix leaves a doubt.
             square = shape[0] == shape[1]
-            told = bool(self.config.get("fan_in_fan_out")) or describe(name, shape, self.base.config).transposed
+            told = bool(self.config.get("fan_in_fan_out")) or find_layout(name, shape, self.base.config).transposed
             kind, flipped = self._kind_of(lora), told if square else shape != out_in
         if shape != (out_in[::-1] if flipped else out_in):
             refuse_shape(self.ft, self.base, lora, name, shape)

@@ -13,7 +13,7 @@ from pome.checkpoint.source import Checkpoint
 from pome.errors import PairingError, printable
 from pome.roles.layout import Layout, Part, matrix_shape
 from pome.roles.pairing import TOWERS
-from pome.roles.roles import describe, describe_all
+from pome.roles.roles import find_layout, find_layouts
 
 _STORED = ("F64", "F32", "F16", "BF16")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
@@ -43,7 +43,7 @@ class PlaceIndex:
             for name, (_, entry) in base.tensors.items()
             if len(entry.shape) in (2, 3) and entry.dtype in _STORED
         }
-        self.layouts = describe_all(self.shapes, base.config)
+        self.layouts = find_layouts(self.shapes, base.config)
         self.has_decoder = any("decoder" in name.split(".") for name in self.shapes)
         self._places: dict[Key, list[Place]] = {}
         for name, layout in self.layouts.items():
@@ -60,7 +60,7 @@ class PlaceIndex:
 
         Empty where nothing fits. Raises PairingError where two matrices of BASE fit equally well.
         """
-        layout = describe(f"{module}.weight", size, self.config)
+        layout = find_layout(f"{module}.weight", size, self.config)
         found = []
         for part in layout.parts:
             if part.role in _UNKNOWN:

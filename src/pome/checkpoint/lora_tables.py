@@ -13,8 +13,8 @@ from pome.checkpoint.lora import AdapterChange, LoraTensors, LowRank, MatchedAda
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles import families as arch
-from pome.roles.roles import describe
+from pome.roles.model_config import config_of, config_of_text, size_of
+from pome.roles.roles import find_layout
 
 AS_ADAPTER = "write an adapter (--out-format adapter)"
 _TABLES = {"embed", "head"}
@@ -113,7 +113,7 @@ class TableMatcher:
             return
         leaf = ".".join(plain.split(".")[-2:])
         elsewhere = any(name == leaf or name.endswith(f".{leaf}") for name in self.shapes)
-        embeds = {part.role for part in describe(plain, entry.shape, self.base.config).parts} == {"embed"}
+        embeds = {part.role for part in find_layout(plain, entry.shape, self.base.config).parts} == {"embed"}
         if not self.config.saves(module) or elsewhere or embeds or not all(entry.shape):
             found.unused.append(entry.name)
         elif not self.merges:
@@ -143,7 +143,7 @@ class TableMatcher:
         """
         if not self.config.saves(module) or self.config.get("ensure_weight_tying"):
             return False
-        if arch.size_of(arch.config_of(name, self.base.config), "vocab_size") not in (None, self.shapes[name][0]):
+        if size_of(config_of(name, self.base.config), "vocab_size") not in (None, self.shapes[name][0]):
             return False  # a table of positions or of token types
         return self._roles(name) == {"embed"} and self.is_tied
 
@@ -151,16 +151,16 @@ class TableMatcher:
         """Whether a module that BASE lacks is the head that shares the embedding's tensor; None: of any shape."""
         tables = {one for name, one in self.shapes.items() if self._roles(name) == {"embed"}}
         size = shape or next(iter(tables), (0, 0))
-        roles = {part.role for part in describe(f"{module}.weight", size, self.base.config).parts}
+        roles = {part.role for part in find_layout(f"{module}.weight", size, self.base.config).parts}
         return roles == {"head"} and self.is_tied and size in tables
 
     def _roles(self, name: str) -> set[str]:
-        return {part.role for part in describe(name, self.shapes[name], self.base.config).parts}
+        return {part.role for part in find_layout(name, self.shapes[name], self.base.config).parts}
 
     @cached_property
     def is_tied(self) -> bool:
         """Whether BASE stores one tensor for its embedding and its head."""
         config = self.base.config
-        text = arch.config_of_text(config) if config else None
+        text = config_of_text(config) if config else None
         tied = {side.get("tie_word_embeddings") for side in (config, text) if side} - {None} != {False}
         return tied and not any(self._roles(name) == {"head"} for name in self.shapes)

@@ -19,7 +19,7 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 Data = tuple[bytearray | dict[str, AdapterSlice], bytearray]
 

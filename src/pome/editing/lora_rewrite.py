@@ -33,7 +33,7 @@ from pome.manifest import KeptRecord, TensorRecord
 from pome.output.clone import copy_range
 from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 Factors = tuple[Tensor, Tensor]  # F (rows, k) and G (k, columns)
 Places = dict[str, tuple[str, tuple[int, ...], int]]  # adapter tensor -> dtype, shape and offset in scratch

@@ -17,9 +17,9 @@ from pome.errors import PairingError, SelectionError, printable
 from pome.manifest import KeptRecord
 from pome.planning.lora_notes import note_origin, note_other_weights
 from pome.planning.obstacles import find_obstacle
-from pome.planning.selection import EDITABLE, describe_tensors, explain_empty, select
+from pome.planning.selection import EDITABLE, explain_empty, find_tensor_layouts, select
 from pome.planning.units import STORED_NAMES, Added, Layouts, Plan, Unit, lay_out, split_units
-from pome.roles.roles import Layout
+from pome.roles.layout import Layout
 
 
 def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
@@ -36,7 +36,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
                 "unquantized model as BASE"
             )
     pairs = {name: name for name in base.tensors}
-    described = describe_tensors(base)
+    described = find_tensor_layouts(base)
     chosen = list(select(base, spec))
     if not chosen:
         raise SelectionError(explain_empty(base, spec))
@@ -61,7 +61,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         )
     if spec.out_format == "adapter":
         plan = _plan_edited_adapter(base, ft, spec, found, edits)
-        return replace(plan, kept=tuple(kept), pairs=pairs, matched=len(chosen), notes=notes)
+        return replace(plan, kept=tuple(kept), notes=notes)
     out_dtypes = {} if spec.dtype == "keep" else dict.fromkeys(edits, STORED_NAMES[spec.dtype])
     added = _place_added(base, ft, found)
     layouts = lay_out(base, out_dtypes, added)
@@ -85,8 +85,6 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     return Plan(
         tuple(units),
         tuple(kept),
-        pairs,
-        len(chosen),
         len(base.tensors),
         layouts,
         tuple(sorted(merged)),
@@ -188,7 +186,7 @@ def _plan_edited_adapter(
     _refuse_growing_experts(ft, found.loras, units)
     order = {name: at for at, name in enumerate(sorted(edited, key=lambda name: ft.tensors[name][1].start))}
     units.sort(key=lambda unit: min(order.get(low.a, len(order)) for low in unit.change.lows) if unit.change else 0)
-    return Plan(tuple(units), (), {}, 0, len(base.tensors), {}, loras=tuple(found.loras))
+    return Plan(tuple(units), (), len(base.tensors), {}, loras=tuple(found.loras))
 
 
 def _refuse_growing_experts(ft: Checkpoint, loras: list[LowRank], units: list[Unit]) -> None:

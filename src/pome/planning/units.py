@@ -12,7 +12,7 @@ from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_heade
 from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
-from pome.roles.roles import Layout, Part, matrix_shape
+from pome.roles.layout import Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
@@ -61,8 +61,6 @@ class Plan:
 
     units: tuple[Unit, ...]
     kept: tuple[KeptRecord, ...]
-    pairs: dict[str, str]
-    matched: int
     tensor_count: int
     layouts: dict[str, tuple[bytes, Header]]
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited

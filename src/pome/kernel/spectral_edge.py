@@ -1,4 +1,4 @@
-"""Where the spectrum of a noise matrix ends whose entries do not all vary alike.
+"""Edge of the singular spectrum of a noise matrix whose entries do not all vary alike.
 
 Some rows and columns of a weight are many times larger than the others (outlier channels), and so is the rounding
 noise in them: its largest singular value is up to twice that of even noise of the same norm.
@@ -15,7 +15,8 @@ POINTS, ZOOMS, REACH = 24, 6, 20.0  # six zooms into one of 23 cells leave 3e-7 
 
 
 def find_edge(rows: Tensor, columns: Tensor) -> tuple[float, tuple[float, float]]:
-    """Largest singular value, about, of independent noise, and the shape of the even noise that fluctuates like it.
+    """Edge (about the largest singular value) of independent noise, and the shape of the even noise that fluctuates
+    like it.
 
     `rows` (2 x m) and `columns` (2 x n), float64, sum the variances of the entries in each, and their squares. For the
     single variances v_ij = rows_i columns_j / T is taken, T being the whole sum. By Lehner's formula ("Computing norms
@@ -36,8 +37,8 @@ def find_edge(rows: Tensor, columns: Tensor) -> tuple[float, tuple[float, float]
     r, c = rows[0] / highest[0], columns[0] / highest[1]
     span_s = span_t = -REACH, REACH
     for _ in range(ZOOMS):
-        at_s, height_s, slope_s = trace(r, *span_s)
-        at_t, height_t, slope_t = trace(c, *span_t)
+        at_s, height_s, slope_s = tabulate_sum(r, *span_s)
+        at_t, height_t, slope_t = tabulate_sum(c, *span_t)
         j = torch.searchsorted(height_t, height_s).clamp_(1, POINTS - 1)
         share = ((height_s - height_t[j - 1]) / (height_t[j] - height_t[j - 1])).clamp_(0.0, 1.0)
         # Both slopes grow from 1, so that this falls from 2: the minimum lies where it passes 1.
@@ -52,7 +53,7 @@ def find_edge(rows: Tensor, columns: Tensor) -> tuple[float, tuple[float, float]
     return math.sqrt(square), (m, along) if m * along < n * across else (across, n)
 
 
-def trace(weights: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+def tabulate_sum(weights: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of s from `low` to `high`, and for each of them log(sum_i s w_i / (1 - s w_i)) and its slope in log(s)."""
     logits = torch.linspace(low, high, POINTS, dtype=torch.float64)
     x = logits.sigmoid()[:, None] * weights
@@ -63,9 +64,9 @@ def trace(weights: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Ten
 
 
 def count_carriers(sums: Tensor, rest: Tensor) -> tuple[float, float]:
-    """How many rows carry the edge, and how many entries in each of them (or columns, and entries in those).
+    """Effective number of rows that carry the edge, and of entries in each of them (or of columns, and their entries).
 
-    A variance in row i moves edge^2 by 1 / rest_i^2, all else being equal. What a number of shares p comes to is
+    A variance in row i moves edge^2 by 1 / rest_i^2, all else being equal. The effective number of shares p is
     1 / sum(p^2): of the m rows of even noise all m.
     """
     effect = rest.pow(-2.0)
