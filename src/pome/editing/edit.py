@@ -179,13 +179,12 @@ class _Run:
                 yield lora
                 self.progress.advance("edit", len(lora.units), sum(unit.nbytes for unit in lora.units), lora.low.key)
 
-        for lora in write_adapter(edit_each(), opened.ft, staging.output, staging.folder / "factors"):
-            entry = {
-                "tensors": [dataclasses.asdict(record) for record in lora.tensors],
-                "kept": [dataclasses.asdict(record) for record in lora.kept],
-            }
-            staging.finished |= dict.fromkeys((unit.key for unit in lora.units), {"tensors": [], "kept": []})
-            staging.finished[lora.units[0].key] = entry
+        scratch = staging.folder / "factors"
+        staging.finished |= {unit.key: {"tensors": [], "kept": []} for unit in opened.plan.units}
+        for lora in write_adapter(edit_each(), opened.plan.loras, opened.ft, staging.output, scratch):
+            entry = staging.finished[lora.units[0].key]  # which another LoRA of the same stored tensor may share
+            entry["tensors"] += [dataclasses.asdict(record) for record in lora.tensors]
+            entry["kept"] += [dataclasses.asdict(record) for record in lora.kept]
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
 
@@ -262,6 +261,7 @@ class _Run:
             not_copied=self.opened.not_copied,
             files={},
             sweep=dict(self.sweep) if self.sweep is not None else None,
+            notes=plan.notes,
         )
 
     def _read_ft_card(self) -> str | None:

@@ -154,7 +154,8 @@ def _check_against_inputs(
             )
         merged = adapted and spec.out_format == "full"
         template = sides[2] if merged else tuned
-        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted)
+        added = made.tensors.keys() - template.tensors.keys()  # by an adapter, or tensors that nobody planned
+        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted and not added)
         beside = None
         if all(side.is_local for side in sides[1:]):
             side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
@@ -187,7 +188,8 @@ def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set
     written = {*made.files, CARD_NAME}
     if made.adapter_config is not None:
         written.add(ADAPTER_CONFIG)
-    if template.index is not None and (spec.dtype != "keep" or template.dequantized):
+    added = made.tensors.keys() - template.tensors.keys()
+    if template.index is not None and (spec.dtype != "keep" or template.dequantized or added):
         written.add(template.index)
     if template.dequantized:
         written.add("config.json")  # without the word of the scales
