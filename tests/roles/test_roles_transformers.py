@@ -58,13 +58,26 @@ def test_nearly_every_causal_language_model_is_fully_right(rows: list[Row]):
     assert sum(row.complete for row in with_ffn) >= 0.95 * len(with_ffn)
 
 
-def test_the_table_says_what_is_so(rows: list[Row]):
+LINE = re.compile(r"(?m)^\| (?!kind)([a-z-]+ \| [a-zA-Z][^ ]*) \| (.*) \|")
+
+
+def test_the_table_is_what_the_survey_finds(rows: list[Row]):
+    """Line by line on the release that the table names; on another, what was all right there is all right here."""
     table = TABLE.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__};" not in table:
-        return  # another release has other architectures; that nothing is wrong there was tested above
-    lines = [line for line in format_table(rows).splitlines() if re.match(r"\| (?!kind)[a-z-]+ \| [a-zA-Z]", line)]
-    assert len(lines) == len(rows)
-    assert [line for line in lines if line not in table] == []
+    recorded, found = (dict(LINE.findall(text)) for text in (table, format_table(rows)))
+    assert len(found) == len(rows)
+    if f"transformers {transformers.__version__};" in table:
+        assert found == recorded
+        return
+    both = recorded.keys() & found.keys()
+    assert len(both) >= 0.9 * len(recorded)
+    assert {name: found[name] for name in both if is_all_right(recorded[name]) and not is_all_right(found[name])} == {}
+
+
+def is_all_right(counts: str) -> bool:
+    """Whether a line's feed-forward matrices are all right: none unknown, unproved or wrong."""
+    numbers = counts.split(" | ")
+    return numbers[0].isdigit() and int(numbers[0]) > 0 and numbers[1:4] == ["0", "0", "0"]
 
 
 def swap_gate_and_up(role: str) -> str:

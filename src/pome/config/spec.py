@@ -89,6 +89,10 @@ class EditSpec:
     dequantize: bool = False
     common_rows: bool = False  # edit the first rows that embeddings of different vocabularies share
 
+    allow_missing: bool = False  # go on where BASE has no partner for a whole group of what is selected
+    allow_other_base: bool = False  # go on where BASE does not look like the model that FT was trained from
+    allow_other_depth: bool = False  # pair layers by number where FT and BASE have different numbers of them
+
     overrides: tuple[Override, ...] = ()  # later ones win
 
     def __post_init__(self) -> None:
@@ -129,6 +133,8 @@ class EditSpec:
             raise SpecError(f"device: {show(self.device)} is none of auto, cpu, cuda, cuda:N, mps")
         check_switch("dequantize", self.dequantize)
         check_switch("common_rows", self.common_rows)
+        for name in ("allow_missing", "allow_other_base", "allow_other_depth"):
+            check_switch(name, getattr(self, name))
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
         if self.rank_rule == "fixed" and self.rank is None:
