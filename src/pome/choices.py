@@ -1,7 +1,99 @@
-"""The closed sets of names that users choose from: the leaf that every package may import."""
+"""Lists of what an option may be: rank rules, scales, dtypes, engines, formats, roles, searches, commands. No torch.
+
+Each stands here once, with what it means and how tables and pages name it. Everything else reads these lists: the
+command line, YAML, the kernel, the reports and the documentation. A type (`ScaleName`) names the same choices for
+type checkers.
+"""
 
 from __future__ import annotations
 
-# What a matrix does in the model, and the names under which several roles are selected together.
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value that an option may take, and what it means in a few words."""
+
+    name: str
+    means: str
+
+
+@dataclass(frozen=True)
+class RankRuleChoice(Choice):
+    """A rule that chooses k, the number of directions to keep.
+
+    number: the option that gives the rule its number, or None. A name with a number of its own in `label` is formatted
+    with it, as `K=0.5`. heading: the name in a table's narrow column.
+    """
+
+    number: str | None = None
+    label: str = ""
+    heading: str = ""
+
+    def describe(self, number: float | None = None) -> str:
+        """The rule in a word, with its number."""
+        return self.label.format(number) if self.label else self.name
+
+
+ChoiceRow = TypeVar("ChoiceRow", bound=Choice)
+
+
+def _by_name(rows: Iterable[ChoiceRow]) -> dict[str, ChoiceRow]:
+    return {row.name: row for row in rows}
+
+
+RankRuleName = Literal["ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective"]
+RANK_RULES = _by_name(
+    [
+        RankRuleChoice("ratio", "a share of the rank", "rank_ratio", "K={:g}"),
+        RankRuleChoice("fixed", "a number of directions", "rank", "k={}"),
+        RankRuleChoice("energy", "a share of the squared norm", "energy", "energy={:g}"),
+        RankRuleChoice("noise-floor", "directions above what storage rounding explains"),
+        RankRuleChoice("gavish-donoho", "optimal hard threshold", heading="g.-donoho"),
+        RankRuleChoice("effective", "entropy rank"),
+    ]
+)
+
+ScaleName = Literal["frobenius", "unit", "rms", "mean", "spectral"]
+SCALES = _by_name(
+    [
+        Choice("frobenius", "norm_F(D)/sqrt(k)"),
+        Choice("unit", "1"),
+        Choice("rms", "sqrt(fan_out/fan_in)"),
+        Choice("mean", "mean of the kept singular values"),
+        Choice("spectral", "the largest of them"),
+    ]
+)
+
+DtypeName = Literal["keep", "float32", "bfloat16", "float16"]
+DTYPES = _by_name(
+    [
+        Choice("keep", "the dtype of the fine-tuned tensor"),
+        Choice("float32", "4 bytes"),
+        Choice("bfloat16", "2 bytes, the range of float32"),
+        Choice("float16", "2 bytes, at most 65504"),
+    ]
+)
+
+EngineName = Literal["local"]
+ENGINES = _by_name([Choice("local", "this machine")])
+
+OutFormatName = Literal["full", "adapter"]
+OUT_FORMATS = _by_name([Choice("full", "a full checkpoint"), Choice("adapter", "an adapter again")])
+
+SearchName = Literal["grid", "coordinate"]
+SEARCHES = _by_name(
+    [
+        Choice("grid", "every combination"),
+        Choice("coordinate", "beta first, then how k is chosen, the roles, the scale, each at the best so far"),
+    ]
+)
+
 ROLES = ("gate", "up", "down", "q", "k", "v", "o", "embed", "head", "router", "other")
 GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
+
+# In the order of the help. Each is a module of `pome.cli.commands`.
+COMMANDS = ("edit", "inspect", "sweep", "verify", "batch")
+CommandName = Literal["edit", "inspect", "sweep", "verify", "batch"]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import pome
 from pome import EditSpec, Manifest
 from pome.cli.app import run_command
-from pome.cli.batch import Publication, read_batch
+from pome.cli.batch import read_batch
+from pome.config.outputs import Publication
 from pome.errors import SpecError
 from pome.manifest import SideRecord, TensorRecord
 from pome.output.card import make_card

@@ -47,8 +47,8 @@ def test_every_combination_is_tried_once_beta_fastest():
 
 def test_all_that_chooses_k_is_one_axis():
     grid = make_grid({"rank_ratio": [0.25], "rank": [8, "16"], "energy": 0.8, "rank_rule": "effective,ratio"})
-    cuts = [candidate.cut for candidate in drain(grid, lambda _: 0.0)]
-    assert cuts == ["K=0.25", "k=8", "k=16", "energy=0.8", "effective"]
+    choices = [candidate.rank_choice for candidate in drain(grid, lambda _: 0.0)]
+    assert choices == ["K=0.25", "k=8", "k=16", "energy=0.8", "effective"]
     specs = [candidate.spec for candidate in drain(grid, lambda _: 0.0)]
     assert [(spec.rank_rule, spec.rank) for spec in specs] == [
         ("ratio", None), ("fixed", 8), ("fixed", 16), ("energy", None), ("effective", None)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pome.checkpoint.header import DTYPE_BITS
-from pome.checkpoint.lora import Change
+from pome.checkpoint.lora import AdapterChange
 from pome.checkpoint.lora_match import read_adapter
 from pome.checkpoint.quantization import declared_method, find_quantized
 from pome.checkpoint.source import Checkpoint
@@ -77,7 +77,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     return Plan(tuple(units), tuple(kept), len(base.tensors), layouts, tuple(sorted(merged)))
 
 
-def _find_obstacle_in_adapter(change: Change, ft: Checkpoint) -> str | None:
+def _find_obstacle_in_adapter(change: AdapterChange, ft: Checkpoint) -> str | None:
     """Why a selected change cannot be edited inside the adapter, or None; an error where the user must decide."""
     if change.low is None or change.whole is not None:
         return "the adapter holds it whole, and it is copied so"
@@ -93,7 +93,7 @@ def _plan_edited_adapter(
     base: Checkpoint,
     ft: Checkpoint,
     spec: EditSpec,
-    changes: dict[str, Change],
+    changes: dict[str, AdapterChange],
     edits: dict[str, Layout],
     kept: list[KeptRecord],
 ) -> Plan:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
-from pome.checkpoint.lora import Change
+from pome.checkpoint.lora import AdapterChange
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
 from pome.roles.layout import Block, Layout, Part, matrix_shape
@@ -57,7 +57,7 @@ class Unit:
     # Where BASE stores the matrix of each part, if not in one range that is laid out as FT's; what is said of BASE
     # above is then the first one's name and start, the widest dtype and the bytes of all.
     base_parts: tuple[BaseRange, ...] = ()
-    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
 
     @property
     def key(self) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from pome.config.spec import read_float
+from pome.config.options import read_float
 from pome.errors import ScoreError, SpecError, printable
 
 # A number is a whole run of letters, digits and dots; the sign of an exponent parts two runs. Each pattern can match in
