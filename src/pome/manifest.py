@@ -89,6 +89,7 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
+    notes: tuple[str, ...] = ()  # what was said of the inputs; left out of the file where nothing was
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -101,7 +102,8 @@ class Manifest:
         return dataclasses.replace(self, timing={**self.timing, CHECKSUM: self.checksum()})
 
     def to_mapping(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        mapping = dataclasses.asdict(self)
+        return mapping if self.notes else {key: value for key, value in mapping.items() if key != "notes"}
 
     def to_json(self) -> str:
         return json.dumps(self.to_mapping(), indent=1, allow_nan=False) + "\n"
@@ -129,6 +131,7 @@ class Manifest:
                     "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
+                    "notes": _read_texts(raw.get("notes", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

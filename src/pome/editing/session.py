@@ -30,6 +30,9 @@ class Progress:
     def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
         """The plan stands, nothing is written yet; `resumed` units were finished by an earlier run."""
 
+    def note(self, text: str) -> None:
+        """Something that a user should know of the inputs, found by reading them."""
+
     def start(self, task: str, total: int) -> None:
         """A task of `total` bytes (`copy`, `hash`) or units (`edit`) begins."""
 

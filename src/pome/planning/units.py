@@ -121,7 +121,7 @@ class Plan:
             edit.append(entry if base_name == unit.name else {**entry, "base": base_name})
         keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
         totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
-        return {"edit": edit, "keep": keep, **totals}
+        return {"edit": edit, "keep": keep, "notes": list(self.notes), **totals}
 
 
 def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
