@@ -14,6 +14,7 @@ import pome
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import ADAPTER_CONFIG
 from pome.config.spec import EditSpec
+from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.engines.local import map_units
@@ -127,6 +128,7 @@ class _Run:
         command = {**describe_command(self.opened, self.spec), "card": self.card}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
+        self._check_base()
         with Staging(target, command, fresh) as staging:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
@@ -160,6 +162,14 @@ class _Run:
                     f"{staging.folder}; run the same command again to go on, or remove that folder"
                 ) from None
         return manifest
+
+    def _check_base(self) -> None:
+        """Refuse a BASE that is not FT's, or note that it is in doubt."""
+        notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
+        for note in notes:
+            self.progress.note(note)
+        plan = dataclasses.replace(self.opened.plan, notes=(*self.opened.plan.notes, *notes))
+        self.opened = dataclasses.replace(self.opened, plan=plan)
 
     def _edit_adapter(self, staging: Staging, device: str) -> None:
         """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
