@@ -126,6 +126,15 @@ class PoetLinear(nn.Module):
             apply_blocks(self.poet_probe_out[None], forth, self.poet_index_out, self.poet_inverse_out)[0],
         )
 
+    def start_probes(self) -> tuple[Tensor, Tensor]:
+        """Probe vectors of both sides as they were at wrap."""
+        seed, name = self.poet_config.seed, self.poet_name
+        device = self.weight.device
+        return (
+            draw_probe(seed, name, "in", self.fan_in).to(device),
+            draw_probe(seed, name, "out", self.fan_out).to(device),
+        )
+
     @torch.no_grad()
     def redraw(self) -> None:
         """New random blocks. Only valid while Q is zero, right after `fold`."""
