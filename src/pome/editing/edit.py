@@ -161,7 +161,7 @@ class _Run:
 
         for lora in write_adapter(edit_each(), opened.ft, staging.output, staging.folder / "factors"):
             entry = {
-                "tensors": [dataclasses.asdict(record) for record in lora.tensors],
+                "tensors": [record.to_mapping() for record in lora.tensors],
                 "kept": [dataclasses.asdict(record) for record in lora.kept],
             }
             staging.finished |= dict.fromkeys((unit.key for unit in lora.units), {"tensors": [], "kept": []})
@@ -206,7 +206,7 @@ class _Run:
                     {
                         "unit": patch.unit.key,
                         "file": patch.unit.file,
-                        "tensors": [dataclasses.asdict(record) for record in patch.tensors],
+                        "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
                 )
@@ -281,9 +281,7 @@ class _Run:
             base=base,
             fine_tuned=fine_tuned,
             spec=self.spec.to_mapping(),
-            tensors=tuple(
-                TensorRecord(**{**t, "shape": tuple(t["shape"]), "warnings": tuple(t["warnings"])}) for t in tensors
-            ),
+            tensors=tuple(map(TensorRecord.from_mapping, tensors)),
             kept=tuple(kept),
             merged=plan.merged,
             not_copied=self.opened.not_copied,

@@ -15,14 +15,14 @@ from pome.errors import NumericalError, printable
 from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.spectrum import DecompositionCache, ZeroDelta
-from pome.manifest import KeptRecord, TensorRecord
+from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
 from pome.planning.units import Unit, fan_out_in
 from pome.roles.roles import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
-    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
+    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )
 
 # Where the decomposition of a matrix is kept, for those who edit it many times.
@@ -232,6 +232,7 @@ def record_part(unit: Unit, part: Part, result: Equalized, floor: float, roundin
         rounding=rounding,
         solver=result.solver,
         warnings=result.warnings,
+        spectrum=sample_spectrum(result.sigma[: result.rank].tolist()),
         **{name: getattr(result, name) for name in MEASURED},
     )
 

@@ -55,8 +55,9 @@ class Equalized:
 
     value: alpha * P, m x n, float32 (float64 for a float64 delta), on the delta's device. sigma_next is 0.0 where
     there is no direction left. delta_norm and edit_norm are Frobenius norms of the delta and of `value`, energy_kept
-    the share of delta_norm^2 in the k kept singular values. objective = <D, P> / (s_1 + ... + s_k);
-    orthogonality = norm_F(P P^T P - P) / norm_F(P), by seeded probes.
+    the share of delta_norm^2 in the k kept singular values. departure = norm_F(value - D) / delta_norm: how far the
+    edit takes the weight from the fine-tuned one. sigma: singular values of D, descending, float64, on the CPU.
+    objective = <D, P> / (s_1 + ... + s_k); orthogonality = norm_F(P P^T P - P) / norm_F(P), by seeded probes.
     """
 
     value: Tensor
@@ -70,10 +71,12 @@ class Equalized:
     delta_norm: float
     edit_norm: float
     energy_kept: float
+    departure: float
     objective: float
     orthogonality: float
     solver: str
     warnings: tuple[str, ...]
+    sigma: Tensor
 
 
 def equalize(
@@ -249,11 +252,19 @@ def finish(
         delta_norm=delta_norm,
         edit_norm=alpha * certificate.norm,
         energy_kept=float(kept.sigma[:k].square().sum()) / square,
+        departure=measure_departure(kept, certificate, square, alpha * certificate.norm / delta_norm),
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
         solver=found.solver,
         warnings=(*found.warnings, *warn_of_noise(sigma, k, rule, shape)),
+        sigma=sigma,
     )
+
+
+def measure_departure(kept: Kept, certificate: Certificate, square: float, ratio: float) -> float:
+    """norm_F(alpha P - D) / norm_F(D), from `square` = norm_F(D)^2 and `ratio` = norm_F(alpha P) / norm_F(D)."""
+    cosine = certificate.objective * attain(kept) / (certificate.norm * math.sqrt(square))
+    return math.sqrt(max(0.0, 1.0 - 2.0 * ratio * cosine + ratio**2))
 
 
 def multiply(P: Tensor, alpha: float) -> Tensor:

@@ -12,7 +12,7 @@ from pome.choices import ROLES
 from pome.errors import VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
-from pome.manifest import Manifest, TensorRecord
+from pome.manifest import Manifest, TensorRecord, spread_indices
 from pome.reports.quantities import EDITED, SURVEYED, Quantity
 
 POINTS, FEW_POINTS, MANY = 96, 24, 4000  # points kept of a spectrum; with more matrices than MANY, the few
@@ -133,13 +133,6 @@ def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     made = list(rows)
     order = {place: i for i, place in enumerate(sort_places([row.place for row in made]))}
     return tuple(sorted(made, key=lambda row: (order[row.place], ROLES.index(row.role))))
-
-
-def spread_indices(n: int, count: int) -> list[int]:
-    """At most `count` whole numbers from 1 to n, both included, dense at the start as a logarithmic axis shows them."""
-    if n <= count:
-        return list(range(1, n + 1))
-    return sorted({round(n ** (i / (count - 1))) for i in range(count)})
 
 
 def summarise_roles(sheet: Sheet, keys: Sequence[str]) -> list[tuple[str, int, dict[str, float]]]:
