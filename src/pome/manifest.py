@@ -206,14 +206,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 @functools.cache
-def _list_kinds(record: type) -> list[tuple[str, tuple[type, ...]]]:
+def _list_kinds(record: Any) -> list[tuple[str, tuple[type, ...]]]:
     """The fields of a record that hold one plain value, with the types it may have."""
     return [(known.name, _KINDS[str(known.type)]) for known in dataclasses.fields(record) if str(known.type) in _KINDS]
 
 
 def _read(record: type[_Record], raw: dict[str, Any]) -> _Record:
     """A record from an object with its fields. Raises TypeError for a field of another kind."""
-    for name, kinds in _list_kinds(record):
+    kind: Any = record
+    for name, kinds in _list_kinds(kind):
         if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
             raise TypeError(f"{name} is {raw[name]!r}")
     return record(**raw)
