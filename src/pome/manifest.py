@@ -72,6 +72,11 @@ class TensorRecord:
     warnings: tuple[str, ...]
     spectrum: tuple[tuple[int, float], ...]
 
+    @property
+    def title(self) -> str:
+        """Its name, with the part of the tensor that it is."""
+        return f"{self.name} ({self.part})" if self.part else self.name
+
     def to_mapping(self) -> dict[str, Any]:
         """The record in JSON's types, but for tuples, which JSON writes as lists. (asdict() would copy each number.)"""
         return dict(vars(self))
