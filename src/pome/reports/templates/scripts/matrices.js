@@ -1,6 +1,6 @@
 "use strict";
 // The list of matrices, and choosing one. The list never holds more than a few hundred names.
-const MOST_LISTED = 300;
+const MOST_LISTED = 200;
 
 function listMatrices(indices, what) {
   const list = byId("list");
