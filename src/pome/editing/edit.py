@@ -193,7 +193,7 @@ class _Run:
         staging.finished |= {unit.key: {"tensors": [], "kept": []} for unit in opened.plan.units}
         for lora in write_adapter(edit_each(), opened.plan.loras, opened.ft, staging.output, scratch):
             entry = staging.finished[lora.units[0].key]  # which another LoRA of the same stored tensor may share
-            entry["tensors"] += [dataclasses.asdict(record) for record in lora.tensors]
+            entry["tensors"] += [record.to_mapping() for record in lora.tensors]
             entry["kept"] += [dataclasses.asdict(record) for record in lora.kept]
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
@@ -235,7 +235,7 @@ class _Run:
                     {
                         "unit": patch.unit.key,
                         "file": patch.unit.file,
-                        "tensors": [dataclasses.asdict(record) for record in patch.tensors],
+                        "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
                 )
@@ -263,9 +263,7 @@ class _Run:
             base=base,
             fine_tuned=fine_tuned,
             spec=self.spec.to_mapping(),
-            tensors=tuple(
-                TensorRecord(**{**t, "shape": tuple(t["shape"]), "warnings": tuple(t["warnings"])}) for t in tensors
-            ),
+            tensors=tuple(map(TensorRecord.from_mapping, tensors)),
             kept=tuple(kept),
             merged=plan.merged,
             not_copied=self.opened.not_copied,

@@ -18,14 +18,14 @@ from pome.kernel.decomposition import DecompositionCache
 from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equalize_matrix, equalize_product
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import RankRule
-from pome.manifest import KeptRecord, TensorRecord
+from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
 from pome.planning.units import BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
-    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
+    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )
 
 # Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
@@ -244,6 +244,7 @@ def record_part(unit: Unit, part: Part, result: Equalized, floor: float, roundin
         rounding=rounding,
         solver=result.solver,
         warnings=result.warnings,
+        spectrum=sample_spectrum(result.sigma[: result.rank].tolist()),
         **{name: getattr(result, name) for name in MEASURED},
     )
 
