@@ -23,6 +23,8 @@ from pome.errors import CheckpointError, printable
 INDEX_SUFFIX = ".safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
+MLX_WEIGHTS = "adapters.safetensors"
+FUSE_MLX = "fuse it into its model with mlx_lm.fuse (--dequantize for a quantized one) and give the fused model as FT"
 CONVERT = (
     "pickled weights are never unpickled; convert them once with transformers: "
     "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True), "
@@ -169,6 +171,8 @@ def _open_listing(source: str, listing: Listing) -> Checkpoint:
         return _open_adapter(source, listing)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if ADAPTER_CONFIG in names and MLX_WEIGHTS in names and "config.json" not in names:
+        raise CheckpointError(f"{label}/{MLX_WEIGHTS}: an adapter of MLX, not of PEFT; {FUSE_MLX}")
     if ADAPTER_CONFIG in names and "config.json" not in names:
         raise CheckpointError(
             f"{label}: holds the config of a PEFT adapter beside weights that are not an adapter's; keep one of the two"

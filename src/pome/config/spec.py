@@ -215,6 +215,27 @@ class EditSpec:
     common_rows: Annotated[
         bool, Option("Edit the first rows that resized embeddings share.", group=WHAT, everyday=False)
     ] = False
+    allow_missing: Annotated[
+        bool,
+        Option(
+            "Go on where BASE lacks whole groups of the selection, and keep them as in FT.",
+            group=WHAT, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = False  # fmt: skip
+    allow_other_base: Annotated[
+        bool,
+        Option(
+            "Go on where BASE does not look like the model that FT was trained from.",
+            group=WHAT, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = False  # fmt: skip
+    allow_other_depth: Annotated[
+        bool,
+        Option(
+            "Pair layers by number where BASE and FT have different numbers of layers.",
+            group=WHAT, commands=("edit", "sweep", "inspect"), everyday=False,
+        ),
+    ] = False  # fmt: skip
     overrides: Annotated[
         tuple[Override, ...],
         Option(

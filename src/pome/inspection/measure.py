@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pome.choices import RANK_RULES, SCALES
 from pome.config.spec import EditSpec
-from pome.editing.lora_merge import Data, load_pieces, merge_as_peft, orient, split_factors, take_factors
+from pome.editing.lora_merge import Data, find_factors, load_pieces, merge_as_peft
 from pome.editing.unit import TORCH_DTYPES, check_finite, describe_part, send, take
 from pome.errors import NumericalError
 from pome.inspection.records import Matrix, find_place
@@ -75,12 +75,8 @@ def _see_adapted(unit: Unit, part: Part, tensors: Mapping[str, Tensor], base: Te
     assert change is not None
     old = take(base, part)
     W = old.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
-    low = change.low
-    delta: tuple[Tensor, ...]
-    if change.whole is None and low is not None and low.magnitude is None and change.bias is None:
-        F, G = orient(*split_factors(low, tensors, unit.expert, W.dtype), low)
-        delta = take_factors(F * low.scaling, G, part)
-    else:
+    delta: tuple[Tensor, ...] | None = find_factors(change, part, tensors, unit.expert, W.dtype)
+    if delta is None:
         exact, _ = merge_as_peft(change, tensors, unit.expert, base)
         delta = (take(exact, part) - W,)
     return Seen(W, delta, None, measure_grid(old), True, None)

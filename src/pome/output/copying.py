@@ -68,7 +68,8 @@ def copy_files(template: Template, staging: Staging, progress: Progress) -> None
             headers = {name: weights.header for name, weights in source.files.items()}
             headers |= {name: header for name, (_, header) in layouts.items()}
             size = sum(header.file_size - header.data_start for header in headers.values())
-            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
+            added = {name: file for file, h in headers.items() for name in h.tensors if name not in source.tensors}
+            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized, added))
         else:
             staging.copy_file(source.index, index, advance)
     progress.finish("copy")

@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -176,8 +176,8 @@ class Staging:
                 write_at(copy, raw, 0)
                 os.ftruncate(copy, new.file_size)
                 for entry in new.tensors.values():
-                    was = old.tensors[entry.name]
-                    if was.dtype != entry.dtype:
+                    was = old.tensors.get(entry.name)  # None: a tensor that the source lacks, written by its unit
+                    if was is None or was.dtype != entry.dtype:
                         continue
                     if source.path is None:
                         pump(source, was.start, copy, entry.start, entry.nbytes, advance)
@@ -305,10 +305,10 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
 
 
-def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:
-    """The index for `size` bytes of data and without the tensors `gone`, all else as it was."""
+def update_index(raw: bytes, size: int, gone: frozenset[str], added: Mapping[str, str]) -> bytes:
+    """The index for `size` bytes of data, without the tensors `gone` and with those `added` (name -> file)."""
     index = json.loads(raw)
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone}
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone} | dict(added)
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = size

@@ -95,9 +95,9 @@ def count_bytes(plans: list[Plan]) -> int:
     for plan in plans:
         for unit, part in plan.matrices():
             m, n = fan_out_in(unit, part)
-            short, low = min(m, n), unit.change.low if unit.change else None
-            if low is not None:
-                sizes[unit.key, unit.label(part)] = 8 * low.rank * (m + n)
+            short, lows = min(m, n), unit.change.lows if unit.change else ()
+            if lows:
+                sizes[unit.key, unit.label(part)] = 8 * max(low.rank for low in lows) * (m + n)
             else:
                 sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
     return sum(sizes.values())

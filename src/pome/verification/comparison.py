@@ -102,7 +102,7 @@ def compare_untouched(
             if not same_bytes(made.files[file].file, mine.start, tuned.files[file].file, entry.start, entry.nbytes):
                 found.append(Difference(file, name, "its bytes are not FT's, and it was not edited"))
             advance(entry.nbytes)
-    for name in made.tensors.keys() - tuned.tensors.keys():
+    for name in sorted(made.tensors.keys() - tuned.tensors.keys() - edited):
         found.append(Difference(made.tensors[name][0], name, "FT has no such tensor"))
     return compared
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator
@@ -154,7 +155,8 @@ def _check_against_inputs(
             )
         merged = adapted and spec.out_format == "full"
         template = sides[2] if merged else tuned
-        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted)
+        added = made.tensors.keys() - template.tensors.keys()  # by an adapter, or tensors that nobody planned
+        found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted and not added)
         beside = None
         if all(side.is_local for side in sides[1:]):
             side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
@@ -170,7 +172,9 @@ def _check_against_inputs(
             converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
             found += compare_converted(made, tuned, converted)
             return compare_untouched(made, tuned, edited | converted, found, advance), 0
-        plan = make_plan(sides[2], tuned, spec)
+        # Whether to go on was asked when the output was made.
+        allowed = dataclasses.replace(spec, allow_missing=True, allow_other_depth=True)
+        plan = make_plan(sides[2], tuned, allowed)
         if adapted and not merged:
             return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
         compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)
@@ -187,7 +191,8 @@ def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set
     written = {*made.files, CARD_NAME}
     if made.adapter_config is not None:
         written.add(ADAPTER_CONFIG)
-    if template.index is not None and (spec.dtype != "keep" or template.dequantized):
+    added = made.tensors.keys() - template.tensors.keys()
+    if template.index is not None and (spec.dtype != "keep" or template.dequantized or added):
         written.add(template.index)
     if template.dequantized:
         written.add("config.json")  # without the word of the scales

@@ -15,17 +15,19 @@ from pome.planning.units import fan_out_in
 
 
 def describe_plan(opened: Opened) -> str:
-    """One line: what becomes what, how many tensors, how many bytes."""
+    """A line of what becomes what, how many tensors and bytes; and the notes on the inputs, a line each."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
     edited = {unit.name for unit in plan.units if unit.parts}
     kept = plan.tensor_count - len(edited | set(plan.merged))  # a tensor may be edited in part, and merged in the rest
     merged = f", {len(plan.merged)} merged" if plan.merged else ""
-    return (
-        f"{name_side(opened.base)} -> {name_side(opened.ft)}   {len(edited)} of {plan.tensor_count} tensors to edit "
+    line = (
+        f"{name_side(opened.base)} (pretrained) -> {name_side(opened.ft)} (fine-tuned)   "
+        f"{len(edited)} of {plan.tensor_count} tensors to edit "
         f"({', '.join(roles)}){merged}, {kept} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )
+    return "\n".join([line, *plan.notes])
 
 
 def make_plan_table(opened: Opened) -> FittedTable:
