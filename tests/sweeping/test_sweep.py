@@ -675,7 +675,7 @@ def test_a_sweep_checks_the_disk_for_its_decompositions_and_copies(pair, tmp_pat
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     monkeypatch.setattr("pome.output.staging.can_share", lambda *_: False)
-    with pytest.raises(PomeError, match="bytes are needed and 1048576 are free"):
+    with pytest.raises(PomeError, match="are needed and 1.0 MB are free"):
         sweep(*pair, tmp_path / "out", make_grid({}), make_scorer(score_cmd="echo 1; : {model}"))
 
 

@@ -317,10 +317,11 @@ def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
     return {**{k: v for k, v in file.items() if k not in dropped}, **options}
 
 
-def check_rank_options(options: Mapping[str, Any]) -> None:
+def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:
     """Refuse a number for choosing k beside another option that leaves it without effect.
 
-    One that is the default asks for nothing: so the `spec` of a manifest is a config file.
+    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
+    there only if somebody typed it, `defaults_count`.
     """
     # An option without a default is given on purpose, and comes before one that has a default.
     numbers = sorted(NUMBER_OF.values(), key=lambda name: find_options(EditSpec)[name].default is not None)
@@ -328,7 +329,7 @@ def check_rank_options(options: Mapping[str, Any]) -> None:
     rule = options.get("rank_rule")
     taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
     for name, value in given.items():
-        if name != taken and value != find_options(EditSpec)[name].default:
+        if name != taken and (defaults_count or value != find_options(EditSpec)[name].default):
             beside = f"rank_rule {rule!r}" if rule else taken
             said = f"{name}: has no effect with {beside}; give one of the two"
             raise SpecError(said, options=[name, "rank_rule", *([taken] if taken and not rule else [])])

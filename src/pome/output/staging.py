@@ -27,7 +27,7 @@ from typing import Any, TypeGuard
 from pome.checkpoint.files import File
 from pome.checkpoint.header import Header
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.errors import OutputError
+from pome.errors import OutputError, show_bytes
 from pome.output.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.output.durable import (
     append_synced,
@@ -149,8 +149,8 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
-                f"{show_path(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
-                "another OUT"
+                f"{show_path(self.folder)}: {show_bytes(needed)} are needed and {show_bytes(free)} are free there; "
+                "make room or choose another OUT"
             )
 
     def copy_file(self, name: str, source: Path, advance: Advance) -> None:
