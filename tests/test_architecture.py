@@ -77,8 +77,10 @@ def test_modules_that_compute_load_torch_and_no_other_heavy_library() -> None:
 def test_every_public_name_is_there_and_said_to_type_checkers() -> None:
     source = ast.parse((PACKAGE / "__init__.py").read_text())
     checked = next(node for node in source.body if isinstance(node, ast.If))
-    typed = {alias.asname for node in ast.walk(checked) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert typed == set(pome.__all__) - {"__version__"}
+    imported = {alias.asname for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assigned = {str(node.targets[0].id) for node in checked.body if isinstance(node, ast.Assign)}  # type: ignore[attr-defined]
+    typed = {name for name in imported | assigned if not str(name).startswith("_")}
+    assert typed | set(pome.errors.__all__) == set(pome.__all__) - {"__version__"}
     for name in pome.__all__:
         assert getattr(pome, name) is not None
     assert (PACKAGE / "py.typed").is_file()

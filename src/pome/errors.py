@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+__all__ = [
+    "CheckpointError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError", "PomeError",
+    "ScoreError", "SelectionError", "SpecError", "VerificationError",
+]  # fmt: skip
+
 
 class PomeError(Exception):
     """Base of every error that pome raises on purpose.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable
@@ -224,6 +225,19 @@ def test_base_inside_an_adapter_is_no_part_of_it(tmp_path: Path) -> None:
         "adapter_config.json": "the adapter's config; its changes are in the weights",
         "base/": "the folder of an input",
     }
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_side_that_is_read_from_the_hub_has_no_files_here(model: Path, tmp_path: Path, without: int) -> None:
+    """Only its weights are read; the files of the other side are all there is. 2: neither side lies here."""
+    adapter = write_adapter(tmp_path / "adapter")
+    write_files(adapter, ["tokenizer.json"])
+    sides = [open_checkpoint(model), open_checkpoint(adapter)]
+    seen = [dataclasses.replace(side, folder=None) if without in (at, 2) else side for at, side in enumerate(sides)]
+    copied, _ = list_adapted_side_files(*seen)
+    for side in sides:
+        side.close()
+    assert [file.name for file in copied] == [["tokenizer.json"], ["config.json"], []][without]
 
 
 def test_an_adapter_saved_into_its_base_leaves_only_itself_behind(model: Path) -> None:

@@ -338,13 +338,15 @@ SIZES = {"hidden_size": H, "intermediate_size": F}
         ("mlp", {"up_proj": (2 * H, H), "down_proj": (2 * H, H)}, None, "up down"),
     ],
 )
-def test_the_matrices_of_one_ffn_must_fit_each_other(module: str, shapes: dict, config: dict | None, roles: str):
+def test_roles_that_the_sizes_of_one_ffn_refute_become_other(
+    module: str, shapes: dict, config: dict | None, roles: str
+):
     named = {f"model.layers.3.{module}.{leaf}.weight": shape for leaf, shape in shapes.items()}
     layouts = find_layouts(named, config).values()
     assert " ".join("+".join(roles_of(layout)) for layout in layouts) == roles
 
 
-def test_a_refuted_role_leaves_the_orientation():
+def test_a_refuted_role_keeps_the_orientation():
     layouts = find_layouts({"h.0.mlp.c_fc.weight": (H, 2 * F), "h.0.mlp.c_proj.weight": (F, H)})
     assert list(layouts.values()) == [
         Layout((Part("other"),), transposed=True),

@@ -44,6 +44,7 @@ def test_the_spread_of_the_resamples_is_the_standard_error():
     assert float(means.mean()) == pytest.approx(float(values.mean()), abs=4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n"), [("accuracy", 400), ("loss", 60), ("loss", 200), ("weighted", 120)])
 def test_a_95_per_cent_interval_holds_the_true_difference_in_95_per_cent(monkeypatch, kind, n):
     """1,000 draws of paired scores whose true difference is known. Binomial: 93 to 97 % is 3 standard errors."""
@@ -67,6 +68,7 @@ def test_a_95_per_cent_interval_holds_the_true_difference_in_95_per_cent(monkeyp
     assert 930 <= held <= 970
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_best_of_many_has_at_most_5_per_cent_false_wins(monkeypatch):
     """24 candidates that differ from the reference by noise alone: one at least seems better in most draws, and the
     interval that allows for the choice says so in 5 % of them only (one-sided: about half of that)."""

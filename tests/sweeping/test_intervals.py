@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pome.sweeping import bootstrap
-from pome.sweeping.bootstrap import Difference, beats, compare, resample, spread_levels
+from pome.sweeping.bootstrap import MeanDifference, beats, compare, resample, spread_levels
 from pome.sweeping.scorers.command import Scored
 
 GENERATOR_SEED = 20251006  # of the draws: intervals that a journal holds must not change when a sweep goes on
@@ -117,7 +117,7 @@ def test_an_interval_takes_two_examples(examples: tuple[float, ...], has_interva
 
 
 def test_a_reference_without_examples_gives_differences_alone() -> None:
-    assert compare([Scored(0.5, (0.5, 0.5))], Scored(0.25)) == [Difference(0.25)]
+    assert compare([Scored(0.5, (0.5, 0.5))], Scored(0.25)) == [MeanDifference(0.25)]
     assert compare([], Scored(0.25, (0.25, 0.25))) == []
 
 
@@ -138,5 +138,5 @@ def test_better_is_beyond_zero_on_the_right_side(
     delta: float, best_interval: tuple[float, float] | None, higher: bool, lower: bool
 ) -> None:
     # The interval of the candidate alone has no say: it does not allow for the choice.
-    difference = Difference(delta, (delta, delta), best_interval)
+    difference = MeanDifference(delta, (delta, delta), best_interval)
     assert (beats(difference, minimize=False), beats(difference, minimize=True)) == (higher, lower)

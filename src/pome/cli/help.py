@@ -15,6 +15,7 @@ from pome.config.options import GROUP_ORDER, LIST_COMMANDS, Option, nearest
 
 MOST_WIDTH = 100  # longer lines are hard to read
 COLUMN = 28  # where the explanations begin
+NO_BREAK = "\xa0"  # a space at which no line ends
 
 
 def describe_command(name: str, everything: bool = False) -> str:
@@ -90,7 +91,8 @@ def explain_option(option: Option) -> str:
     text = option.help
     if option.choices:
         text = f"{text.rstrip('.')}: {', '.join(option.choices)}."
-    return f"{text} [default: {show_default(option)}]" if show_default(option) else text
+    default = f"[default: {show_default(option)}]".replace(" ", NO_BREAK)
+    return f"{text} {default}" if show_default(option) else text
 
 
 def show_default(option: Option) -> str:
@@ -135,6 +137,7 @@ def _wrap(text: str) -> list[str]:
 def _make_row(name: str, text: str) -> list[str]:
     """Lines with a name on the left and its explanation on the right, below the name where that is too long."""
     lines = textwrap.wrap(text, max(_width() - COLUMN, 20), break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace(NO_BREAK, " ") for line in lines]
     first = f"  {name}".ljust(COLUMN)
     head = (
         [f"{first}{lines[0]}"]

@@ -50,6 +50,9 @@ class LineProgress(Progress):
             self.say(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
         self.say(f"device {', '.join(devices)}")
 
+    def note(self, text: str) -> None:
+        self.say(text)
+
     def start(self, task: str, total: int) -> None:
         self.totals[task] = total
         self.begun[task] = self.said = time.monotonic()
@@ -144,6 +147,9 @@ class BarProgress(Progress):
     def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
         if resumed:
             self.console.print(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, task: str, total: int) -> None:
         self.bars.start()

@@ -140,6 +140,7 @@ class EditSpec:
         float,
         Option(
             "k = max(1, round(K * rank)).",
+            more="rank is the number of singular values of the delta that are not zero.",
             metavar="K", group=HOW, range=SHARE, axis=True, override=True,
         ),
     ] = 0.5  # fmt: skip
@@ -160,15 +161,14 @@ class EditSpec:
     energy: Annotated[
         float,
         Option(
-            "Least k that holds E of the squared norm.",
-            more="Given alone it means the rule `energy`.",
+            "Least k that holds E of the squared norm; alone it means the rule energy.",
             metavar="E", group=HOW, range=SHARE, axis=True, override=True,
         ),
     ] = 0.9  # fmt: skip
     scale: Annotated[
         ScaleName,
         Option(
-            "Rule for alpha_0.",
+            "Rule for alpha_0 (alpha = beta * alpha_0).",
             metavar="NAME", group=HOW, choices=SCALES, axis=True, override=True, commands=("edit", "sweep"),
         ),
     ] = "frobenius"  # fmt: skip
@@ -191,30 +191,51 @@ class EditSpec:
     dtype: Annotated[
         DtypeName,
         Option(
-            "Of the edited tensors.",
+            "Dtype of the edited tensors.",
             metavar="NAME", group=OUTPUT, choices=DTYPES, commands=("edit", "sweep"), hidden_in=("sweep",),
         ),
     ] = "keep"  # fmt: skip
     engine: Annotated[
         EngineName,
         Option(
-            "Where units are worked on.",
+            "Where matrices are worked on.",
             metavar="NAME", group=RUN, choices=ENGINES, commands=("edit", "sweep"), everyday=False,
         ),
     ] = "local"  # fmt: skip
     out_format: Annotated[
         OutFormatName,
         Option(
-            "Of an adapter as FT: a full checkpoint or an adapter.",
+            "Form of OUT where FT is an adapter.",
             metavar="NAME", group=OUTPUT, choices=OUT_FORMATS, commands=("edit", "sweep"), hidden_in=("sweep",),
         ),
     ] = "full"  # fmt: skip
     dequantize: Annotated[
-        bool, Option("See and write fp8 weights with block scales as bfloat16.", group=RUN, everyday=False)
+        bool, Option("See fp8 weights with block scales as bfloat16, and write them so.", group=RUN, everyday=False)
     ] = False
     common_rows: Annotated[
         bool, Option("Edit the first rows that resized embeddings share.", group=WHAT, everyday=False)
     ] = False
+    allow_missing: Annotated[
+        bool,
+        Option(
+            "Go on where BASE lacks whole groups of the selection, and keep them as in FT.",
+            group=WHAT, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = False  # fmt: skip
+    allow_other_base: Annotated[
+        bool,
+        Option(
+            "Go on where BASE does not look like the model that FT was trained from.",
+            group=WHAT, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = False  # fmt: skip
+    allow_other_depth: Annotated[
+        bool,
+        Option(
+            "Pair layers by number where BASE and FT have different numbers of layers.",
+            group=WHAT, commands=("edit", "sweep", "inspect"), everyday=False,
+        ),
+    ] = False  # fmt: skip
     overrides: Annotated[
         tuple[Override, ...],
         Option(

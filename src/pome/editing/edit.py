@@ -14,6 +14,7 @@ import pome
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import ADAPTER_CONFIG
 from pome.config.spec import EditSpec
+from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.engines.local import map_units
@@ -127,6 +128,7 @@ class _Run:
         command = {**describe_command(self.opened, self.spec), "card": self.card}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
+        self._check_base()
         with Staging(target, command, fresh) as staging:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
@@ -161,6 +163,14 @@ class _Run:
                 ) from None
         return manifest
 
+    def _check_base(self) -> None:
+        """Refuse a BASE that is not FT's, or note that it is in doubt."""
+        notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
+        for note in notes:
+            self.progress.note(note)
+        plan = dataclasses.replace(self.opened.plan, notes=(*self.opened.plan.notes, *notes))
+        self.opened = dataclasses.replace(self.opened, plan=plan)
+
     def _edit_adapter(self, staging: Staging, device: str) -> None:
         """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
         from pome.editing.lora_rewrite import edit_loras, write_adapter
@@ -183,7 +193,7 @@ class _Run:
         staging.finished |= {unit.key: {"tensors": [], "kept": []} for unit in opened.plan.units}
         for lora in write_adapter(edit_each(), opened.plan.loras, opened.ft, staging.output, scratch):
             entry = staging.finished[lora.units[0].key]  # which another LoRA of the same stored tensor may share
-            entry["tensors"] += [dataclasses.asdict(record) for record in lora.tensors]
+            entry["tensors"] += [record.to_mapping() for record in lora.tensors]
             entry["kept"] += [dataclasses.asdict(record) for record in lora.kept]
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
@@ -225,7 +235,7 @@ class _Run:
                     {
                         "unit": patch.unit.key,
                         "file": patch.unit.file,
-                        "tensors": [dataclasses.asdict(record) for record in patch.tensors],
+                        "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
                 )
@@ -253,9 +263,7 @@ class _Run:
             base=base,
             fine_tuned=fine_tuned,
             spec=self.spec.to_mapping(),
-            tensors=tuple(
-                TensorRecord(**{**t, "shape": tuple(t["shape"]), "warnings": tuple(t["warnings"])}) for t in tensors
-            ),
+            tensors=tuple(map(TensorRecord.from_mapping, tensors)),
             kept=tuple(kept),
             merged=plan.merged,
             not_copied=self.opened.not_copied,

@@ -13,7 +13,7 @@ from pome.checkpoint.lora import AdapterChange, AdapterSlice, LowRank, read_chan
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.editing import unit as patch
-from pome.editing.unit import TORCH_DTYPES, Patch, check_range, edit_part, put_view, take, to_bytes
+from pome.editing.unit import TORCH_DTYPES, Patch, check_range, edit_part, gather_base, put_view, take, to_bytes
 from pome.errors import NumericalError, printable
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
@@ -33,6 +33,8 @@ def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
         mine = ft.read(unit.name, unit.start, unit.nbytes)
     if unit.change is not None and unit.change.added:
         return mine, bytearray(unit.nbytes)  # BASE has no such tensor
+    if unit.base_parts:
+        return mine, gather_base(unit, base)
     return mine, base.read(unit.base_name, unit.base_start, unit.base_nbytes)
 
 

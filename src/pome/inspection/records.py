@@ -55,6 +55,11 @@ class Matrix:
     spectral_norm: float  # of the base's matrix
     sigma: array[float]
 
+    @property
+    def title(self) -> str:
+        """Its name, with the part of the tensor that it is."""
+        return f"{self.name} ({self.part})" if self.part else self.name
+
     def to_json(self) -> dict[str, Any]:
         """Field by field in JSON's types; singular values with the digits that they are good for."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -5,11 +5,13 @@ These are rules of thumb over numbers in the survey. They know the weights and n
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pome.editing.base_check import FAR
 from pome.inspection.records import Matrix
 
 # Roles in the order in which an edit of them is worth trying: the paper's default first, attention last.
@@ -18,16 +20,26 @@ SMALL_RANK = 1 / 8  # of the short side: below it, a delta or what stands out of
 NOISY = 0.5  # share of the energy that rounding explains
 LOSSY = 0.3  # share of the edit that rounding destroys
 SPARSE = 0.5  # share of entries that changed at all
-FAR = 0.3  # norm of the delta beside the base's
+OTHER = 1.0  # norm of the delta beside the base's, at which the two are no nearer than unrelated weights
+EXCLUDE = "--exclude"  # with a pattern for the matrices at hand
+LONGEST_PATTERN = 400
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a reader should know: in words, the option that answers it ("" for none), in how many matrices."""
+    """A warning about some matrices.
+
+    text: what is odd, in a sentence. option: what answers it on the command line of `pome edit`, "" for none.
+    matrices: titles of the matrices that it is about, as in `Matrix.title`.
+    """
 
     text: str
     option: str
-    count: int
+    matrices: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
         (
             lambda m: m.above_noise == 0,
             "No direction stands above storage rounding: an edit would equalize rounding noise.",
-            "--exclude PATTERN",
+            EXCLUDE,
         ),
         (
             lambda m: m.above_noise > 0 and m.noise_share > NOISY,
@@ -75,15 +87,46 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
         (
             lambda m: m.relative_norm is None or m.relative_norm > FAR,
             f"The update is over {FAR:.0%} of the weight: a layer trained anew, or another base than this one.",
-            "--exclude PATTERN",
+            EXCLUDE,
         ),
     ]
-    found = [(text, option, sum(map(test, matrices))) for test, text, option in checks]
-    return [Notice(text, option, count) for text, option, count in found if count]
+    notices = []
+    for test, text, option in checks:
+        found = [matrix for matrix in matrices if test(matrix)]
+        if found:
+            answer = make_exclusion(found, matrices) if option == EXCLUDE else option
+            notices.append(Notice(text, answer, tuple(matrix.title for matrix in found)))
+    return notices
+
+
+def make_exclusion(found: Sequence[Matrix], matrices: Sequence[Matrix]) -> str:
+    """`--exclude PATTERN` that leaves out the tensors of `found` and no other of `matrices`; "" if it would be long."""
+    excluded = {matrix.name for matrix in found}
+    others = {matrix.name for matrix in matrices} - excluded
+    by_form: dict[str, list[str]] = {}
+    for name in sorted(excluded):
+        by_form.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    other_forms = {re.sub(r"\d+", "#", name) for name in others}
+    patterns: list[str] = []
+    for form, names in by_form.items():
+        # One pattern for all layers and experts where none of them stays, else the names one by one.
+        whole = [r"\d+".join(map(re.escape, form.split("#")))] if form not in other_forms else map(re.escape, names)
+        patterns += whole
+    pattern = f"^({'|'.join(patterns)})$" if len(patterns) > 1 else f"^{patterns[0]}$"
+    return f"--exclude {shlex.quote(pattern)}" if len(pattern) <= LONGEST_PATTERN else ""
 
 
 def suggest(base: str, fine_tuned: str, matrices: Sequence[Matrix]) -> Suggestion:
     """One command for the pair, and why. `matrices` are those of the survey, of any roles."""
+    far = statistics.median(m.relative_norm or 0.0 for m in matrices) if matrices else 0.0
+    if far > OTHER and all(m.changed is not None for m in matrices):  # an adapter is the change itself
+        return Suggestion(
+            "BASE looks wrong",
+            "",
+            f"The update is {far:.0%} of the weights of {base} (the median), as between two models that were trained "
+            f"apart: {base} is taken as pretrained, {fine_tuned} as trained from it. Give the model that it was "
+            f"trained from. {CAUTION}",
+        )
     by_role = {role: [m for m in matrices if m.role == role] for role in PREFERRED}
     role = next((role for role in PREFERRED if any(m.above_noise for m in by_role[role])), None)
     if role is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from pome.choices import ROLES
@@ -39,6 +40,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
     from pome.inspection.measure import measure_unit
 
     progress = progress or Progress()
+    spec = dataclasses.replace(spec, allow_missing=True)  # looking leaves nothing undone
     with open_pair(base, ft, spec) as opened:
         devices = list_devices(spec.device)
         units = [unit for unit in opened.plan.units if unit.parts]

@@ -45,10 +45,12 @@ class Equalized:
     sigma_max, sigma_k, sigma_next: s_1, s_k and s_{k+1} of D; sigma_next is 0.0 where no direction is left.
     delta_norm, edit_norm: norm(D) and norm(value).
     energy_kept: (s_1^2 + ... + s_k^2) / norm(D)^2, in (0, 1].
+    departure: norm(value - D) / norm(D), how far the edit takes the weight from the fine-tuned one.
     objective: <D, P> / (s_1 + ... + s_k) for P = value / alpha; 1 within 1e-5 (Ky Fan; POME, theorem 1).
     orthogonality: norm(P P^T P - P) / norm(P), estimated by seeded probes; 0 within 1e-5.
     solver: the rung of the ladder that found it, such as `deflated-float32`.
     warnings: rungs that failed, a cut within a cluster of singular values, directions that storage rounding explains.
+    sigma: singular values of D, descending, float64, on the CPU.
     """
 
     value: Tensor
@@ -62,10 +64,12 @@ class Equalized:
     delta_norm: float
     edit_norm: float
     energy_kept: float
+    departure: float
     objective: float
     orthogonality: float
     solver: str
     warnings: tuple[str, ...]
+    sigma: Tensor
 
 
 @dataclass(frozen=True)
@@ -179,11 +183,20 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
         delta_norm=delta_norm,
         edit_norm=alpha * certificate.norm,
         energy_kept=float(cut.sigma[:k].square().sum()) / square,
+        departure=measure_departure(cut, certificate, square, alpha * certificate.norm / delta_norm),
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
         solver=found.solver,
         warnings=(*found.warnings, *warn_of_noise(sigma, k, recipe.rule, shape)),
+        sigma=sigma,
     )
+
+
+def measure_departure(cut: Truncation, certificate: Certificate, square: float, ratio: float) -> float:
+    """norm_F(alpha P - D) / norm_F(D), from `square` = norm_F(D)^2 and `ratio` = norm_F(alpha P) / norm_F(D)."""
+    inner = certificate.objective * float(cut.sigma[: cut.k].sum())
+    cosine = inner / (certificate.norm * math.sqrt(square))
+    return math.sqrt(max(0.0, 1.0 - 2.0 * ratio * cosine + ratio**2))
 
 
 def warn_of_noise(sigma: Tensor, k: int, rule: RankRule, shape: tuple[int, int]) -> tuple[str, ...]:

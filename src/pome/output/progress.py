@@ -24,6 +24,9 @@ class Progress:
         `devices` are torch devices such as `cuda:0`. `resumed` counts the units that an earlier run finished.
         """
 
+    def note(self, text: str) -> None:
+        """Something that a user should know of the inputs, found by reading them."""
+
     def start(self, task: str, total: int) -> None:
         """A task of `total` bytes (`copy`, `hash`) or units (`edit`, `survey`) begins."""
 

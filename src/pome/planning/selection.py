@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from pome.checkpoint.header import TensorEntry
@@ -13,9 +13,14 @@ from pome.checkpoint.source import Checkpoint
 from pome.choices import GROUPS
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, printable
+from pome.manifest import KeptRecord
 from pome.roles.layout import Layout
 from pome.roles.roles import find_layout, find_layouts
 
+PLACEHOLDER = (
+    "as DeepSpeed ZeRO-3 saves weights that other processes hold; gather them first (zero_to_fp32.py, or "
+    "stage3_gather_16bit_weights_on_model_save)"
+)
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -48,6 +53,18 @@ def select(ft: Checkpoint, spec: EditSpec, reshaped: Container[str] = ()) -> Ite
         layout = selection.match(name, entry.shape, layouts[name])
         if layout is not None:
             yield name, layout
+
+
+def find_placeholders(base: Checkpoint, ft: Checkpoint, names: Mapping[str, str], spec: EditSpec) -> list[KeptRecord]:
+    """The empty tensors of FT in place of weights that are selected, by what BASE holds in their place."""
+    empty = [n for n, (_, entry) in ft.tensors.items() if not all(entry.shape) and entry.dtype in EDITABLE]
+    selection, layouts = Selection(spec), find_tensor_layouts(base) if empty else {}
+    kept = []
+    for name in empty:
+        shape = base.tensors[names[name]][1].shape if name in names else ()
+        if len(shape) > 1 and all(shape) and selection.match(name, shape, layouts[names[name]]) is not None:
+            kept.append(KeptRecord(name, None, f"it is empty, {PLACEHOLDER}"))
+    return kept
 
 
 def find_tensor_layouts(side: Checkpoint, reshaped: Container[str] = ()) -> dict[str, Layout]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
 from pome.config.spec import EditSpec
+from pome.editing.base_check import check_base
 from pome.editing.edit import edit_pair
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
@@ -76,6 +77,8 @@ def sweep(
         written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
+        for note in check_base(opened.base, opened.ft, opened.plan, grid.shared):
+            (progress or Progress()).note(note)
         with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:
             journal = Journal(staging.folder / "scores.jsonl", command, retry_failed)
             run = _SweepRun(opened, plans, grid, scorer, staging, journal, listener or Listener())

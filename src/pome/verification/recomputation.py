@@ -186,10 +186,18 @@ def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str 
         a, b = getattr(recorded, field), getattr(fresh, field)
         if not math.isclose(a, b, rel_tol=NUMBERS_AGREE):
             return f"{field} {a}, recomputed {b}"
+    squares = {"rel_tol": 2 * NUMBERS_AGREE, "abs_tol": SQUARES_AGREE * fresh.sigma_max**2}
     for field in ("sigma_k", "sigma_next"):
         a, b = getattr(recorded, field), getattr(fresh, field)
-        if not math.isclose(a**2, b**2, rel_tol=2 * NUMBERS_AGREE, abs_tol=SQUARES_AGREE * fresh.sigma_max**2):
+        if not math.isclose(a**2, b**2, **squares):
             return f"{field} {a}, recomputed {b}"
+    if not math.isclose(recorded.departure, fresh.departure, rel_tol=NUMBERS_AGREE, abs_tol=NUMBERS_AGREE):
+        return f"departure {recorded.departure}, recomputed {fresh.departure}"
+    pairs = list(zip(recorded.spectrum, fresh.spectrum, strict=False))
+    if len(recorded.spectrum) != len(fresh.spectrum) or any(
+        i != j or not math.isclose(a**2, b**2, **squares) for (i, a), (j, b) in pairs
+    ):
+        return "spectrum is not the one recomputed"
     for field, slack in RESIDUES_AGREE.items():
         a, b = getattr(recorded, field), getattr(fresh, field)
         if not abs(a - b) <= slack + ROUNDINGS_AGREE * abs(b) * (field == "rounding"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator
@@ -171,7 +172,9 @@ def _check_against_inputs(
             converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
             found += compare_converted(made, tuned, converted)
             return compare_untouched(made, tuned, edited | converted, found, advance), 0
-        plan = make_plan(sides[2], tuned, spec)
+        # Whether to go on was asked when the output was made.
+        allowed = dataclasses.replace(spec, allow_missing=True, allow_other_depth=True)
+        plan = make_plan(sides[2], tuned, allowed)
         if adapted and not merged:
             return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
         compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def show_inspection(
         sheet, document = make_edit_sheet(found), [found.to_json()]
     else:
         # What can be refused without torch is refused before torch takes its seconds to load.
-        with open_pair(base, ft, spec) as opened:
+        with open_pair(base, ft, dataclasses.replace(spec, allow_missing=True)) as opened:
             print_lines(console, [describe_survey(opened)])
         with show_progress(console) as progress:
             found = survey(base, ft, spec, progress)

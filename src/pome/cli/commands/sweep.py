@@ -69,9 +69,7 @@ class SweepJob(Job):
     publication: Publication
     replacing: Replacing
     reports: Reports
-    write_best: Annotated[bool, Option("Write the best even if it does not beat FT beyond noise.", group=OUTPUT)] = (
-        False
-    )
+    write_best: Annotated[bool, Option("Write the best even if it is no better than FT.", group=OUTPUT)] = False
     retry_failed: Annotated[
         bool, Option("Score again what had no score in an earlier run.", group=RUN, everyday=False)
     ] = False

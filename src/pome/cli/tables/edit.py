@@ -22,7 +22,8 @@ def describe_plan(opened: Opened) -> str:
     kept = plan.tensor_count - len(edited | set(plan.merged))  # a tensor may be edited in part, and merged in the rest
     merged = f", {len(plan.merged)} merged" if plan.merged else ""
     line = (
-        f"{name_side(opened.base)} -> {name_side(opened.ft)}   {len(edited)} of {plan.tensor_count} tensors to edit "
+        f"{name_side(opened.base)} (pretrained) -> {name_side(opened.ft)} (fine-tuned)   "
+        f"{len(edited)} of {plan.tensor_count} tensors to edit "
         f"({', '.join(roles)}){merged}, {kept} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )

@@ -1,24 +1,28 @@
-"""Rules for k and alpha, and the noise floor, against definitions and published numbers."""
+"""Rank rules against definitions and published numbers."""
 
 import math
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pome.choices import RANK_RULES, RankRuleName
+from pome.kernel import rank
 from pome.kernel.equalize import equalize, equalize_matrix
-from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import (
     Spectrum,
     count_above,
+    count_above_noise,
     count_effective,
     count_energy,
     count_gavish_donoho,
     count_rank,
     marchenko_pastur_median,
+    noise_margin,
 )
-from pome.kernel.spectral_edge import find_edge
 from support.recipes import make_recipe, make_rule
 from support.reference import plant
 
@@ -45,13 +49,13 @@ def test_noise_floor_counts_what_lies_above(sigma, floor):
     assert count_above(sigma, floor) == sum(s > floor for s in sigma.tolist())
 
 
-# The table of omega(beta) in Gavish and Donoho 2014 (its cubic fit is 0.56 b^3 - 0.95 b^2 + 1.82 b + 1.43).
 def test_equal_directions_hold_their_share_exactly():
     for n in range(10, 151):
         sigma = torch.ones(n, dtype=torch.float64)
         assert [count_energy(see(sigma), i / n) for i in range(1, n + 1)] == list(range(1, n + 1))
 
 
+# The table of omega(beta) in Gavish and Donoho 2014 (its cubic fit is 0.56 b^3 - 0.95 b^2 + 1.82 b + 1.43).
 @pytest.mark.parametrize("aspect", [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 def test_gavish_donoho_threshold_follows_the_published_fit(aspect):
     n = 2000
@@ -74,6 +78,22 @@ def test_marchenko_pastur_median_is_that_of_a_random_matrix(aspect):
     observed = torch.linalg.svdvals(noise).square().div(m).median()
     # The median of n eigenvalues fluctuates by about 1/n; torch's median is the lower of two.
     assert marchenko_pastur_median(aspect) == pytest.approx(float(observed), rel=0.02)
+
+
+@pytest.mark.parametrize("aspect", [0.003, 0.05, 0.25, 0.5, 0.77, 0.999, 1.0])
+def test_marchenko_pastur_median_halves_the_law(aspect):
+    """The mass below it by Gauss-Legendre quadrature, over the angle that makes the density smooth."""
+    low, high = (1 - aspect**0.5) ** 2, (1 + aspect**0.5) ** 2
+    share = (marchenko_pastur_median(aspect) - low) / (high - low)
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    t = (nodes + 1) / 2 * math.asin(math.sqrt(share))
+    x = low + (high - low) * np.sin(t) ** 2
+    slope = 2 * (high - low) * np.sin(t) * np.cos(t)
+    density = np.sqrt((high - x) * (x - low)) / (2 * math.pi * aspect * x)
+    mass = float((weights * density * slope).sum()) * math.asin(math.sqrt(share)) / 2
+    # The step of the tabulated angle is 8e-5: taking its next point instead of interpolating would be off by that.
+    # What remains is the trapezoid rule's error, of the order of the squared step.
+    assert mass == pytest.approx(0.5, abs=1e-7)
 
 
 def test_gavish_donoho_finds_planted_directions():
@@ -106,6 +126,65 @@ def test_every_rule_stays_within_one_and_the_rank(rule):
     for floor in (0.0, 10.0):
         k = make_rule(rule, floor, rank_ratio=1e-6, energy=1.0).choose(sigma, 4, (8, 8))
         assert 1 <= k <= 4
+
+
+BY_SPECTRUM = [("energy", {"energy": 0.8}), ("noise-floor", {}), ("gavish-donoho", {}), ("effective", {})]
+
+
+@pytest.mark.parametrize(("rule", "options"), BY_SPECTRUM)
+@given(sigma=spectra, slack=st.floats(1e-6, 1e-3), seed=st.integers(0, 99))
+def test_the_two_answers_with_slack_enclose_that_of_every_spectrum_within_it(rule, options, sigma, slack, seed):
+    asked, n = make_rule(rule, 20.0, **options), sigma.numel()
+    fewer, more = sorted(asked.choose(sigma, n, (n, n + 3), way * slack) for way in (1, -1))
+    draws = 2 * torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    for errors in (draws, draws.sign(), torch.linspace(1, -1, n, dtype=torch.float64).sign()):
+        # 0.99: the slack is a bound to first order, and leaves out its square.
+        other = (sigma * (1 + 0.99 * slack * errors)).sort(descending=True).values
+        assert fewer <= asked.choose(other, n, (n, n + 3)) <= more
+
+
+@pytest.mark.parametrize("slack", [1e-6, 1e-4, 1e-2])
+def test_slack_moves_a_floor_by_itself(slack):
+    sigma = torch.tensor([9.0, 1 + 1.1 * slack, 1 + 0.9 * slack, 1 - 0.9 * slack, 1 - 1.1 * slack]).double()
+    assert [count_above(sigma, 1.0, way * slack) for way in (1, 0, -1)] == [2, 3, 4]
+    margin = noise_margin((40, 30))
+    for way, k in ((1, 2), (0, 3), (-1, 4)):
+        assert count_above_noise(Spectrum(sigma * margin, 5, (40, 30), 1.0, way * slack)) == k
+        assert make_rule("noise-floor", 1.0).choose(sigma * margin, 5, (40, 30), way * slack) == k
+
+
+@pytest.mark.parametrize("slack", [1e-6, 1e-4, 1e-3])
+def test_slack_moves_an_energy_by_twice_itself(slack):
+    """Squares move by twice the relative error of their roots."""
+    sigma = torch.ones(100, dtype=torch.float64)
+    for share, ks in ((0.5 / (1 + 1.9 * slack), (51, 50, 50)), (0.5 / (1 + 2.1 * slack), (50, 50, 50))):
+        answers = tuple(count_energy(Spectrum(sigma, 100, (100, 100), 0.0, way * slack), share) for way in (1, 0, -1))
+        assert answers == ks
+
+
+@pytest.mark.parametrize("slack", [1e-6, 1e-4, 1e-3])
+def test_slack_moves_the_hard_threshold_by_twice_itself(slack):
+    """Once for the value beside the threshold, once for the median that the threshold is a multiple of."""
+    factor = 4 / math.sqrt(3) / math.sqrt(marchenko_pastur_median(1.0))
+    for inside, expected in ((1.9, (1, 2, 2)), (2.1, (2, 2, 2))):
+        sigma = torch.tensor([50.0, factor * (1 + inside * slack), *[1.0] * 98], dtype=torch.float64)
+        answers = [count_gavish_donoho(Spectrum(sigma, 100, (100, 100), 0.0, way * slack)) for way in (1, 0, -1)]
+        assert tuple(answers) == expected
+
+
+def test_slack_moves_the_effective_rank_by_the_change_of_its_entropy():
+    # Entropy changes by at most slack (log n + 1): of a hundred equal values exp(1e-3 (log 100 + 1)) = 1.0056.
+    sigma = torch.ones(100, dtype=torch.float64)
+    for slack, k in ((1e-3, 101), (-1e-3, 99), (8e-4, 100), (-8e-4, 100)):
+        assert count_effective(Spectrum(sigma, 100, (100, 100), 0.0, slack)) == k
+
+
+def test_every_choice_of_a_rule_has_its_function_and_every_function_its_choice():
+    assert list(rank.RULES) == list(RANK_RULES)
+    assert {name for name, choice in RANK_RULES.items() if choice.number} == {
+        name for name, (_, number) in rank.RULES.items() if number
+    }
+    assert get_args(RankRuleName) == tuple(RANK_RULES)
 
 
 @pytest.mark.parametrize(("ratio", "rank", "k"), [(0.5, 5, 2), (0.5, 7, 4), (0.25, 1, 1), (1.0, 9, 9)])
@@ -148,86 +227,3 @@ def test_rank_beside_the_default_rule_is_fixed_and_bounded_by_the_rank():
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError):
         equalize_matrix(torch.eye(3), make_recipe(**options))
-
-
-@pytest.mark.parametrize(
-    ("scale", "expected"),
-    [
-        ("frobenius", math.sqrt(14.0 / 2)),
-        ("unit", 1.0),
-        ("rms", math.sqrt(6 / 4)),
-        ("mean", 2.5),
-        ("spectral", 3.0),
-    ],
-)
-def test_scales(scale, expected):
-    delta = plant([3.0, 2.0, 1.0, 0.0], 6, 4, dtype=torch.float64)
-    edit = equalize(delta, scale=scale, beta=1.5, rank=2)
-    assert edit.alpha == pytest.approx(1.5 * expected, rel=1e-12)
-    # The edit has k singular values of alpha each.
-    assert torch.linalg.svdvals(edit.value)[:2].tolist() == pytest.approx([edit.alpha] * 2, rel=1e-12)
-    assert edit.edit_norm == pytest.approx(float(edit.value.norm()), rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_noise_floor_is_the_norm_of_real_rounding_noise(dtype):
-    exact = torch.randn(400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.02
-    stored = exact.to(dtype)
-    actual = float(torch.linalg.svdvals(stored.double() - exact)[0])
-    # The edge of the noise's spectrum fluctuates by about n^(-2/3), 2 % here; the uniform law of rounding within an
-    # ulp is an assumption good to a few per cent.
-    assert storage_noise_floor(stored) == pytest.approx(actual, rel=0.05)
-
-
-def test_noise_floor_of_subnormals_and_zeros_is_the_least_ulp():
-    least = 2.0**-24  # float16: the spacing of its subnormals, and of its smallest normals
-    expected = least / math.sqrt(12) * (math.sqrt(2) + math.sqrt(3))
-    for value in (0.0, least, 5 * least, 2.0**-14):
-        weight = torch.full((2, 3), value, dtype=torch.float16)
-        assert storage_noise_floor(weight) == pytest.approx(expected, rel=1e-12)
-
-
-@given(st.integers(-14, 15), st.integers(1, 40), st.integers(1, 40))
-def test_noise_floor_takes_the_ulp_of_each_exponent(exponent, m, n):
-    weight = torch.full((m, n), 1.5 * 2.0**exponent, dtype=torch.float16)
-    ulp = 2.0 ** (exponent - 10)
-    # The edge is the minimum of a function found by iteration: good to the root of float64's rounding, 1.5e-8.
-    assert storage_noise_floor(weight) == pytest.approx(ulp / math.sqrt(12) * (math.sqrt(m) + math.sqrt(n)), rel=1e-6)
-
-
-def test_noise_floor_refuses_what_is_no_matrix_of_floats():
-    for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int8)):
-        with pytest.raises(ValueError):
-            storage_noise_floor(wrong)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("heavy", [1, 5, 60])
-def test_noise_floor_follows_outlier_rows_and_columns(axis, heavy):
-    exact = torch.randn(500, 300, generator=torch.Generator().manual_seed(heavy), dtype=torch.float64)
-    exact.narrow(axis, 0, heavy).mul_(40)
-    stored = exact.bfloat16()
-    actual = float(torch.linalg.svdvals(stored.double() - exact)[0])
-    # 5 % as above for the edge. A row of Gaussian weights, few of them large, varies like some sixty equal entries:
-    # the floor includes 30 % for one such row. Even noise of the same norm would end far lower.
-    assert 0.95 * actual <= storage_noise_floor(stored) <= 1.35 * actual
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (7, 3), (12, 12), (30, 9)])
-def test_edge_for_variances_that_are_products_is_that_of_the_dyson_equation(shape):
-    generator = torch.Generator().manual_seed(shape[0])
-    r, c = (torch.rand(side, generator=generator, dtype=torch.float64).pow(3) + 1e-3 for side in shape)
-    v = r[:, None] * c
-    edge, _ = find_edge(*(torch.stack([v.sum(axis), v.square().sum(axis)]) for axis in (1, 0)))
-
-    def is_above(z):  # whether 1 / x = z - v y, 1 / y = z - v^T x has a positive solution
-        x, y = torch.zeros_like(r), torch.zeros_like(c)
-        for _ in range(1000):
-            left, below = z - v @ y, z - v.T @ x
-            if not (bool((left > 0).all()) and bool((below > 0).all())):
-                return False
-            x, y = 1 / left, 1 / below
-        return True
-
-    # Below the edge by a share e the iteration fails after some pi / sqrt(e) steps.
-    assert is_above(1.001 * edge) and not is_above(0.999 * edge)
