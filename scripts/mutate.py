@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "kernel": (["src/pome/kernel/**/*.py"], ["tests/kernel"]),
     "roles": (["src/pome/roles/*.py"], ["tests/roles"]),
-    "planning": (["src/pome/planning/[!_l]*.py"], ["tests/planning"]),
-    "bootstrap": (["src/pome/sweeping/bootstrap.py"], ["tests/sweeping/test_intervals.py", "tests/sweeping/test_bootstrap.py"]),
+    "planning": (["src/pome/planning/[!_l]*.py"], ["tests/planning", "tests/checkpoint/test_quantization.py"]),
+    "bootstrap": (["src/pome/sweeping/bootstrap.py"], ["tests/sweeping/test_[bi]*.py"]),
     "sidefiles": (["src/pome/checkpoint/sidefiles.py"], ["tests/checkpoint/test_sidefiles.py"]),
     "adapters": (
         ["src/pome/checkpoint/lora*.py", "src/pome/planning/lora_plan.py", "src/pome/editing/lora_*.py"],
