@@ -105,7 +105,7 @@ def test_a_known_tensor_under_another_prefix_is_not_added_beside_it(tmp_path: Pa
     pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
     configure(pair, modules_to_save=["lm_head"])
     rewrite(pair, lambda tensors: {**tensors, "base_model.model.other.lm_head.weight": torch.ones(5, 32)})
-    with pytest.raises(PairingError, match="match no tensor"):
+    with pytest.raises(PairingError, match="which BASE lacks or has under another name; write an adapter"):
         pome.edit(pair.base, pair.adapter, tmp_path / "out")
 
 

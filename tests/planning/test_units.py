@@ -59,6 +59,11 @@ def test_totals_are_sums_over_units_whatever_their_dtypes() -> None:
     assert plan.bytes_written == 640 * 8 + 40 * 2
 
 
+def test_of_an_adapter_only_base_is_read_unit_by_unit() -> None:
+    units = (make_unit((40, 16), change=object()), make_unit((10, 4), ("BF16", "F32", "F32"), change=object()))
+    assert Plan(units, (), 9, {}).bytes_read == 640 * 4 + 40 * 4
+
+
 def test_the_document_has_a_row_for_each_matrix() -> None:
     halves = tuple(Part(role, f"half={role}", Block(0, 1, 40, at, 20)) for role, at in (("gate", 0), ("up", 20)))
     units = (make_unit(parts=halves, expert=1), make_unit(parts=()), make_unit((8, 4), ("BF16", "F32", "F64")))

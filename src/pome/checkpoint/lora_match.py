@@ -22,7 +22,7 @@ from pome.checkpoint.lora import (
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_experts import ExpertMatcher
 from pome.checkpoint.lora_places import PlaceIndex
-from pome.checkpoint.lora_tables import AS_ADAPTER, TableMatcher
+from pome.checkpoint.lora_tables import AS_ADAPTER, TABLES, TableMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.pairing import pair_names
@@ -105,14 +105,37 @@ class _Matcher:
         for lora in self.tensors.loras:
             a, b = lora.pair
             size = (b.shape[0], a.shape[1])
-            wanted.setdefault(f"{lora.module}.weight", size)
+            wanted.setdefault(f"{lora.module}.weight", size[::-1] if lora.is_embedding else size)
             if f"{lora.module}.bias" not in wanted and "lora_B.bias" in lora.tensors:
                 wanted[f"{lora.module}.bias"] = (b.shape[0],)
             for name in self.config.list_targets(lora.module):
                 experts = a.shape[0] // self.config.resolve_rank(name)
                 wanted[name] = (experts, *size)
         sorted_base = {name: tuple(sorted(shape)) for name, shape in self.shapes.items()}
-        return pair_names(sorted_base, {name: tuple(sorted(shape)) for name, shape in wanted.items()})
+        names = pair_names(sorted_base, {name: tuple(sorted(shape)) for name, shape in wanted.items()})
+        return names | self._pair_by_role({name: shape for name, shape in wanted.items() if name not in names}, names)
+
+    def _pair_by_role(self, wanted: dict[str, tuple[int, ...]], names: dict[str, str]) -> dict[str, str]:
+        """The whole tensors and the tables among `wanted` that BASE has under another name: by role and shape."""
+        found: dict[str, str] = {}
+        whole = self.tensors.replacements.keys() | {f"{module}.weight" for module in self.tensors.tokens}
+        taken = set(names.values())
+        for plain, shape in wanted.items():
+            if len(shape) != 2:
+                continue
+            module = plain.removesuffix(".weight")
+            roles = {part.role for part in find_layout(plain, shape, self.base.config).parts}
+            fitting: list[str] = []
+            if roles <= TABLES:
+                rows = shape[0] if module not in self.tensors.tokens else None
+                fitting = self.places.find_tables(roles, shape[1], rows)
+            elif plain in whole:
+                places = self.places.find_module(module, (shape[0], shape[1]))
+                fitting = [place.name for place in places if place.part.block is None and not place.layout.stacked]
+            if len(fitting) == 1 and fitting[0] not in taken:
+                found[plain] = fitting[0]
+                taken.add(fitting[0])
+        return found
 
     def _match_matrix(self, lora: LoraTensors, name: str) -> None:
         """A LoRA of a module whose weight BASE stores under the module's name."""

@@ -83,6 +83,16 @@ class PlaceIndex:
             found += fitting
         return found if len(found) == len(layout.parts) else []
 
+    def find_tables(self, roles: set[str], columns: int, rows: int | None) -> list[str]:
+        """The embeddings or heads of a number of columns, and of rows where that is known."""
+        return [
+            name
+            for name, layout in self.layouts.items()
+            if {part.role for part in layout.parts} == roles
+            and self.shapes[name][1:] == (columns,)
+            and rows in (None, self.shapes[name][0])
+        ]
+
     def find_stack(self, module: str, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The tensors that hold a stacked parameter of the model with matrices of `roles`, one below the other.
 

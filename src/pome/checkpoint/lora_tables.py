@@ -17,7 +17,9 @@ from pome.roles.model_config import config_of, config_of_text, size_of
 from pome.roles.roles import find_layout
 
 AS_ADAPTER = "write an adapter (--out-format adapter)"
-_TABLES = {"embed", "head"}
+TABLES = {"embed", "head"}
+# Modules that transformers puts on a model for a task, and that a base trained for language does not have.
+_TASK_HEADS = frozenset({"score", "classifier", "qa_outputs", "classification_head", "pre_classifier"})
 
 
 class TableMatcher:
@@ -36,7 +38,7 @@ class TableMatcher:
         if name is None:
             self._match_absent(plain, module, entry, found)
         elif self.shapes[name] != entry.shape:
-            resized = self._roles(name) <= _TABLES and entry.shape[1:] == self.shapes[name][1:]
+            resized = self._roles(name) <= TABLES and entry.shape[1:] == self.shapes[name][1:]
             if resized and not self.merges:
                 found.unmatched.append(entry.name)
                 return
@@ -87,7 +89,7 @@ class TableMatcher:
         name = self.names.get(f"{lora.module}.weight")
         resized = (
             name is not None
-            and self._roles(name) <= _TABLES
+            and self._roles(name) <= TABLES
             and self.shapes[name] != table
             and self.shapes[name][1:] == table[1:]
         )
@@ -111,13 +113,15 @@ class TableMatcher:
             else:
                 self._keep_apart(entry, "replaces the head and leaves the embedding", found)
             return
-        leaf = ".".join(plain.split(".")[-2:])
-        elsewhere = any(name == leaf or name.endswith(f".{leaf}") for name in self.shapes)
-        embeds = {part.role for part in find_layout(plain, entry.shape, self.base.config).parts} == {"embed"}
-        if not self.config.saves(module) or elsewhere or embeds or not all(entry.shape):
+        if not self.config.saves(module) or not all(entry.shape):
             found.unused.append(entry.name)
         elif not self.merges:
             found.unmatched.append(entry.name)
+        elif _TASK_HEADS.isdisjoint(module.split(".")) or any(word.isdigit() for word in module.split(".")):
+            raise PairingError(
+                f"{self.ft.where(entry.name)}: the adapter holds the module {printable(module)}, which BASE lacks or "
+                f"has under another name; {AS_ADAPTER}, {MERGE_FIRST}"
+            )
         else:
             found.put(self.ft, AdapterChange(plain, whole=entry.name, added=True))
             task = self.config.get("task_type")

@@ -165,9 +165,7 @@ def _open_file(source: str, path: Path) -> Checkpoint:
 
 def _open_listing(source: str, listing: Listing) -> Checkpoint:
     names, label = listing.names, listing.label
-    if ADAPTER_CONFIG in names and not any(
-        name.endswith(".safetensors") and not name.startswith("adapter_model") for name in names
-    ):
+    if ADAPTER_CONFIG in names and _is_adapter(names):
         return _open_adapter(source, listing)
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
@@ -210,6 +208,13 @@ def _open_listing(source: str, listing: Listing) -> Checkpoint:
             _close_all(files)
             raise
     return Checkpoint(source, listing.folder, files, tensors, config, index, listing.revision, unused)
+
+
+def _is_adapter(names: list[str]) -> bool:
+    """Whether a folder with an adapter's config holds an adapter, and no model's weights beside it."""
+    others = [n for n in names if n.endswith((".safetensors", INDEX_SUFFIX)) and not n.startswith("adapter_model")]
+    alone = ADAPTER_WEIGHTS in names and "config.json" not in names  # perhaps beside a head in a file of its own
+    return not others or alone and not any(n.startswith("model") or SHARD.fullmatch(n) for n in others)
 
 
 def _open_adapter(source: str, listing: Listing) -> Checkpoint:
