@@ -94,6 +94,13 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
+    notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+
+    @property
+    def template(self) -> str:
+        """Whose bytes an output has where it was not edited: `FT`, or `BASE` where FT is an adapter merged into it."""
+        adapter = "adapter_model.safetensors" in self.fine_tuned.files
+        return "BASE" if adapter and self.spec.get("out_format") == "full" else "FT"
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -106,7 +113,10 @@ class Manifest:
         return dataclasses.replace(self, timing={**self.timing, CHECKSUM: self.checksum()})
 
     def to_mapping(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        mapping = dataclasses.asdict(self)
+        if not self.notices:  # as in manifests of older releases
+            del mapping["notices"]
+        return mapping
 
     def to_json(self) -> str:
         return json.dumps(self.to_mapping(), indent=1, allow_nan=False) + "\n"
@@ -134,6 +144,7 @@ class Manifest:
                     "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
+                    "notices": _read_texts(raw.get("notices", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

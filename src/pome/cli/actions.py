@@ -243,7 +243,7 @@ def push(out: Path, publication: Publication, console: Console) -> None:
 
 
 def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool) -> None:
-    from pome.cli.tables import describe_plan, make_plan_table, show_bytes
+    from pome.cli.tables import describe_left_out, describe_plan, make_plan_table, show_bytes
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
@@ -252,23 +252,32 @@ def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, a
         console.print(describe_plan(opened), highlight=False, markup=False, soft_wrap=True)
         console.print(make_plan_table(opened))
         console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)
+        for line in describe_left_out(opened.not_copied):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if as_json:
-            print(json.dumps(opened.plan.to_json(), indent=1))
+            print(json.dumps(opened.to_json(), indent=1))
 
 
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables import describe_kept, describe_warnings, make_closing_table, show_bytes
+    from pome.cli.tables import (
+        describe_kept,
+        describe_left_out,
+        describe_warnings,
+        make_closing_table,
+        show_bytes,
+    )
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))
-    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
+    left_out = describe_left_out(manifest.not_copied)
+    for line in [*describe_kept(manifest.kept), *left_out, *describe_warnings(manifest)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not manifest.tensors:
         console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
     size = show_bytes(sum(file.bytes for file in manifest.files.values()))
-    merged = len(manifest.merged)
-    rest = f"{merged} merged, every other byte as in BASE" if merged else "every other byte as in FT"
+    merged = f"{len(manifest.merged)} merged, " if manifest.merged else ""
+    rest = f"{merged}every other byte as in {manifest.template}"
     line = (
         f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
         f"manifest: {printable(str(out / MANIFEST_NAME))}"

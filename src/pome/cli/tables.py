@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -100,7 +100,7 @@ def describe_plan(opened: Opened) -> str:
     return (
         f"{name_side(opened.base)} -> {name_side(opened.ft)}   {len(edited)} of {plan.tensor_count} tensors to edit "
         f"({', '.join(roles)}){merged}, {kept} kept   "
-        f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
+        f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write{_list_notices(opened)}"
     )
 
 
@@ -111,8 +111,25 @@ def describe_survey(opened: Opened) -> str:
     looked = len({unit.name for unit in plan.units if unit.parts})
     return (
         f"{name_side(opened.base)} -> {name_side(opened.ft)}   {looked} of {plan.tensor_count} tensors to look at "
-        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
+        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read{_list_notices(opened)}"
     )
+
+
+def _list_notices(opened: Opened) -> str:
+    """A line for each notice of a pair, to follow the first line."""
+    return "".join(f"\nwarning: {printable(notice, 2000)}" for notice in opened.notices)
+
+
+def describe_left_out(not_copied: Mapping[str, str]) -> list[str]:
+    """A line for each reason why files were not copied, with their names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in not_copied.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 20} more (the manifest names all)" if len(names) > 20 else ""
+        lines.append(f"not copied: {', '.join(map(printable, names[:20]))}{more} ({printable(reason)})")
+    return lines
 
 
 def name_side(side: Checkpoint) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pome
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import ADAPTER_CONFIG
 from pome.config.spec import EditSpec
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
@@ -262,6 +262,7 @@ class _Run:
             not_copied=self.opened.not_copied,
             files={},
             sweep=dict(self.sweep) if self.sweep is not None else None,
+            notices=self.opened.notices,
         )
 
     def _read_ft_card(self) -> str | None:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pome.checkpoint.header import DTYPE_BITS, build_header
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.lora import LowRank
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import orient, take_factors
 from pome.editing.unit import TORCH_DTYPES, equalize_part, measure_norm, put_view, record_part, to_bytes

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pome.checkpoint.hashing import hash_file
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
