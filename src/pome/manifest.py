@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
+# Entries of `timing` that are no times. They stand there because they may differ between two runs.
 CHECKSUM = "manifest_sha256"
+INPUTS = "inputs_stat"  # what the system said of the inputs' files: while it says the same they need not be hashed
 
 
 @dataclass(frozen=True)

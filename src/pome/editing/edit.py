@@ -18,7 +18,16 @@ from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.engines.local import map_units
 from pome.errors import NumericalError
-from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
+from pome.manifest import (
+    FORMAT_VERSION,
+    INPUTS,
+    FileRecord,
+    KeptRecord,
+    Manifest,
+    SideRecord,
+    TensorRecord,
+    read_manifest,
+)
 from pome.output.card import CARD_NAME, make_card
 from pome.output.copying import copy_files, count_space
 from pome.output.progress import Progress, advance_bytes
@@ -119,6 +128,7 @@ class _Run:
         self.sweep = sweep
         self.kernel_seconds = 0.0
         self.hashes = Hashes(opened)
+        self.fingerprint = opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         from pome.editing.unit import list_devices
@@ -276,5 +286,6 @@ class _Run:
         timing: dict[str, float | str] = {
             "total_seconds": round(time.perf_counter() - self.begun, 3),
             "kernel_seconds": round(self.kernel_seconds, 3),
+            INPUTS: self.fingerprint,
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()

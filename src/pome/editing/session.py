@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +56,30 @@ class Opened:
         ]
         stored = [weights.file.stored for side in sides for weights in side.files.values() if weights.file.stored]
         return [*given, *stored, *self.beside]
+
+    def find_read(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Files on this machine that are read or copied of BASE and of FT, by their names in the manifest."""
+        found = []
+        for side in (self.base, self.ft):
+            paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
+            paths |= {path.name: path for path in side.companions}
+            folder = side.folder
+            copied = [f for f in self.template.side_files if folder is not None and f.path.is_relative_to(folder)]
+            found.append(paths | {file.name: file.path for file in copied})
+        return found[0], found[1]
+
+    def fingerprint(self) -> str:
+        """A digest of what the system says of all files that are read or copied, and of the commits on the Hub.
+
+        It stays the same while nothing is written to or put in the place of any of them; another one says nothing.
+        """
+        said: list[Any] = [[side.source, side.revision] for side in (self.base, self.ft)]
+        for side, paths in zip((self.base, self.ft), self.find_read(), strict=True):
+            for name, path in sorted(paths.items()) if not side.on_hub else []:
+                info = path.stat()
+                where = str(path.resolve())
+                said.append([name, where, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns])
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file that was read or copied is no longer what it was."""
