@@ -114,9 +114,18 @@ def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, data_start, file_size)
 
 
-def build_header(
-    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def order_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries of a new layout in the order in which safetensors writes: wider dtypes first, then by name.
+
+    So every tensor begins at a multiple of its item's size, which some readers need: the format allows no padding.
+    """
+    return sorted(entries, key=lambda entry: (-DTYPE_BITS[entry[1]], entry[0]))
+
+
+def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and padded JSON of a file that holds `entries` (name, dtype, shape) back to back in this order.
 
     Raises HeaderError for a table that the format cannot hold.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pome.checkpoint.header import DTYPE_BITS, build_header
+from pome.checkpoint.header import DTYPE_BITS, build_header, order_entries
 from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.lora import LowRank
 from pome.checkpoint.source import Checkpoint
@@ -135,8 +135,10 @@ def _read_bytes(side: Checkpoint, name: str) -> tuple[str, bytearray]:
 
 def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> None:
     (weights,) = ft.files.values()
-    ordered = sorted(weights.header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-    entries = [(e.name, *(places[e.name][:2] if e.name in places else (e.dtype, e.shape))) for e in ordered]
+    stored = weights.header.tensors
+    entries = order_entries(
+        (e.name, *(places[e.name][:2] if e.name in places else (e.dtype, e.shape))) for e in stored.values()
+    )
     raw = build_header(entries, weights.header.metadata)
     source = weights.file.path
     assert source is not None  # the adapter was opened whole
@@ -144,9 +146,9 @@ def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> Non
         target.write(raw)
         target.flush()
         position = len(raw)
-        for entry, (name, dtype, shape) in zip(ordered, entries, strict=True):
+        for name, dtype, shape in entries:
             nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-            fd, start = (scratch, places[name][2]) if name in places else (original.fileno(), entry.start)
+            fd, start = (scratch, places[name][2]) if name in places else (original.fileno(), stored[name].start)
             copy_range(fd, start, target.fileno(), position, nbytes, lambda _: None)
             position += nbytes
         os.fsync(target.fileno())

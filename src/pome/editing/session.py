@@ -23,7 +23,7 @@ from pome.checkpoint.sidefiles import (
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import CheckpointError, PairingError, printable
-from pome.output.copying import Template
+from pome.output.copying import CONFIG, Template, describe_config, make_config
 from pome.planning.plan import check_overrides, make_plan
 from pome.planning.selection import Selection
 from pome.planning.units import Plan
@@ -116,8 +116,11 @@ def open_pair(
         side_files, not_copied = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
         paths = [file.path for file in side_files] + [path for side in sides for path in side.companions]
         beside = {path: _identify(path) for path in paths}
-        template = Template(pretrained if merges else tuned, plan.layouts, side_files)
-        notices = [*pretrained.notices, *tuned.notices, *describe_repeats(template.weights, side_files)]
+        weights = pretrained if merges else tuned
+        template = Template(weights, plan.layouts, side_files, make_config(weights, spec.dtype if plan.layouts else ""))
+        notices = [*pretrained.notices, *tuned.notices, *describe_repeats(weights, side_files)]
+        if plan.layouts:
+            notices += describe_config(weights, spec.dtype, any(file.name == CONFIG for file in side_files))
         if tuned.adapter_config is not None:
             notices += describe_trained_beside(tuned, side_files)
         yield Opened(pretrained, tuned, plan, template, not_copied, beside, tuple(dict.fromkeys(notices)))

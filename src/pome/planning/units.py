@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entries, parse_header
 from pome.checkpoint.lora import Change
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
@@ -153,13 +153,12 @@ def split_units(
 
 
 def lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[bytes, Header]]:
-    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype; order as in FT."""
+    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype."""
     changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
     layouts = {}
     for file in {ft.tensors[name][0] for name in changed}:
         header = ft.files[file].header
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
+        entries = order_entries((e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in header.tensors.values())
         raw = build_header(entries, header.metadata)
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)

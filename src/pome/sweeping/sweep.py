@@ -17,7 +17,7 @@ from pome.editing.edit import edit_pair
 from pome.editing.session import Opened, Source, describe_command, open_pair, plan_pair
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.manifest import Manifest, read_manifest
-from pome.output.copying import Template, copy_files, count_space
+from pome.output.copying import Template, copy_files, count_space, make_config
 from pome.output.progress import Progress
 from pome.output.staging import Staging
 from pome.output.target import SWEEP_SUFFIX, check_target
@@ -135,7 +135,7 @@ def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
 
 def _make_base_template(opened: Opened) -> Template:
     """The files of BASE, as it is scored."""
-    return Template(opened.base, {}, list_side_files(opened.base)[0])
+    return Template(opened.base, {}, list_side_files(opened.base)[0], make_config(opened.base, ""))
 
 
 def _measure_peak() -> int:
