@@ -272,7 +272,7 @@ class _Run:
             not_copied=self.opened.not_copied,
             files={},
             sweep=dict(self.sweep) if self.sweep is not None else None,
-            notices=self.opened.notices,
+            notices=(*self.opened.notices, *staging.notices),
         )
 
     def _read_ft_card(self) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pome.editing.unit import TORCH_DTYPES, equalize_part, measure_norm, put_vie
 from pome.errors import NumericalError, printable
 from pome.manifest import KeptRecord, TensorRecord
 from pome.output.clone import copy_range
-from pome.output.durable import as_output_error
+from pome.output.durable import as_output_error, sync_file
 from pome.planning.units import Plan, Unit
 from pome.roles.roles import Part
 
@@ -102,7 +101,7 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
     with as_output_error(folder), (folder / ADAPTER_CONFIG).open("wb") as file:
         file.write(configure(ft.adapter_config or {}, ranks))
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     return done
 
 
@@ -151,7 +150,7 @@ def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> Non
             fd, start = (scratch, places[name][2]) if name in places else (original.fileno(), stored[name].start)
             copy_range(fd, start, target.fileno(), position, nbytes, lambda _: None)
             position += nbytes
-        os.fsync(target.fileno())
+        sync_file(target.fileno())
 
 
 def _edit_lora(units: list[Unit], ft: Checkpoint, spec: EditSpec, device: str) -> EditedLora:
