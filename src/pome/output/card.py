@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pome.checkpoint.source import ADAPTER_WEIGHTS
+from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
 from pome.config.spec import NUMBER_OF, EditSpec
 from pome.config.yaml_text import compose
 from pome.manifest import Manifest, SideRecord, TensorRecord

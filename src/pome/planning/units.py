@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entries, parse_header
 from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
@@ -124,7 +124,7 @@ class Plan:
             edit.append(entry if base_name == unit.name else {**entry, "base": base_name})
         keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
         totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
-        return {"edit": edit, "keep": keep, "notes": list(self.notes), **totals}
+        return {"edit": edit, "keep": keep, **totals}
 
 
 def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
@@ -196,17 +196,16 @@ def split_units(
 
 
 def lay_out(ft: Checkpoint, out_dtypes: dict[str, str], added: Added | None = None) -> Layouts:
-    """New headers, from dtypes and shapes alone, of the files whose layout changes; order as in FT.
+    """New headers, from dtypes and shapes alone, of the files whose layout changes.
 
-    A layout changes where a tensor changes its dtype or where tensors are `added`, which come last.
+    A layout changes where a tensor changes its dtype or where tensors are `added`.
     """
     changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
     layouts = {}
     for file in {ft.tensors[name][0] for name in changed} | set(added or {}):
         header = ft.files[file].header
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
-        entries += (added or {}).get(file, [])
+        given = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in header.tensors.values()]
+        entries = order_entries([*given, *(added or {}).get(file, [])])
         raw = build_header(entries, header.metadata)
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)

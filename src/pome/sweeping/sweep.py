@@ -15,14 +15,13 @@ from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
 from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.edit import edit_pair
-from pome.editing.session import Opened, Source, describe_command, open_pair
+from pome.editing.session import Opened, Source, describe_command, open_pair, plan_pair
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.manifest import Manifest, read_manifest
-from pome.output.copying import Template, copy_files, count_space
+from pome.output.copying import Template, copy_files, count_space, make_config
 from pome.output.progress import Progress
 from pome.output.staging import Staging
 from pome.output.target import SWEEP_SUFFIX, check_target
-from pome.planning.plan import check_overrides, make_plan
 from pome.planning.units import Plan
 from pome.sweeping.fingerprints import Fingerprints, remove_changed, take_fingerprints
 from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
@@ -133,14 +132,13 @@ def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
     plans = {}
     for layers in grid.layers:
         spec = dataclasses.replace(grid.shared, layers=layers)
-        plans[layers] = make_plan(opened.base, opened.ft, spec)
-        check_overrides(plans[layers], spec)
+        plans[layers] = plan_pair(opened.base, opened.ft, spec)
     return plans
 
 
 def _make_base_template(opened: Opened) -> Template:
     """The files of BASE, as it is scored."""
-    return Template(opened.base, {}, list_side_files(opened.base)[0])
+    return Template(opened.base, {}, list_side_files(opened.base)[0], make_config(opened.base, ""))
 
 
 def _measure_peak() -> int:
@@ -222,7 +220,9 @@ class _SweepRun:
 
     def _needs_copy(self) -> bool:
         """Whether candidates are made on the disk; a model in memory needs FT as it is, in a folder."""
-        whole = self.opened.ft.adapter_config is None and not self.opened.ft.dequantized
+        ft = self.opened.ft
+        # Loaders apply an adapter that lies beside whole weights; in the copy it is not there.
+        whole = ft.adapter_config is None and not ft.dequantized and not ft.adapter_beside
         return not (_in_memory(self.scorer) and whole)
 
     def _try(self, key: str, candidate: Candidate | None) -> Trial:

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import CheckpointError
 from pome.manifest import Manifest, TensorRecord

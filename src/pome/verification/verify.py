@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pome.checkpoint.hashing import hash_file
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.output.card import CARD_NAME
+from pome.output.copying import CONFIG, make_config
 from pome.planning.plan import make_plan
 from pome.verification.comparison import (
     Advance,
@@ -164,7 +166,16 @@ def _check_against_inputs(
             if template.index is not None and template.folder is not None:
                 beside[template.index] = template.folder / template.index
         recorded = {**(manifest.base.files if merged else {}), **manifest.fine_tuned.files}
+        relaid = any(
+            name in made.tensors and made.tensors[name][1].dtype != entry.dtype
+            for name, (_, entry) in template.tensors.items()
+        )
+        config = make_config(template, spec.dtype if relaid else "")
         written = _list_written(made, template, spec)
+        if config is not None and CONFIG in manifest.files:
+            written.add(CONFIG)
+            if (Path(out) / CONFIG).read_bytes() != config:
+                found.append(Difference(CONFIG, None, "is not FT's with the dtype of the edit"))
         found += compare_side_files(manifest.files, beside, recorded, written, advance)
         if base is None:
             edited = {record.name for record in manifest.tensors}
@@ -194,8 +205,6 @@ def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set
     added = made.tensors.keys() - template.tensors.keys()
     if template.index is not None and (spec.dtype != "keep" or template.dequantized or added):
         written.add(template.index)
-    if template.dequantized:
-        written.add("config.json")  # without the word of the scales
     return written
 
 
