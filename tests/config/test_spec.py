@@ -285,7 +285,7 @@ def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, command: edits}\n", "command: 'edits' is not one of edit"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, fresh: 1}\n", "fresh: 1 is not true or false"),
         ("jobs:\n  - base: b\n    fine_tuned: f\n    out: o\n    beta: -1\n", "file.yaml:5: beta: -1"),
-        ("jobs:\n  - {base: b, fine_tuned: f, out: o, rank: 3, rank_rule: energy}\n", "file.yaml:2: rank: a fixed"),
+        ("jobs:\n  - {base: b, fine_tuned: f, out: o, rank: 3, rank_rule: energy}\n", "file.yaml:2: rank: rank and rank_rule 'energy' exclude"),
         ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: a, base: b, fine_tuned: f, out: p}\n",
          "two jobs have the name 'a'"),
         ("jobs:\n  - {name: a, base: b, fine_tuned: f, out: o}\n  - {name: c, base: b, fine_tuned: f, out: o}\n",
