@@ -254,8 +254,8 @@ class EditSpec:
             said = "rank_rule: 'fixed' needs rank, the number of directions to keep"
             raise SpecError(said, options=["rank_rule", "rank"])
         if self.rank is not None and self.rank_rule != "fixed":
-            said = f"rank: a fixed rank and rank_rule {self.rank_rule!r} exclude each other; give one"
-            raise SpecError(said, options=["rank_rule"])
+            said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
+            raise SpecError(said, options=["rank", "rank_rule"])
         for override in self.overrides:
             self._apply(override)
 
