@@ -102,7 +102,7 @@ def make_sweep_of(
     for table in make_sweep_tables(outcome):
         console.print(table)
     lines = [*describe_outcome(outcome), f"peak memory {show_bytes(outcome.peak_bytes)}"]
-    lines += [f"wrote {path}" for path in write_sweep_reports(outcome, reports, base, ft, str(out))]
+    lines += [f"wrote {path}" for path in write_sweep_reports(outcome, job.scorer, reports, base, ft, str(out))]
     for line in lines:
         console.print(printable(line, 2000), highlight=False, markup=False, soft_wrap=True)
     if outcome.manifest is not None:
