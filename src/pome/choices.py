@@ -63,7 +63,7 @@ SCALES = _by_name(
         Choice("unit", "1"),
         Choice("rms", "sqrt(fan_out/fan_in)"),
         Choice("mean", "mean of the kept singular values"),
-        Choice("spectral", "the largest"),
+        Choice("spectral", "the largest of them"),
     ]
 )
 
@@ -96,4 +96,3 @@ GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 # In the order of the help. Each is a module of `pome.cli.commands`.
 COMMANDS = ("edit", "inspect", "sweep", "verify", "batch")
-CommandName = Literal["edit", "inspect", "sweep", "verify", "batch"]

@@ -1,4 +1,4 @@
-"""What was done, as data: `pome_manifest.json`. Dataclasses to and from JSON."""
+"""Manifest of an output, `pome_manifest.json`: records of inputs, options, edits and files, to and from JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
+# Entries of `timing` that are no times. They stand there because they may differ between two runs.
 CHECKSUM = "manifest_sha256"
 SPECTRUM_POINTS = 24
+INPUTS = "inputs_stat"  # what the system said of the inputs' files: while it says the same they need not be hashed
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class SideRecord:
     source: str
     revision: str | None
     files: dict[str, FileRecord]
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was given as a Hub repository."""
+        return self.revision is not None
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,13 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
+    notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+
+    @property
+    def template(self) -> str:
+        """Whose bytes an output has where it was not edited: `FT`, or `BASE` where FT is an adapter merged into it."""
+        adapter = "adapter_model.safetensors" in self.fine_tuned.files
+        return "BASE" if adapter and self.spec.get("out_format") == "full" else "FT"
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -131,7 +145,8 @@ class Manifest:
     def to_mapping(self) -> dict[str, Any]:
         """The manifest in JSON's types, but for tuples in the records of matrices, which JSON writes as lists."""
         others = dataclasses.asdict(dataclasses.replace(self, tensors=()))
-        return {**others, "tensors": [record.to_mapping() for record in self.tensors]}
+        mapping = {**others, "tensors": [record.to_mapping() for record in self.tensors]}
+        return mapping if self.notices else {key: value for key, value in mapping.items() if key != "notices"}
 
     def to_json(self) -> str:
         """The file: indented, but for the records of matrices, one line each."""
@@ -164,6 +179,7 @@ class Manifest:
                     "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
+                    "notices": _read_texts(raw.get("notices", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -201,7 +217,7 @@ def _read_number(text: str) -> float:
     return number
 
 
-_Record = TypeVar("_Record")
+_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

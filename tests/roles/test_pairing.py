@@ -60,7 +60,7 @@ def test_the_change_with_most_votes_wins_and_pairs_are_one_to_one() -> None:
     assert len(set(pairs.values())) == len(pairs)
 
 
-def test_other_shapes_do_not_vote() -> None:
+def test_matrices_of_other_shapes_do_not_pair() -> None:
     wider = {name: tuple(2 * n for n in shape) for name, shape in bert("bert.").items()}
     assert pair_names(wider, bert()) == {}
 
@@ -84,7 +84,7 @@ def test_every_tower_may_have_a_prefix_of_its_own() -> None:
     assert pair_names(base, ft) == wanted | {"head.w": "language_model.head.w"}
 
 
-def test_a_word_for_another_is_believed_of_layers_only() -> None:
+def test_outside_of_layers_a_replaced_prefix_pairs_nothing() -> None:
     base = layers("bert.") | {"bert.pooler.dense.weight": (8, 8)}
     ft = layers("roberta.") | {"classifier.dense.weight": (8, 8)}
     assert pair_names(base, ft) == dict(zip(layers("roberta."), layers("bert."), strict=True))
@@ -107,16 +107,16 @@ def test_a_word_for_another_is_believed_of_layers_only() -> None:
         ),
     ],
 )
-def test_what_fits_twice_is_refused(base: dict, ft: dict, said: str) -> None:
+def test_two_equally_good_partners_are_refused(base: dict, ft: dict, said: str) -> None:
     with pytest.raises(PairingError, match=said):
         pair_names(base, ft)
 
 
-def test_more_of_a_name_in_common_is_no_tie() -> None:
+def test_the_partner_with_more_of_the_name_in_common_wins() -> None:
     assert pair_names(layers("a.") | layers("b."), layers("model.a.")) == {f"model.{n}": n for n in layers("a.")}
     assert pair_names(layers("b."), layers("model.a.") | layers("model.b.")) == {f"model.{n}": n for n in layers("b.")}
 
 
-def test_there_is_an_end_to_changes_of_prefix() -> None:
+def test_the_number_of_prefix_changes_is_bounded() -> None:
     base, ft = ({f"{side}{i}.x{i}.0.w": (4, 4) for i in range(3 * CHANGES)} for side in "pq")
     assert len(pair_names(base, ft)) == CHANGES  # each vote reads all that is free: one for each name takes too long

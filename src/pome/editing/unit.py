@@ -1,8 +1,9 @@
-"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+"""Edit of one unit: from bytes of FT and BASE to bytes of the output and a record for each matrix."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import NumericalError, printable
-from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
+from pome.kernel.decomposition import DecompositionCache
+from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equalize_matrix, equalize_product
 from pome.kernel.noise import storage_noise_floor
-from pome.kernel.spectrum import DecompositionCache, ZeroDelta
+from pome.kernel.rank import RankRule
 from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
-from pome.planning.units import Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.planning.units import BaseRange, Unit, fan_out_in
+from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
@@ -25,13 +28,13 @@ MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )
 
-# Where the decomposition of a matrix is kept, for those who edit it many times.
+# Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
 FindCache = Callable[[Unit, Part], DecompositionCache]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a unit came to. `data` is None where FT's bytes stay."""
+    """Result for one unit: its bytes in the output (None where FT's bytes stay) and the records of its matrices."""
 
     unit: Unit
     data: bytearray | None
@@ -94,7 +97,7 @@ def to_bytes(tensor: Tensor) -> bytearray:
     return data
 
 
-def put_view(stored: Tensor, part: Part) -> Tensor:
+def put_view(stored: Tensor, part: Part | BaseRange) -> Tensor:
     """A view of a part's entries in a stored tensor, its blocked axis still split into (count, size)."""
     block = part.block
     if block is None:
@@ -105,7 +108,22 @@ def put_view(stored: Tensor, part: Part) -> Tensor:
     return stored.view(sizes).narrow(block.axis + 1, block.start, block.size)
 
 
-def take(stored: Tensor, part: Part) -> Tensor:
+def gather_base(unit: Unit, base: Checkpoint) -> bytearray:
+    """The matrices of a unit that BASE stores elsewhere or the other way round, laid out as FT's; zero between them."""
+    data = bytearray(math.prod(unit.shape) * TORCH_DTYPES[unit.base_dtype].itemsize)
+    out = torch.frombuffer(data, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    read: dict[tuple[str, int], bytearray] = {}
+    for part, lies in zip(unit.parts, unit.base_parts, strict=True):
+        if (lies.name, lies.start) not in read:
+            read[lies.name, lies.start] = base.read(lies.name, lies.start, lies.nbytes)
+        stored = torch.frombuffer(read[lies.name, lies.start], dtype=TORCH_DTYPES[lies.dtype]).reshape(lies.shape)
+        matrix = take(stored, lies)
+        view = put_view(out, part)
+        view.copy_((matrix if lies.transposed == unit.transposed else matrix.T).reshape(view.shape))
+    return data
+
+
+def take(stored: Tensor, part: Part | BaseRange) -> Tensor:
     """A part's entries in a stored tensor as one 2-D tensor (a copy where they do not lie together)."""
     view = put_view(stored, part)
     return view if part.block is None else view.flatten(part.block.axis, part.block.axis + 1)
@@ -199,19 +217,13 @@ def equalize_part(
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
     operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
-    solve = equalize if len(delta) == 1 else equalize_factors
+    sent = [send(operand, device) for operand in operands]
     try:
-        return solve(
-            *(send(operand, device) for operand in operands),
-            rank_ratio=spec.rank_ratio,
-            rank=spec.rank,
-            rank_rule=spec.rank_rule,
-            energy=spec.energy,
-            scale=spec.scale,
-            beta=spec.beta,
-            noise_floor=floor,
-            cache=caches(unit, part) if caches else None,
-        )
+        recipe = Recipe(RankRule.from_options(spec.rank_rule, vars(spec), floor), spec.scale, spec.beta)
+        cache = caches(unit, part) if caches else None
+        if len(sent) == 1:
+            return equalize_matrix(sent[0], recipe, cache)
+        return equalize_product(sent[0], sent[1], recipe, cache)
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
     except (Unsolved, ValueError) as error:  # no solver, or numbers out of the range of floats

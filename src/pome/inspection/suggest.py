@@ -1,6 +1,6 @@
-"""What the measured spectra advise: warnings in words, each with the option that answers it, and one command.
+"""Suggested command and warnings from measured spectra, each warning with the option that answers it.
 
-Rules of thumb, each from numbers that anybody can check in the survey. They have seen the weights and no task.
+These are rules of thumb over numbers in the survey. They know the weights and no task.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pome.editing.base_check import FAR
 from pome.inspection.records import Matrix
 
 # Roles in the order in which an edit of them is worth trying: the paper's default first, attention last.
@@ -19,7 +20,7 @@ SMALL_RANK = 1 / 8  # of the short side: below it, a delta or what stands out of
 NOISY = 0.5  # share of the energy that rounding explains
 LOSSY = 0.3  # share of the edit that rounding destroys
 SPARSE = 0.5  # share of entries that changed at all
-FAR = 0.3  # norm of the delta beside the base's
+OTHER = 1.0  # norm of the delta beside the base's, at which the two are no nearer than unrelated weights
 EXCLUDE = "--exclude"  # with a pattern for the matrices at hand
 LONGEST_PATTERN = 400
 
@@ -117,6 +118,15 @@ def make_exclusion(found: Sequence[Matrix], matrices: Sequence[Matrix]) -> str:
 
 def suggest(base: str, fine_tuned: str, matrices: Sequence[Matrix]) -> Suggestion:
     """One command for the pair, and why. `matrices` are those of the survey, of any roles."""
+    far = statistics.median(m.relative_norm or 0.0 for m in matrices) if matrices else 0.0
+    if far > OTHER and all(m.changed is not None for m in matrices):  # an adapter is the change itself
+        return Suggestion(
+            "BASE looks wrong",
+            "",
+            f"The update is {far:.0%} of the weights of {base} (the median), as between two models that were trained "
+            f"apart: {base} is taken as pretrained, {fine_tuned} as trained from it. Give the model that it was "
+            f"trained from. {CAUTION}",
+        )
     by_role = {role: [m for m in matrices if m.role == role] for role in PREFERRED}
     role = next((role for role in PREFERRED if any(m.above_noise for m in by_role[role])), None)
     if role is None:

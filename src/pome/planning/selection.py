@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.quantization import find_quantized
 from pome.checkpoint.source import Checkpoint
+from pome.choices import GROUPS
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, printable
-from pome.roles.roles import GROUPS, Layout, describe, describe_all
+from pome.manifest import KeptRecord
+from pome.roles.layout import Layout
+from pome.roles.roles import find_layout, find_layouts
 
+PLACEHOLDER = (
+    "as DeepSpeed ZeRO-3 saves weights that other processes hold; gather them first (zero_to_fp32.py, or "
+    "stage3_gather_16bit_weights_on_model_save)"
+)
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -35,32 +42,44 @@ class Selection:
         return Layout(parts, layout.transposed, layout.stacked) if parts and len(shape) >= 2 else None
 
 
-def select(ft: Checkpoint, spec: EditSpec, apart: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
+def select(ft: Checkpoint, spec: EditSpec, reshaped: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
     """Tensors that hold a selected matrix, each with the layout that has only its selected parts.
 
-    What is `apart` has a shape of its own, which is to say nothing of its neighbours' roles.
+    The shape of a tensor that was `reshaped` (a resized vocabulary, say) tells nothing of its neighbours' roles.
     """
     selection = Selection(spec)
-    layouts = describe_tensors(ft, apart)
+    layouts = find_tensor_layouts(ft, reshaped)
     for name, (_, entry) in ft.tensors.items():
         layout = selection.match(name, entry.shape, layouts[name])
         if layout is not None:
             yield name, layout
 
 
-def describe_tensors(side: Checkpoint, apart: Container[str] = ()) -> dict[str, Layout]:
+def find_placeholders(base: Checkpoint, ft: Checkpoint, names: Mapping[str, str], spec: EditSpec) -> list[KeptRecord]:
+    """The empty tensors of FT in place of weights that are selected, by what BASE holds in their place."""
+    empty = [n for n, (_, entry) in ft.tensors.items() if not all(entry.shape) and entry.dtype in EDITABLE]
+    selection, layouts = Selection(spec), find_tensor_layouts(base) if empty else {}
+    kept = []
+    for name in empty:
+        shape = base.tensors[names[name]][1].shape if name in names else ()
+        if len(shape) > 1 and all(shape) and selection.match(name, shape, layouts[names[name]]) is not None:
+            kept.append(KeptRecord(name, None, f"it is empty, {PLACEHOLDER}"))
+    return kept
+
+
+def find_tensor_layouts(side: Checkpoint, reshaped: Container[str] = ()) -> dict[str, Layout]:
     """The layout of every tensor; one stored as something else than floats shows no shape of a matrix."""
     shapes = {name: entry.shape for name, (_, entry) in side.tensors.items()}
-    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in apart}
-    alone = {n: describe(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
-    return describe_all(plain, side.config) | alone
+    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in reshaped}
+    alone = {n: find_layout(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
+    return find_layouts(plain, side.config) | alone
 
 
 def refuse_quantized(side: Checkpoint, spec: EditSpec) -> None:
     """Raise PairingError if a selected weight of a checkpoint is stored quantized, naming format and way out."""
     selection = Selection(spec)
     for found in find_quantized(side.tensors, side.config):
-        layout = describe(found.weight, found.shape, side.config)
+        layout = find_layout(found.weight, found.shape, side.config)
         if selection.match(found.weight, found.shape, layout) is not None:
             raise PairingError(
                 f"{side.where(found.stored)}: quantized as {found.format}, which cannot be edited; {found.next_step}, "
@@ -86,7 +105,7 @@ def group_candidates(ft: Checkpoint) -> list[Group]:
             pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
             members.setdefault(pattern, []).append(entry)
     groups = []
-    layouts = describe_tensors(ft)
+    layouts = find_tensor_layouts(ft)
     for pattern, entries in members.items():
         roles = dict.fromkeys(part.role for part in layouts[entries[0].name].parts)
         groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
-from pome.checkpoint.lora import Change
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entries, parse_header
+from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
-from pome.roles.roles import Layout, Part, matrix_shape
+from pome.roles.layout import Block, Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
+Added = dict[str, list[tuple[str, str, tuple[int, ...]]]]  # file -> name, dtype and shape of tensors that FT lacks
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRange:
+    """Where BASE stores one matrix: a byte range of a tensor of its own, or of one that holds others beside it."""
+
+    name: str
+    dtype: str
+    start: int
+    nbytes: int
+    shape: tuple[int, int]  # of the range, as stored
+    block: Block | None  # which rows or columns of the range; None: all
+    transposed: bool  # stored (in, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,10 @@ class Unit:
     out_dtype: str
     out_start: int
     out_nbytes: int
-    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    # Where BASE stores the matrix of each part, if not in one range that is laid out as FT's; what is said of BASE
+    # above is then the first one's name and start, the widest dtype and the bytes of all.
+    base_parts: tuple[BaseRange, ...] = ()
+    change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
 
     @property
     def key(self) -> str:
@@ -59,11 +77,11 @@ class Plan:
 
     units: tuple[Unit, ...]
     kept: tuple[KeptRecord, ...]
-    pairs: dict[str, str]
-    matched: int
     tensor_count: int
     layouts: dict[str, tuple[bytes, Header]]
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
+    loras: tuple[LowRank, ...] = ()  # of an adapter as the output: all that it has
+    notes: tuple[str, ...] = ()  # what a user should know of these inputs
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
         return ((unit, part) for unit in self.units for part in unit.parts)
@@ -92,8 +110,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""
-        edit = [
-            {
+        edit = []
+        for unit, part in self.matrices():
+            entry = {
                 "name": unit.name,
                 "part": unit.label(part),
                 "file": unit.file,
@@ -101,8 +120,8 @@ class Plan:
                 "shape": list(fan_out_in(unit, part)),
                 "dtype": unit.out_dtype,
             }
-            for unit, part in self.matrices()
-        ]
+            base_name = unit.base_parts[unit.parts.index(part)].name if unit.base_parts else unit.base_name
+            edit.append(entry if base_name == unit.name else {**entry, "base": base_name})
         keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
         totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
         return {"edit": edit, "keep": keep, **totals}
@@ -111,6 +130,30 @@ class Plan:
 def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
     """(fan_out, fan_in) of a part's matrix, after transposition."""
     return matrix_shape(Layout(unit.parts, unit.transposed), part, unit.shape)
+
+
+def split_units_across(
+    name: str,
+    layout: Layout,
+    found: Mapping[tuple[int | None, Part], BaseRange],
+    ft: Checkpoint,
+    layouts: dict[str, tuple[bytes, Header]],
+) -> Iterator[Unit]:
+    """The units of one tensor whose matrices BASE stores in another way; parts that BASE lacks are left out."""
+    for unit in split_units(name, layout, name, ft, ft, layouts):
+        parts = tuple(part for part in layout.parts if (unit.expert, part) in found)
+        ranges = tuple(found[unit.expert, part] for part in parts)
+        if parts:
+            dtypes = {lies.dtype for lies in ranges}
+            yield replace(
+                unit,
+                parts=parts,
+                base_name=ranges[0].name,
+                base_dtype=dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32",
+                base_start=ranges[0].start,
+                base_nbytes=sum({(lies.name, lies.start): lies.nbytes for lies in ranges}.values()),
+                base_parts=ranges,
+            )
 
 
 def split_units(
@@ -152,14 +195,17 @@ def split_units(
         )
 
 
-def lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[bytes, Header]]:
-    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype; order as in FT."""
+def lay_out(ft: Checkpoint, out_dtypes: dict[str, str], added: Added | None = None) -> Layouts:
+    """New headers, from dtypes and shapes alone, of the files whose layout changes.
+
+    A layout changes where a tensor changes its dtype or where tensors are `added`.
+    """
     changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
     layouts = {}
-    for file in {ft.tensors[name][0] for name in changed}:
+    for file in {ft.tensors[name][0] for name in changed} | set(added or {}):
         header = ft.files[file].header
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
+        given = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in header.tensors.values()]
+        entries = order_entries([*given, *(added or {}).get(file, [])])
         raw = build_header(entries, header.metadata)
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)

@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import dataclass
 
-from pome.sweeping.grid import FINE_TUNED, name_cut
+from pome.sweeping.grid import FINE_TUNED, describe_rank_choice
 from pome.sweeping.trials import Outcome, Trial
 
 
@@ -28,9 +28,9 @@ def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
-            at = ("+".join(params["layers"]), params["scale"], trial.candidate.cut, f"{params['beta']:g}")
+            at = ("+".join(params["layers"]), params["scale"], trial.candidate.rank_choice, f"{params['beta']:g}")
             found[at] = trial
-    rank_choices = list(dict.fromkeys(name_cut(options) for options in grid["cuts"]))
+    rank_choices = list(dict.fromkeys(describe_rank_choice(options) for options in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
         for scale in grid["scale"]:

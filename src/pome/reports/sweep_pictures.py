@@ -13,6 +13,7 @@ from pome.reports.sweep_data import (
     show_interval,
     show_number,
 )
+from pome.sweeping.grid import BASE
 from pome.sweeping.trials import Outcome, Trial
 
 MARGIN = 0.04  # of the axis, free at each end
@@ -55,7 +56,7 @@ class Cell:
 def draw_plot(outcome: Outcome) -> Plot:
     """Dots and intervals of all candidates, best first, and of BASE."""
     scored = list_scored(outcome)
-    others = [trial for trial in outcome.trials if not trial.candidate and trial.score and trial.key == "base"]
+    others = [trial for trial in outcome.trials if not trial.candidate and trial.score and trial.key == BASE]
     ends = [0.0]
     for trial in scored:
         assert trial.difference is not None

@@ -1,23 +1,30 @@
-"""Which tensor of BASE is the one that a tensor of FT was trained from: by name, and by changes of prefix."""
+"""Pairing of tensor names between two checkpoints: equal names, and changes of prefix. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from pome.errors import PairingError, printable
+from pome.roles.names import invert, strip_all_wrappers, words
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Words that tell the towers of one model apart. A change of prefix may add or drop wrappers such as `bert.` or
-# `model.`, but may not lead from one tower to another: their tensors agree in shape and would pair into nonsense.
-TOWERS = frozenset(
-    (
-        "encoder", "decoder", "vision", "visual", "vision_model", "vision_tower", "vision_encoder", "image_encoder",
-        "text_model", "text_encoder", "audio", "audio_tower", "audio_model", "speech", "question_encoder",
-        "ctx_encoder", "generator", "discriminator", "student", "teacher", "encoder_q", "encoder_k", "shared", "mtp",
+# Words that tell the towers of one model apart, by what they mean. A change of prefix may add or drop wrappers such as
+# `bert.` or `model.`, but may not lead from one tower to another: their tensors agree in shape and would pair into
+# nonsense.
+TOWERS = invert(
+    {
+        "vision": "vision visual vision_model vision_tower vision_encoder image_encoder",
+        "text": "text_model text_encoder",
+        "audio": "audio audio_tower audio_model audio_encoder speech",
+    }
+) | {
+    word: word
+    for word in words(
+        "encoder decoder question_encoder ctx_encoder generator discriminator student teacher encoder_q encoder_k",
+        "shared mtp image_tower video_tower",
     )
-)  # fmt: skip
-
+}
 
 # An ending that so many names of BASE share tells nothing of where FT's belongs, and comparing all with all would take
 # the square of their number.
@@ -25,22 +32,34 @@ CROWD = 64
 # A model has a few towers, each with a prefix of its own; names made to differ one by one would take forever.
 CHANGES = 16
 
-Change = tuple[str, str]  # of prefix: FT's, BASE's
-Vote = tuple[Change, dict[str, str]]  # and the matrices that meet one of equal shape under it: FT's -> BASE's
+PrefixChange = tuple[str, str]  # FT's, BASE's
+Vote = tuple[PrefixChange, dict[str, str]]  # and the matrices that meet one of equal shape under it: FT's -> BASE's
 
 
 def pair_names(base: Shapes, ft: Shapes) -> dict[str, str]:
     """FT name -> BASE name, one to one. Equal names pair; the others through the changes of prefix that fit most.
 
-    A prefix is whole dotted words at the start of a name. Only matrices of equal shape vote, and only tensors that are
-    still free can vote and pair; the vote is repeated, for every tower may have a prefix of its own. Among changes
-    with as many votes the shortest goes first. Raises PairingError where such changes contradict each other.
+    Wrappers of training (`_orig_mod`, say) anywhere in a name count for nothing. A prefix is whole dotted words at the
+    start of a name. Only matrices of equal shape vote, and only tensors that are still free can vote and pair; the vote
+    is repeated, for every tower may have a prefix of its own. Among changes with as many votes the shortest goes first.
+    Raises PairingError where such changes contradict each other.
     """
+    plain_base, plain_ft = strip_all_wrappers(base), strip_all_wrappers(ft)
+    stored_base, stored_ft = ({plain: n for n, plain in side.items()} for side in (plain_base, plain_ft))
+    pairs = _pair_plain_names(
+        {plain_base[name]: shape for name, shape in base.items()},
+        {plain_ft[name]: shape for name, shape in ft.items()},
+    )
+    return {stored_ft[name]: stored_base[target] for name, target in pairs.items()}
+
+
+def _pair_plain_names(base: Shapes, ft: Shapes) -> dict[str, str]:
     pairs = {name: name for name in ft if name in base}
     free_ft = [name for name in ft if name not in pairs]
     free_base = {name for name in base if name not in pairs}
+    towers = _Towers(base, ft)
     for _ in range(CHANGES):
-        winners = _vote(base, ft, free_ft, free_base)
+        winners = _vote(base, ft, free_ft, free_base, towers)
         if not winners:
             break
         for rival in winners[1:]:
@@ -73,13 +92,13 @@ def _refuse_contradiction(winner: Vote, rival: Vote) -> None:
             )
 
 
-def _vote(base: Shapes, ft: Shapes, free_ft: list[str], free_base: set[str]) -> list[Vote]:
+def _vote(base: Shapes, ft: Shapes, free_ft: list[str], free_base: set[str], towers: _Towers) -> list[Vote]:
     """The changes of prefix under which most free matrices meet one of equal shape, the shortest first."""
     by_suffix: dict[str, list[str]] = {}
     for name in free_base:
         for suffix in _suffixes(name):
             by_suffix.setdefault(suffix, []).append(name)
-    votes: dict[Change, dict[str, str]] = {}
+    votes: dict[PrefixChange, dict[str, str]] = {}
     for name in free_ft:
         if len(ft[name]) < 2:
             continue
@@ -94,7 +113,7 @@ def _vote(base: Shapes, ft: Shapes, free_ft: list[str], free_base: set[str]) -> 
                 if other in seen or base[other] != ft[name]:
                     continue
                 seen.add(other)
-                if _only_wrappers(*change) and (_is_in_layer(suffix) or not all(change)):
+                if towers.agree(*change) and (_is_in_layer(suffix) or not all(change)):
                     votes.setdefault(change, {})[name] = other
     most = max(map(len, votes.values()), default=0)
     winners = [(change, fitting) for change, fitting in votes.items() if len(fitting) == most]
@@ -108,9 +127,21 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(words[i:]) for i in range(first_number + 1)]
 
 
-def _only_wrappers(old: str, new: str) -> bool:
-    towers = [{word for word in prefix.split(".") if word in TOWERS} for prefix in (old, new)]
-    return towers[0] == towers[1]
+class _Towers:
+    """The towers that prefixes on either side lead into."""
+
+    def __init__(self, base: Shapes, ft: Shapes) -> None:
+        # Where nothing is called a decoder, the only encoder is no tower beside another.
+        self.alone = [not any("decoder" in name.split(".") for name in side) for side in (ft, base)]
+
+    def agree(self, ours: str, theirs: str) -> bool:
+        """Whether a change of prefix, from FT's to BASE's, stays in one tower."""
+        return self._find(ours, self.alone[0]) == self._find(theirs, self.alone[1])
+
+    def _find(self, prefix: str, alone: bool) -> set[str]:
+        found = {TOWERS[word] for word in prefix.split(".") if word in TOWERS}
+        # The encoder of images or of sound is that tower itself.
+        return found - {"encoder"} if alone or found & {"vision", "audio", "text"} else found
 
 
 def _is_in_layer(suffix: str) -> bool:
