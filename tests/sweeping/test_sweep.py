@@ -161,7 +161,7 @@ def test_nothing_is_written_when_nothing_beats_the_fine_tuned_model(pair, tmp_pa
     arguments = ["sweep", *map(str, pair), str(tmp_path / "out"), "--score-cmd", command, "--beta", "1,2"]
     assert run_command([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "nothing beats the fine-tuned model beyond noise" in captured.err
+    assert "Nothing beats the fine-tuned model beyond noise" in captured.err
     assert "--write-best writes the best all the same" in captured.err
     found = json.loads(captured.out)
     assert not found["written"] and not found["beats_fine_tuned"]
@@ -599,7 +599,7 @@ def test_the_result_as_table_page_and_plots(pair, tmp_path, capsys):
     assert found["candidates"][0]["delta"] == pytest.approx(0.3)
     assert found["candidates"][0]["interval"] == pytest.approx([0.3, 0.3])
     assert found["candidates"][0]["metrics"] == {"f1": 0.4}
-    assert "K=0.25" in captured.err and "best of 4: up K=0.5 frobenius beta=1" in captured.err
+    assert "K=0.25" in captured.err and "Best of 4: up K=0.5 frobenius beta=1" in captured.err
     lines = table.read_text().splitlines()
     assert lines[0] == "model,score,difference,95 % interval,f1" and len(lines) == 7
     assert lines[1].startswith("up K=0.5 frobenius beta=1,0.8,+0.3,")
