@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from pome.kernel.certificate import certify, inner_dense
-from pome.kernel.equalize import equalize, equalize_factors
+from pome.kernel.equalize import Recipe, equalize, equalize_product
+from pome.kernel.rank import RankRule
 
 Result = TypeVar("Result")
+RECIPE = Recipe(RankRule("ratio", 0.5))
 SHAPES = "5632x2048,11008x4096,4096x14336"
 SPECTRA = ("flat", "inverse", "inverse-root", "strong", "rounded-lora", "deficient")
 
@@ -133,8 +135,8 @@ def bench_experts(count: int, m: int, n: int) -> None:
 def bench_adapter(m: int, n: int, r: int) -> None:
     generator = torch.Generator().manual_seed(0)
     b, a = torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
-    equalize_factors(b, a)
-    thin = min(clock(lambda: equalize_factors(b, a)) for _ in range(5))
+    equalize_product(b, a, RECIPE)
+    thin = min(clock(lambda: equalize_product(b, a, RECIPE)) for _ in range(5))
     dense = clock(lambda: equalize(make_delta("rounded-lora", m, n)))
     print(f"rank-{r} adapter on {m}x{n}: {thin:.4f} s, {100 * thin / dense:.2f} % of the dense {dense:.2f} s")
 

@@ -96,4 +96,3 @@ GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 # In the order of the help. Each is a module of `pome.cli.commands`.
 COMMANDS = ("edit", "inspect", "sweep", "verify", "batch")
-CommandName = Literal["edit", "inspect", "sweep", "verify", "batch"]

@@ -1,13 +1,15 @@
-"""What was done, as data: `pome_manifest.json`. Dataclasses to and from JSON."""
+"""Manifest of an output, `pome_manifest.json`: records of inputs, options, edits and files, to and from JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +17,10 @@ from typing import Any, TypeVar
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
+# Entries of `timing` that are no times. They stand there because they may differ between two runs.
 CHECKSUM = "manifest_sha256"
+SPECTRUM_POINTS = 24
+INPUTS = "inputs_stat"  # what the system said of the inputs' files: while it says the same they need not be hashed
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,20 @@ class SideRecord:
     revision: str | None
     files: dict[str, FileRecord]
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was given as a Hub repository."""
+        return self.revision is not None
+
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One edited matrix. Norms are Frobenius norms; the README tells what each number means."""
+    """One edited matrix. Norms are Frobenius norms; the README tells what each number means.
+
+    departure: norm of (edited - fine-tuned weight) over delta_norm, before the weight is rounded to the output dtype.
+    spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, evenly spaced in
+    their logarithm.
+    """
 
     name: str
     part: str | None
@@ -56,11 +71,31 @@ class TensorRecord:
     delta_norm: float
     edit_norm: float
     energy_kept: float
+    departure: float
     rounding: float
     objective: float
     orthogonality: float
     solver: str
     warnings: tuple[str, ...]
+    spectrum: tuple[tuple[int, float], ...]
+
+    @property
+    def title(self) -> str:
+        """Its name, with the part of the tensor that it is."""
+        return f"{self.name} ({self.part})" if self.part else self.name
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The record in JSON's types, but for tuples, which JSON writes as lists. (asdict() would copy each number.)"""
+        return dict(vars(self))
+
+    @classmethod
+    def from_mapping(cls, raw: dict[str, Any]) -> TensorRecord:
+        """A record from JSON's types. Raises TypeError, ValueError or KeyError for what is no record."""
+        rows, columns = raw["shape"]
+        texts = _read_texts(raw["warnings"])
+        return _read(
+            cls, {**raw, "shape": (rows, columns), "warnings": texts, "spectrum": _read_points(raw["spectrum"])}
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +124,13 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
-    notes: tuple[str, ...] = ()  # what was said of the inputs; left out of the file where nothing was
+    notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+
+    @property
+    def template(self) -> str:
+        """Whose bytes an output has where it was not edited: `FT`, or `BASE` where FT is an adapter merged into it."""
+        adapter = "adapter_model.safetensors" in self.fine_tuned.files
+        return "BASE" if adapter and self.spec.get("out_format") == "full" else "FT"
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -102,11 +143,18 @@ class Manifest:
         return dataclasses.replace(self, timing={**self.timing, CHECKSUM: self.checksum()})
 
     def to_mapping(self) -> dict[str, Any]:
-        mapping = dataclasses.asdict(self)
-        return mapping if self.notes else {key: value for key, value in mapping.items() if key != "notes"}
+        """The manifest in JSON's types, but for tuples in the records of matrices, which JSON writes as lists."""
+        others = dataclasses.asdict(dataclasses.replace(self, tensors=()))
+        mapping = {**others, "tensors": [record.to_mapping() for record in self.tensors]}
+        return mapping if self.notices else {key: value for key, value in mapping.items() if key != "notices"}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_mapping(), indent=1, allow_nan=False) + "\n"
+        """The file: indented, but for the records of matrices, one line each."""
+        mapping = self.to_mapping()
+        lines = [json.dumps(record, allow_nan=False) for record in mapping["tensors"]]
+        text = json.dumps({**mapping, "tensors": []}, indent=1, allow_nan=False)
+        listed = "[\n  " + ",\n  ".join(lines) + "\n ]" if lines else "[]"
+        return text.replace('\n "tensors": []', f'\n "tensors": {listed}', 1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -127,15 +175,27 @@ class Manifest:
                     **raw,
                     "base": _read_side(raw["base"]),
                     "fine_tuned": _read_side(raw["fine_tuned"]),
-                    "tensors": tuple(_read_tensor(item) for item in raw["tensors"]),
+                    "tensors": tuple(map(TensorRecord.from_mapping, raw["tensors"])),
                     "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
-                    "notes": _read_texts(raw.get("notes", [])),
+                    "notices": _read_texts(raw.get("notices", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{where}: not a manifest of pome: {printable(str(error))}") from None
+
+
+def sample_spectrum(sigma: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """(index from 1, singular value with six digits) at about SPECTRUM_POINTS indices of a descending spectrum."""
+    return tuple((index, float(f"{sigma[index - 1]:.6g}")) for index in spread_indices(len(sigma), SPECTRUM_POINTS))
+
+
+def spread_indices(n: int, count: int) -> list[int]:
+    """At most `count` whole numbers from 1 to n, both included, as evenly spaced in their logarithm as can be."""
+    if n <= count:
+        return list(range(1, n + 1))
+    return sorted({round(n ** (i / (count - 1))) for i in range(count)})
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -157,7 +217,7 @@ def _read_number(text: str) -> float:
     return number
 
 
-_Record = TypeVar("_Record")
+_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -166,24 +226,32 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+@functools.cache
+def _list_kinds(record: Any) -> list[tuple[str, tuple[type, ...]]]:
+    """The fields of a record that hold one plain value, with the types it may have."""
+    return [(known.name, _KINDS[str(known.type)]) for known in dataclasses.fields(record) if str(known.type) in _KINDS]
+
+
 def _read(record: type[_Record], raw: dict[str, Any]) -> _Record:
     """A record from an object with its fields. Raises TypeError for a field of another kind."""
-    for known in dataclasses.fields(record):  # type: ignore[arg-type]
-        kinds = _KINDS.get(str(known.type))
-        if kinds and (not isinstance(raw[known.name], kinds) or isinstance(raw[known.name], bool)):
-            raise TypeError(f"{known.name} is {raw[known.name]!r}")
+    kind: Any = record
+    for name, kinds in _list_kinds(kind):
+        if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
+            raise TypeError(f"{name} is {raw[name]!r}")
     return record(**raw)
 
 
-def _read_tensor(raw: dict[str, Any]) -> TensorRecord:
-    rows, columns = raw["shape"]
-    return _read(TensorRecord, {**raw, "shape": (rows, columns), "warnings": _read_texts(raw["warnings"])})
-
-
-def _read_texts(raw: list[Any]) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not all(isinstance(item, str) for item in raw):
+def _read_texts(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, (list, tuple)) or not all(isinstance(item, str) for item in raw):
         raise TypeError(f"{raw!r} is not a list of texts")
     return tuple(raw)
+
+
+def _read_points(raw: Any) -> tuple[tuple[int, float], ...]:
+    points = tuple((index, sigma) for index, sigma in raw)
+    if not ({type(index) for index, _ in points} <= {int} and {type(sigma) for _, sigma in points} <= {int, float}):
+        raise TypeError("spectrum is not a list of [index, singular value]")
+    return points
 
 
 def _read_side(raw: dict[str, Any]) -> SideRecord:

@@ -16,12 +16,14 @@ from pome import EditSpec, edit
 from pome.errors import NumericalError
 from pome.inspection.records import find_place, sort_places
 from pome.inspection.survey import survey
+from pome.kernel.alignment import measure_alignment
+from pome.kernel.decomposition import ZeroDelta
 from pome.kernel.noise import measure_grid, storage_noise_floor
-from pome.kernel.rank import RankRule, count_effective, count_energy, count_gavish_donoho, count_signal
-from pome.kernel.spectrum import ZeroDelta
-from pome.kernel.values import measure_bearing, measure_product, measure_values
+from pome.kernel.rank import Spectrum, count_effective, count_energy, count_gavish_donoho, count_signal
+from pome.kernel.values import measure_product, measure_values
 from support.adapters import make_pair, read_delta
 from support.checkpoints import LLAMA, llama_pair, read_tensors, run_python, write_checkpoint
+from support.recipes import make_rule
 from support.reference import plant
 
 SIDE = (640, 512)
@@ -52,7 +54,7 @@ def test_planted_ranks_are_recovered(rank, weakest, missed, noise):
         delta = stored.double() - base
         edge = storage_noise_floor(stored)
     sigma = torch.linalg.svdvals(delta)
-    for k in (count_signal(sigma, edge, SIDE), count_gavish_donoho(sigma, SIDE)):
+    for k in (count_signal(sigma, edge, SIDE), count_gavish_donoho(Spectrum(sigma, len(sigma), SIDE))):
         assert abs(k - rank) <= missed * rank
 
 
@@ -65,10 +67,11 @@ def test_noise_alone_is_not_taken_for_signal():
 
 def test_effective_and_energy_follow_their_formulas_on_a_geometric_spectrum():
     sigma = 0.9 ** torch.arange(60, dtype=torch.float64)
+    spectrum = Spectrum(sigma, 60, (60, 60))
     share = [0.9**i * 0.1 / (1 - 0.9**60) for i in range(60)]
-    assert count_effective(sigma) == round(math.exp(-sum(p * math.log(p) for p in share)))
+    assert count_effective(spectrum) == round(math.exp(-sum(p * math.log(p) for p in share)))
     # The first k hold (1 - 0.81^k) / (1 - 0.81^60) of the energy.
-    assert count_energy(sigma, 0.9) == math.ceil(math.log(1 - 0.9 * (1 - 0.81**60)) / math.log(0.81))
+    assert count_energy(spectrum, 0.9) == math.ceil(math.log(1 - 0.9 * (1 - 0.81**60)) / math.log(0.81))
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 25), (1, 9)])
@@ -105,16 +108,16 @@ def test_alignment_sees_whether_a_delta_lies_in_the_base_s_leading_directions():
     inside = U[:, :16] @ draw((16, 16), 2) @ V[:, :16].T
     outside = U[:, 16:] @ draw((112, 112), 3) @ V[:, 16:].T
     for D, share in ((inside, 1.0), (outside, 0.0)):
-        bearing = measure_bearing(W, (D,), float(D.norm()))
+        alignment = measure_alignment(W, (D,), float(D.norm()))
         # The gap of 5 makes the subspace iteration converge by (1/5)^5 a squared step.
-        assert bearing.r == 16 and bearing.spectral_norm == pytest.approx(9.0, rel=1e-6)
-        assert [bearing.left, bearing.right] == pytest.approx([share, share], abs=1e-3)
+        assert alignment.r == 16 and alignment.spectral_norm == pytest.approx(9.0, rel=1e-6)
+        assert [alignment.left, alignment.right] == pytest.approx([share, share], abs=1e-3)
     # A multiple of the base moves every singular value by the same share.
-    assert measure_bearing(W, (0.01 * W,), float(0.01 * W.norm())).drift == pytest.approx(0.01, rel=1e-6)
+    assert measure_alignment(W, (0.01 * W,), float(0.01 * W.norm())).drift == pytest.approx(0.01, rel=1e-6)
     # The factors of a delta say the same as the delta.
     b, a = draw((160, 3), 4), draw((3, 128), 5)
     norm = float((b @ a).norm())
-    thin, dense = measure_bearing(W, (b, a), norm), measure_bearing(W, (b @ a,), norm)
+    thin, dense = measure_alignment(W, (b, a), norm), measure_alignment(W, (b @ a,), norm)
     assert (thin.left, thin.right, thin.drift) == pytest.approx((dense.left, dense.right, dense.drift), rel=1e-9)
 
 
@@ -156,7 +159,7 @@ def test_a_survey_is_the_definition_of_its_numbers(tmp_path):
         assert m.energy["0.5"] == pytest.approx(float(squares[:half].sum()), rel=1e-5)
         assert m.shape == tuple(W.shape) and m.rank == min(W.shape)
         for rule, k in m.k.items():
-            assert k == RankRule(rule, noise_floor=m.noise_floor).choose(sigma, m.rank, m.shape)
+            assert k == make_rule(rule, m.noise_floor).choose(sigma, m.rank, m.shape)
 
 
 def test_a_survey_foretells_what_the_edit_does(tmp_path):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pome.kernel.equalize import equalize, equalize_factors
+from pome.kernel.equalize import ZeroDelta, equalize, equalize_product
 from pome.kernel.precision import full_precision
-from pome.kernel.spectrum import ZeroDelta
+from support.recipes import make_recipe
 from support.reference import assert_as_reference, plant, reference_edit
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (40, 24), (24, 40), (31, 31), (200, 130), (130, 200)]
@@ -80,14 +80,14 @@ def test_a_zero_delta_is_named_so():
     with pytest.raises(ZeroDelta):
         equalize(torch.zeros(4, 3))
     with pytest.raises(ZeroDelta):
-        equalize_factors(torch.zeros(4, 2), torch.ones(2, 3))
+        equalize_product(torch.zeros(4, 2), torch.ones(2, 3), make_recipe())
     b, a = plant([1.0, 0.5], 6, 2), plant([2.0, 1.0], 2, 5)
     for left, right in (
         (torch.cat((b, -b), 1), torch.cat((a, a))),  # a sum that cancels
         (torch.cat((b, torch.zeros(6, 2)), 1), torch.cat((torch.zeros(2, 5), a))),  # halves that do not meet
     ):
         with pytest.raises(ZeroDelta):
-            equalize_factors(left, right)
+            equalize_product(left, right, make_recipe())
 
 
 @pytest.mark.parametrize("shape", [(512, 256), (1, 131072), (8, 16384), (50000, 2), (1024, 1024)])
@@ -143,7 +143,7 @@ def test_factors_give_what_their_product_gives(m, n, r, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     b = torch.randn(m, r, generator=generator).to(dtype)
     a = torch.randn(r, n, generator=generator).to(dtype)
-    edit = equalize_factors(b, a)
+    edit = equalize_product(b, a, make_recipe())
     wanted = reference_edit(b.double() @ a.double())
     assert (edit.rank, edit.k) == (wanted.rank, wanted.k)
     assert edit.solver == "factors"
@@ -155,7 +155,7 @@ def test_factors_give_what_their_product_gives(m, n, r, dtype, seed):
 
 def test_factors_that_do_not_multiply_are_refused():
     with pytest.raises(ValueError, match="do not multiply"):
-        equalize_factors(torch.ones(4, 2), torch.ones(3, 4))
+        equalize_product(torch.ones(4, 2), torch.ones(3, 4), make_recipe())
 
 
 def test_a_cut_within_a_cluster_is_warned_of():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 
 import pome.editing.edit
 from pome import CheckpointError, EditSpec, OutputError, edit
-from pome.kernel.equalize import equalize as equalize_one
+from pome.kernel.equalize import equalize_matrix
 from pome.output import clone
 from pome.output.staging import Staging
 from pome.output.target import check_target
@@ -73,7 +74,7 @@ def test_lone_files_give_a_folder_with_the_name_of_fts_file(tmp_path: Path) -> N
     assert manifest.files.keys() == {"weights.safetensors"}
 
 
-def test_side_files_go_along_and_training_state_does_not(tmp_path: Path) -> None:
+def test_side_files_are_copied_and_training_state_is_left_out(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     for name in ("tokenizer.json", "code/model.py", "original/params.json", "merges.txt", "chat_template.jinja"):
         (ft / name).parent.mkdir(exist_ok=True)
@@ -129,9 +130,7 @@ def refuse(tmp_path: Path, out: Path, **options: Any) -> str:
     return message
 
 
-def test_an_out_that_cannot_be_is_refused_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_out_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ft = llama_pair(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there/precious").write_text("keep me")
@@ -139,7 +138,7 @@ def test_an_out_that_cannot_be_is_refused_and_nothing_is_written(
     (tmp_path / "link").symlink_to(tmp_path / "there")
     (tmp_path / "alias").symlink_to(ft)
     assert "OUT lies inside" in refuse(tmp_path, ft / "out")
-    assert "OUT lies inside" in refuse(tmp_path, ft)
+    assert f"OUT is {ft};" in refuse(tmp_path, ft)
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "base/deep/out", overwrite=True)
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "alias/out")
     assert "OUT holds" in refuse(tmp_path, tmp_path, overwrite=True)
@@ -184,7 +183,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
     real = pome.output.staging.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(pome.output.staging, "can_share", lambda *_: False)
     monkeypatch.setattr(pome.output.staging.shutil, "disk_usage", lambda _: real._replace(free=1000))
-    assert "bytes are needed and 1000 are free there; make room" in refuse(tmp_path, tmp_path / "out")
+    assert "are needed and 1.0 kB are free there; make room" in refuse(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite", "fsync", "write"])
@@ -230,7 +229,86 @@ def test_every_way_to_copy_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     assert_only_edited(ft, tmp_path / "out", UP)
 
 
-def test_short_reads_and_writes_of_the_system_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COPY_REFUSALS = (errno.EIO, errno.EACCES, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "ioctl"])
+@pytest.mark.parametrize("code", COPY_REFUSALS)
+def test_a_refused_way_of_copying_is_followed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    if call == "ioctl":
+        monkeypatch.setattr(fcntl, "ioctl", fail_with(code, lambda *_: True, fcntl.ioctl))
+    else:
+        monkeypatch.setattr(clone, "share_file", lambda *_: False)
+        monkeypatch.setattr(os, call, fail_with(code, lambda *_: True, getattr(os, call)))
+    edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
+
+
+def test_a_source_that_cannot_be_read_is_an_error_whatever_the_way_of_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(clone, "share_file", lambda *_: False)
+    for call in ("copy_file_range", "pread"):
+        monkeypatch.setattr(os, call, fail_with(errno.EIO, lambda *_: True, getattr(os, call)))
+    with pytest.raises(OutputError, match="Input/output error"):
+        edit(base, ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_copying_stops_at_once_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(clone, "share_file", lambda *_: False)
+    monkeypatch.setattr(os, "copy_file_range", fail_with(errno.ENOSPC, lambda *_: True, os.copy_file_range))
+    with pytest.raises(OutputError, match="make room"):
+        edit(base, ft, tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize(
+    ("call", "said"), [("fchmod", "keeps no permissions"), ("fsync", "does not sync"), ("fdatasync", None)]
+)
+def test_a_request_that_the_file_system_does_not_have_is_a_notice_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str | None, code: int
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail_with(code, lambda *_: True, getattr(os, call)))
+        manifest = edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
+    assert bool(manifest.notices) == bool(said)
+    assert all(said in notice for notice in manifest.notices if said)
+
+
+@pytest.mark.parametrize("how", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    base, ft = llama_pair(tmp_path)
+
+    def is_folder(first: object, *rest: object) -> bool:
+        if how == "open":
+            return bool(rest) and isinstance(rest[0], int) and bool(rest[0] & os.O_DIRECTORY)
+        return isinstance(first, int) and stat.S_ISDIR(os.fstat(first).st_mode)
+
+    monkeypatch.setattr(os, how, fail_with(errno.EINVAL, is_folder, getattr(os, how)))
+    manifest = edit(base, ft, tmp_path / "out")
+    assert [notice.partition("the file system ")[2].partition(";")[0] for notice in manifest.notices] == [
+        "does not sync folders"
+    ]
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdatasync"])
+def test_a_sync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(os, call, fail_with(errno.EIO, lambda *_: True, getattr(os, call)))
+    with pytest.raises(OutputError, match="Input/output error"):
+        edit(base, ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_short_reads_and_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = llama_pair(tmp_path)
     edit(base, ft, tmp_path / "undisturbed")
     pwrite, write, preadv = os.pwrite, os.write, os.preadv
@@ -266,7 +344,7 @@ def test_no_folder_of_somebody_else_is_taken_for_our_own(tmp_path: Path, suffix:
     assert "OUT holds" in refuse(tmp_path, tmp_path / "out")
 
 
-def test_out_is_where_the_system_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_is_resolved_as_the_system_resolves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = llama_pair(tmp_path)
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far/away")
@@ -323,7 +401,7 @@ def test_an_overwrite_that_fails_keeps_the_former_out(tmp_path: Path, monkeypatc
     assert_only_edited(ft, tmp_path / "out", UP)
 
 
-def test_what_an_overwrite_left_half_removed_is_not_put_back(tmp_path: Path) -> None:
+def test_a_half_removed_former_out_is_not_restored(tmp_path: Path) -> None:
     """Killed amid the removal of the former OUT, and the new one moved away since: there is nothing to put back."""
     base, ft = llama_pair(tmp_path)
     former_output(tmp_path / STAGING)
@@ -345,13 +423,13 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     started: list[str] = []
 
-    def equalize(delta: torch.Tensor, **options: Any) -> Any:
+    def equalize(delta: torch.Tensor, *options: Any) -> Any:
         started.append("x")
         if len(started) > count:
             raise Interrupted
-        return equalize_one(delta, **options)
+        return equalize_matrix(delta, *options)
 
-    monkeypatch.setattr(pome.editing.unit, "equalize", equalize)
+    monkeypatch.setattr(pome.editing.unit, "equalize_matrix", equalize)
     return started
 
 
@@ -381,7 +459,7 @@ def stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     return base, ft
 
 
-def test_another_command_never_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_another_command_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = stop_in_the_middle(tmp_path, monkeypatch)
     message = refuse(tmp_path, tmp_path / "out", spec=EditSpec(beta=2.0))
     assert "unfinished run of another command (it differs in beta)" in message and "--fresh" in message
@@ -470,7 +548,7 @@ def test_an_interrupt_does_not_wait_for_the_hashing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("damage", ["cut", "torn", "garbage", "another shape", "lost"])
-def test_a_damaged_journal_costs_work_and_no_truth(
+def test_after_a_damaged_journal_the_output_is_still_byte_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     base, ft = stop_in_the_middle(tmp_path, monkeypatch)

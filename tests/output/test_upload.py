@@ -149,7 +149,8 @@ def test_the_card_of_a_sweeps_best_says_how_it_was_chosen(pair: tuple[Path, Path
 
 
 RECORD = TensorRecord(
-    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.0, 1.0, 0.0, "gram64", ()
+    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0,
+    "gram64", (), ((1, 1.0), (2, 0.5)),
 )  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def test_any_card_of_ft_gives_a_card(broken: str) -> None:
     ("given", "kept"),
     [("org/llama", ["org/llama"]), (["gpt2", "/x/y"], ["gpt2"]), ("./x", None), ("a/b/c", None), (3, None)],
 )
-def test_what_ft_says_of_its_own_base_is_kept_where_it_can_be_a_hub_id(given: Any, kept: Any) -> None:
+def test_base_model_of_fts_card_is_kept_where_it_is_a_hub_id(given: Any, kept: Any) -> None:
     card: Any = ModelCard(make_card(describe(), f"---\nbase_model: {given}\n---\n"))
     assert card.data.base_model == kept
     assert make_card(describe("c0"), f"---\nbase_model: {given}\n---\n").startswith("---\nbase_model:\n- org/ft\n")
@@ -326,7 +327,7 @@ def test_a_batch_publishes_and_a_finished_job_is_uploaded_again(
         ({"private": True}, "private: says what an upload becomes"),
     ],
 )
-def test_publications_that_make_no_sense(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_publication_options_at_odds_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Publication(**options)
     file = tmp_path / "jobs.yaml"

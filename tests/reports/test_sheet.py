@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pome.reports.sheet import spread_indices, summarise_roles
+from pome.manifest import spread_indices
+from pome.reports.sheet import summarise_roles
 from support.surveys import draw_sheet
 
 

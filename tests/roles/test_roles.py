@@ -354,6 +354,7 @@ def test_a_refuted_role_keeps_the_orientation():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "x.encoder", "encoder.decoder", "layers.0.mlp.up_proj.weight"])
 def test_a_config_may_have_any_depth_and_a_tensor_the_name_of_a_part(name: str):
     deep: dict = {}

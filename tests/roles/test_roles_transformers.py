@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 TABLE = Path(__file__).parent / "roles_survey.md"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,17 +41,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def rows(one_thread: None) -> list[Row]:
+def surveyed(one_thread: None) -> list[Row]:
     return [row for kind in KINDS for row in survey(kind)]
 
 
-def test_no_role_is_wrong(rows: list[Row]):
-    wrong = {row.model_type: row.verdict.wrong for row in rows if row.verdict and row.verdict.wrong}
+def test_no_role_is_wrong(surveyed: list[Row]):
+    wrong = {row.model_type: row.verdict.wrong for row in surveyed if row.verdict and row.verdict.wrong}
     assert wrong == {}
 
 
-def test_nearly_every_causal_language_model_is_fully_right(rows: list[Row]):
-    causal = [row for row in rows if row.kind == "causal-lm"]
+def test_nearly_every_causal_language_model_is_fully_right(surveyed: list[Row]):
+    causal = [row for row in surveyed if row.kind == "causal-lm"]
     assert sum(row.verdict is not None for row in causal) >= 0.95 * len(causal)
     # A few have no feed-forward module at all (state-space models).
     with_ffn = [row for row in causal if row.has_ffn]
@@ -58,26 +59,22 @@ def test_nearly_every_causal_language_model_is_fully_right(rows: list[Row]):
     assert sum(row.complete for row in with_ffn) >= 0.95 * len(with_ffn)
 
 
-LINE = re.compile(r"(?m)^\| (?!kind)([a-z-]+ \| [a-zA-Z][^ ]*) \| (.*) \|")
+def test_the_table_is_of_the_release_that_constraints_pin():
+    pinned = re.search(r"^transformers==([\d.]+)", CONSTRAINTS.read_text(encoding="utf-8"), re.M)[1]
+    assert f"transformers {pinned};" in TABLE.read_text(encoding="utf-8")
 
 
-def test_the_table_is_what_the_survey_finds(rows: list[Row]):
-    """Line by line on the release that the table names; on another, what was all right there is all right here."""
+def test_the_table_is_the_survey(surveyed: list[Row]):
+    """Line by line in the table's release; in any, what it calls right is right: that does not wait for a new table."""
     table = TABLE.read_text(encoding="utf-8")
-    recorded, found = (dict(LINE.findall(text)) for text in (table, format_table(rows)))
-    assert len(found) == len(rows)
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\w-]+) \| [1-9]\d* \| 0 \| 0 \| 0 \|", table, re.M)
+    built = {(row.kind, row.model_type): row.complete for row in surveyed if row.verdict}
+    known = [row for row in rows if row in built]
+    assert len(known) >= 0.5 * len(rows) >= 100
+    assert [row for row in known if not built[row]] == []
     if f"transformers {transformers.__version__};" in table:
-        assert found == recorded
-        return
-    both = recorded.keys() & found.keys()
-    assert len(both) >= 0.9 * len(recorded)
-    assert {name: found[name] for name in both if is_all_right(recorded[name]) and not is_all_right(found[name])} == {}
-
-
-def is_all_right(counts: str) -> bool:
-    """Whether a line's feed-forward matrices are all right: none unknown, unproved or wrong."""
-    numbers = counts.split(" | ")
-    return numbers[0].isdigit() and int(numbers[0]) > 0 and numbers[1:4] == ["0", "0", "0"]
+        again = "run: python scripts/survey_roles.py --out tests/roles/roles_survey.md"
+        assert format_table(surveyed).splitlines() == table.splitlines(), again
 
 
 def swap_gate_and_up(role: str) -> str:

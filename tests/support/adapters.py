@@ -34,6 +34,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "mixtral": lambda: transformers.MixtralConfig(**EXPERTS),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**EXPERTS),
+    "square moe": lambda: transformers.Qwen3MoeConfig(**{**EXPERTS, "moe_intermediate_size": 16}),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=14),
+    "olmoe": lambda: transformers.OlmoeConfig(**{k: v for k, v in EXPERTS.items() if k != "head_dim"}),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**{k: v for k, v in EXPERTS.items() if k != "head_dim"}),
+    "square granite": lambda: transformers.GraniteMoeConfig(
+        **{**{k: v for k, v in EXPERTS.items() if k != "head_dim"}, "intermediate_size": 32}
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(**EXPERTS),
 }
 FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

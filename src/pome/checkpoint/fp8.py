@@ -1,4 +1,4 @@
-"""fp8 weights with block scales, seen as bfloat16: a file that reads as if it had been dequantized.
+"""Dequantized view of fp8 weights with block scales: a file that reads as bfloat16.
 
 Each weight W (m x n, or E x m x n) is stored as Q in fp8 beside `NAME_scale_inv`, S, with one scale for each block:
 W[i, j] = Q[i, j] * S[i // b, j // c], b x c the `weight_block_size` of the config (DeepSeek-V3's layout; its own
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pome.checkpoint.files import File, read_range
-from pome.checkpoint.header import Header, TensorEntry, build_header, parse_header
+from pome.checkpoint.header import Header, TensorEntry, build_header, order_entries, parse_header
 from pome.errors import CheckpointError, printable
 
 SUFFIX = "_scale_inv"
@@ -82,8 +82,10 @@ class DequantizedFile:
         self.where = raw.where
         self._old = header
         self._scaled = {name: scaled[name] for name in header.tensors if name in scaled}
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        kept = [(e.name, "BF16" if e.name in self._scaled else e.dtype, e.shape) for e in ordered if e.name not in gone]
+        ordered = list(header.tensors.values())
+        kept = order_entries(
+            (e.name, "BF16" if e.name in self._scaled else e.dtype, e.shape) for e in ordered if e.name not in gone
+        )
         self._head = build_header(kept, header.metadata)
         grown = sum(self._scaled[name].codes.entry.nbytes for name in self._scaled)  # one byte a weight becomes two
         lost = sum(entry.nbytes for entry in ordered if entry.name in gone)

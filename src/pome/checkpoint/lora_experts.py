@@ -1,4 +1,4 @@
-"""LoRAs of stacked experts: which tensors of BASE hold the parameter, stacked or one expert at a time. No torch."""
+"""LoRAs of stacked experts: the tensors of BASE that hold the parameter, and the orientation of factors. No torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from dataclasses import replace
 
 from pome.checkpoint.lora import AdapterChange, LoraTensors, LowRank, check_rank, refuse_shape
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
+from pome.checkpoint.lora_places import PlaceIndex
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.families import family_of
-from pome.roles.model_config import config_of
+from pome.roles.model_config import config_of, model_type_of
 
-# Fused experts as transformers holds them -> the leaves of single experts as checkpoints store them.
-_SPLIT = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+# Models whose experts transformers 4 holds as (E, in, out), and transformers 5 as (E, out, in).
+_TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+# Stacked experts as transformers holds them -> their matrices, and the leaves of single experts in checkpoints.
+_STACKS = {
+    "gate_up_proj": (("gate", "up"), (("gate_proj", "up_proj"), ("w1", "w3"))),
+    "gate_proj": (("gate",), (("gate_proj",), ("w1",))),
+    "up_proj": (("up",), (("up_proj",), ("w3",))),
+    "down_proj": (("down",), (("down_proj",), ("w2",))),
+}
 
 
 class ExpertMatcher:
     """The pairing of LoRAs on parameters of experts with the tensors of one base."""
 
-    def __init__(self, ft: Checkpoint, base: Checkpoint, config: LoraConfig, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, ft: Checkpoint, base: Checkpoint, config: LoraConfig, names: Mapping[str, str], places: PlaceIndex
+    ) -> None:
         """`names` maps names in the adapter's model to BASE's names, where those are known already."""
-        self.ft, self.base, self.config, self.names = ft, base, config, names
+        self.ft, self.base, self.config, self.names, self.places = ft, base, config, names, places
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
 
     def match(self, module: str, levels: list[LoraTensors]) -> list[AdapterChange] | None:
@@ -55,38 +65,59 @@ class ExpertMatcher:
         if extra:
             raise CheckpointError(f"{self.ft.where(a.name)}: {', '.join(extra)} on stacked experts; {MERGE_FIRST}")
         stored = self._find_stored(name)
-        stacked = len(stored) == 1 and len(stored[0]) == 1 and len(self.shapes[stored[0][0]]) == 3
+        stacked = len(self.shapes[stored[0][0]]) == 3
         experts = self.shapes[stored[0][0]][0] if stacked else len(stored)
         rank, scaling = check_rank(self.ft, self.config, lora, name, experts)
-        low = LowRank(name, a.name, b.name, rank, scaling, "parameter", False, experts)
-        if stacked:
-            tensor = stored[0][0]
-            rows, columns = self.shapes[tensor][1:]
-            # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
-            if rows == columns and not family_of(config_of(tensor, self.base.config)).marked_in_out:
-                raise PairingError(
-                    f"{self.ft.where(a.name)}: the experts of {printable(tensor)} are square, and releases of PEFT "
-                    f"differ in which side is which; {MERGE_FIRST}"
-                )
-            flipped = rows == columns or (b.shape[0], a.shape[1]) != (rows, columns)
-            yield AdapterChange(tensor, low=replace(low, flipped=flipped))
-            return
+        # Of a single matrix PEFT takes the rows for `out`, in every release.
+        flipped = (stacked or experts > 1) and self._is_flipped(lora, stored[0])
+        low = LowRank(name, a.name, b.name, rank, scaling, "parameter", flipped, experts)
         for expert, leaves in enumerate(stored):
             at = 0
             for leaf in leaves:
-                rows = self.shapes[leaf][0]
-                part = replace(low, expert=expert, rows=(at, at + rows) if len(leaves) > 1 else None)
-                yield AdapterChange(leaf, low=part)
+                rows = self.shapes[leaf][-2]
+                part = replace(
+                    low,
+                    expert=None if stacked else expert,
+                    rows=(at, at + rows) if len(leaves) > 1 else None,
+                )
+                yield AdapterChange(leaf, lows=(part,))
                 at += rows
 
+    def _is_flipped(self, lora: LoraTensors, leaves: tuple[str, ...]) -> bool:
+        """Whether the product B A of one expert is the transpose of what BASE stores. Raises PairingError.
+
+        The shapes tell, but for a square one: there the release of PEFT decides, which the config names.
+        """
+        a, b = lora.pair
+        rows, columns = self._size(leaves)
+        if rows != columns:
+            return (b.shape[0], a.shape[1]) != (rows, columns)
+        facts = config_of(leaves[0], self.base.config)
+        family, model_type = family_of(facts), model_type_of(facts)
+        # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
+        in_out = family.marked_in_out or self.config.reads_experts_as_in_out()
+        if in_out is None or model_type in _TURNED:
+            raise PairingError(
+                f"{self.ft.where(a.name)}: the experts of {printable(leaves[0])} are square, and releases of PEFT "
+                f"(up to 0.18, from 0.19 on) and transformers differ in which side is which; {MERGE_FIRST}"
+            )
+        stacked = len(self.shapes[leaves[0]]) == 3
+        held_in_out = family.experts == "in_out"  # in the model
+        return in_out != ((stacked and held_in_out) != held_in_out)
+
+    def _size(self, leaves: tuple[str, ...]) -> tuple[int, int]:
+        """(rows, columns) of one expert, the tensors of it below each other."""
+        return sum(self.shapes[leaf][-2] for leaf in leaves), self.shapes[leaves[0]][-1]
+
     def _find_stored(self, name: str) -> list[tuple[str, ...]]:
-        """The tensors of BASE that hold a stacked parameter: one for all experts, or each expert's own, gate first."""
+        """The tensors of BASE that hold a stacked parameter: one tuple of a stack, or one for each expert."""
         fused = self.names.get(name) or (name if name in self.shapes else None)
         if fused is not None:
             return [(fused,)]
         module, _, leaf = name.rpartition(".")
+        roles, names = _STACKS.get(leaf, ((), ()))
         for around in self._list_prefixes(module):
-            for leaves in _SPLIT.get(leaf, ()):
+            for leaves in names:
                 stored = []
                 for expert in itertools.count():
                     tensors = tuple(f"{around}.{expert}.{one}.weight" for one in leaves)
@@ -95,7 +126,7 @@ class ExpertMatcher:
                     stored.append(tensors)
                 if stored:
                     return stored
-        return []
+        return self.places.find_stack(module, roles) if roles else []
 
     def _list_prefixes(self, module: str) -> Iterator[str]:
         """The names that a module of experts may have in BASE."""
@@ -108,15 +139,14 @@ class ExpertMatcher:
                 yield re.sub(r"\.mlp\.experts$", ".block_sparse_moe.experts", moved)
 
     def _matches(self, lora: LoraTensors, name: str) -> bool:
-        """Whether the factors of a LoRA have the sizes of a parameter."""
+        """Whether the factors of a LoRA have the sizes of a parameter, in either orientation."""
         a, b = lora.pair
         stored = self._find_stored(name)
         shape = self.shapes[stored[0][0]]
-        size = (b.shape[0], a.shape[1])
-        if len(shape) == 3:
-            return a.shape[0] % shape[0] == 0 and size in (shape[1:], shape[:0:-1])
-        rows = sum(self.shapes[leaf][0] for leaf in stored[0])
-        return a.shape[0] % len(stored) == 0 and size == (rows, shape[1])
+        experts = shape[0] if len(shape) == 3 else len(stored)
+        size = self._size(stored[0])
+        sizes = (size, size[::-1]) if len(shape) == 3 or experts > 1 else (size,)
+        return a.shape[0] % experts == 0 and (b.shape[0], a.shape[1]) in sizes
 
 
 def _common_end(old: str, new: str) -> str:

@@ -7,136 +7,138 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from functools import cached_property
 
-from pome.checkpoint.header import TensorEntry
-from pome.checkpoint.lora import AdapterChange, LoraTensors, LowRank, check_rank, group_keys, refuse_shape
+from pome.checkpoint.lora import (
+    AdapterChange,
+    LoraTensors,
+    LowRank,
+    MatchedAdapter,
+    check_rank,
+    group_keys,
+    refuse_shape,
+)
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_experts import ExpertMatcher
+from pome.checkpoint.lora_places import PlaceIndex
+from pome.checkpoint.lora_tables import AS_ADAPTER, TABLES, TableMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
-from pome.roles.model_config import config_of, size_of
 from pome.roles.pairing import pair_names
 from pome.roles.roles import find_layout
 
-_OWN_EXPERT = re.compile(r"experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])$")
+_OWN_EXPERT = re.compile(r"experts\.(\d+)\.[^.]+$")
 
 
-def read_adapter(ft: Checkpoint, base: Checkpoint, *, merges: bool) -> dict[str, AdapterChange]:
-    """The change that the adapter `ft` makes to each tensor of BASE, by BASE's names.
+def match_adapter(ft: Checkpoint, base: Checkpoint, *, merges: bool) -> MatchedAdapter:
+    """The change that the adapter `ft` makes to each tensor of BASE.
 
-    With `merges` BASE's tensors are to hold the changes, and what they cannot hold is refused.
+    With `merges` BASE's tensors are to hold the changes, and what they cannot hold is refused. Without, those tensors
+    of the adapter are listed as unmatched.
 
     Raises CheckpointError for an adapter that is broken or of a kind not known here, and PairingError for one that
     does not fit BASE: keys that match no tensor, other shapes.
     """
-    config = LoraConfig(ft)
-    loras, replacements = group_keys(ft)
-    return _Matcher(ft, base, config, loras, replacements, merges).match()
+    return _Matcher(ft, base, merges).match()
 
 
 class _Matcher:
     """The state while one adapter is paired with one base."""
 
-    def __init__(
-        self,
-        ft: Checkpoint,
-        base: Checkpoint,
-        config: LoraConfig,
-        loras: list[LoraTensors],
-        replacements: dict[str, TensorEntry],
-        merges: bool,
-    ) -> None:
-        self.ft, self.base, self.config = ft, base, config
-        self.loras, self.replacements, self.merges = loras, replacements, merges
+    def __init__(self, ft: Checkpoint, base: Checkpoint, merges: bool) -> None:
+        self.ft, self.base, self.merges = ft, base, merges
+        self.config = LoraConfig(ft)
+        self.tensors = group_keys(ft)
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
-        self.unused: list[str] = []
-        self.changes: dict[str, AdapterChange] = {}
+        self.found = MatchedAdapter()
         self.names = self._pair()
+        self.tables = TableMatcher(ft, base, self.config, self.names, merges)
 
-    def match(self) -> dict[str, AdapterChange]:
-        for plain, entry in self.replacements.items():
-            self._match_replacement(plain, entry)
+    def match(self) -> MatchedAdapter:
+        found = self.found
+        for plain, entry in self.tensors.replacements.items():
+            self.tables.match_replacement(plain, entry, found)
+        for module, entry in self.tensors.tokens.items():
+            self.tables.match_tokens(module, entry, found)
         stacks: dict[str, list[LoraTensors]] = {}
-        for lora in self.loras:
+        for lora in self.tensors.loras:
             name = self.names.get(f"{lora.module}.weight")
+            if self.tables.match_lora(lora, found):
+                continue
             if name is not None and lora.depth == 0 and len(self.shapes[name]) == 2:
                 self._match_matrix(lora, name)
-            else:
+            elif lora.depth > 0 or not self._match_by_role(lora):
                 stacks.setdefault(lora.module, []).append(lora)
-        experts = ExpertMatcher(self.ft, self.base, self.config, self.names)
         for module, levels in stacks.items():
-            changes = experts.match(module, sorted(levels, key=lambda lora: -lora.depth))
+            changes = self.experts.match(module, sorted(levels, key=lambda lora: -lora.depth))
             if changes is None:
-                self.unused += [entry.name for lora in levels for entry in lora.tensors.values()]
+                found.unused += [entry.name for lora in levels for entry in lora.tensors.values()]
             for change in changes or ():
-                self._put(change)
-        if self.unused:
-            shown = ", ".join(printable(key, 120) for key in self.unused[:3])
-            more = f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else ""
+                found.put(self.ft, change)
+        if found.unused:
+            shown = ", ".join(printable(key, 120) for key in found.unused[:3])
+            more = f" and {len(found.unused) - 3} more" if len(found.unused) > 3 else ""
             raise PairingError(
-                f"{printable(self.ft.source)}: {len(self.unused)} of the adapter's {len(self.ft.tensors)} keys match "
+                f"{printable(self.ft.source)}: {len(found.unused)} of the adapter's {len(self.ft.tensors)} keys match "
                 f"no tensor of {printable(self.base.source)}: {shown}{more}; give as BASE the model it was trained on, "
                 f"{MERGE_FIRST}"
             )
-        return self.changes
+        return found
 
-    def _match_replacement(self, plain: str, entry: TensorEntry) -> None:
-        name = self.names.get(plain)
-        if name is None:
-            self.unused.append(entry.name)
-            return
-        if self.shapes[name] != entry.shape:
-            vocabulary = {part.role for part in find_layout(name, self.shapes[name], self.base.config).parts}
-            why = "resized vocabularies are not supported; " if vocabulary <= {"embed", "head"} else ""
-            raise PairingError(
-                f"{self.ft.where(entry.name)}: its shape {list(entry.shape)} is not {list(self.shapes[name])} of "
-                f"BASE's {printable(name)}; {why}is {printable(self.base.source)} the model it was trained on? "
-                f"give that, {MERGE_FIRST}"
-            )
-        if self.merges and self._is_untied(name, entry):
-            raise PairingError(
-                f"{self.ft.where(entry.name)}: the adapter replaces the embedding and leaves the head, but BASE "
-                f"stores one tensor for both; write an adapter (--out-format adapter), {MERGE_FIRST}"
-            )
-        self._put(AdapterChange(name, whole=entry.name))
+    @cached_property
+    def places(self) -> PlaceIndex:
+        return PlaceIndex(self.base)
 
-    def _is_untied(self, name: str, entry: TensorEntry) -> bool:
-        """Whether a module to save replaces an embedding that the head shares: PEFT leaves the head as it is.
-
-        A LoRA of such an embedding stays shared.
-        """
-        module = entry.name.rpartition(".")[0]
-        if not any(module.endswith(str(saved)) for saved in self.config.get("modules_to_save") or ()):
-            return False
-        config = self.base.config
-        text = config_of(name, config)
-        if size_of(text, "vocab_size") not in (None, self.shapes[name][0]):
-            return False  # a table of positions or of token types
-        roles = {
-            one: {part.role for part in find_layout(one, shape, config).parts} for one, shape in self.shapes.items()
-        }
-        tied = {side.get("tie_word_embeddings") for side in (config, text) if side} - {None} != {False}
-        return tied and roles[name] == {"embed"} and {"head"} not in roles.values()
+    @cached_property
+    def experts(self) -> ExpertMatcher:
+        return ExpertMatcher(self.ft, self.base, self.config, self.names, self.places)
 
     def _pair(self) -> dict[str, str]:
         """Names in the model -> names in BASE, which may lack a prefix or have another.
 
         The sides of a shape are compared without their order, for the orientation of a matrix is decided later.
         """
-        wanted = {plain: entry.shape for plain, entry in self.replacements.items()}
-        for lora in self.loras:
+        wanted = {plain: entry.shape for plain, entry in self.tensors.replacements.items()}
+        for module, entry in self.tensors.tokens.items():
+            wanted.setdefault(f"{module}.weight", entry.shape)
+        for lora in self.tensors.loras:
             a, b = lora.pair
             size = (b.shape[0], a.shape[1])
-            wanted[f"{lora.module}.weight"] = size
+            wanted.setdefault(f"{lora.module}.weight", size[::-1] if lora.is_embedding else size)
             if f"{lora.module}.bias" not in wanted and "lora_B.bias" in lora.tensors:
                 wanted[f"{lora.module}.bias"] = (b.shape[0],)
             for name in self.config.list_targets(lora.module):
                 experts = a.shape[0] // self.config.resolve_rank(name)
                 wanted[name] = (experts, *size)
         sorted_base = {name: tuple(sorted(shape)) for name, shape in self.shapes.items()}
-        return pair_names(sorted_base, {name: tuple(sorted(shape)) for name, shape in wanted.items()})
+        names = pair_names(sorted_base, {name: tuple(sorted(shape)) for name, shape in wanted.items()})
+        return names | self._pair_by_role({name: shape for name, shape in wanted.items() if name not in names}, names)
+
+    def _pair_by_role(self, wanted: dict[str, tuple[int, ...]], names: dict[str, str]) -> dict[str, str]:
+        """The whole tensors and the tables among `wanted` that BASE has under another name: by role and shape."""
+        found: dict[str, str] = {}
+        whole = self.tensors.replacements.keys() | {f"{module}.weight" for module in self.tensors.tokens}
+        taken = set(names.values())
+        for plain, shape in wanted.items():
+            if len(shape) != 2:
+                continue
+            module = plain.removesuffix(".weight")
+            roles = {part.role for part in find_layout(plain, shape, self.base.config).parts}
+            fitting: list[str] = []
+            if roles <= TABLES:
+                rows = shape[0] if module not in self.tensors.tokens else None
+                fitting = self.places.find_tables(roles, shape[1], rows)
+            elif plain in whole:
+                places = self.places.find_module(module, (shape[0], shape[1]))
+                fitting = [place.name for place in places if place.part.block is None and not place.layout.stacked]
+            if len(fitting) == 1 and fitting[0] not in taken:
+                found[plain] = fitting[0]
+                taken.add(fitting[0])
+        return found
 
     def _match_matrix(self, lora: LoraTensors, name: str) -> None:
+        """A LoRA of a module whose weight BASE stores under the module's name."""
         a, b = lora.pair
         out_in, shape = (b.shape[0], a.shape[1]), self.shapes[name]
         if lora.is_embedding:
@@ -147,41 +149,64 @@ class _Matcher:
             # As in PEFT the kind of module decides, whatever fan_in_fan_out says; only a square matrix leaves a doubt.
             square = shape[0] == shape[1]
             told = bool(self.config.get("fan_in_fan_out")) or find_layout(name, shape, self.base.config).transposed
-            kind, flipped = "linear", told if square else shape != out_in
-            if _OWN_EXPERT.search(lora.module):
-                kind = "parameter"  # transformers 5 holds single experts stacked, and PEFT merges into the stack
+            kind, flipped = self._kind_of(lora), told if square else shape != out_in
         if shape != (out_in[::-1] if flipped else out_in):
             refuse_shape(self.ft, self.base, lora, name, shape)
+        low = self._make_low(lora, kind, flipped)
+        self.found.put(self.ft, AdapterChange(name, lows=(low,)))
+        bias = lora.tensors.get("lora_B.bias")
+        if bias is not None:
+            beside = self.names.get(f"{lora.module}.bias")
+            if beside is None and self.merges:
+                raise PairingError(
+                    f"{self.ft.where(bias.name)}: the adapter adds a bias, and BASE's {printable(lora.module)} has "
+                    f"none; {AS_ADAPTER}"
+                )
+            if beside is None:
+                self.found.unmatched.append(bias.name)
+            else:
+                self.found.put(self.ft, AdapterChange(beside, bias=(bias.name, low.scaling)))
+
+    def _match_by_role(self, lora: LoraTensors) -> bool:
+        """A LoRA of a module that BASE stores under another name, packed or split: by layer, role and expert."""
+        a, b = lora.pair
+        if lora.is_embedding or "lora_B.bias" in lora.tensors or self.config.list_targets(lora.module):
+            return False
+        places = self.places.find_module(lora.module, (b.shape[0], a.shape[1]))
+        expert = _OWN_EXPERT.search(lora.module)
+        at = 0
+        for place in places:
+            low = self._make_low(lora, self._kind_of(lora), place.layout.transposed)
+            rows = place.size[0]
+            low = replace(
+                low,
+                rows=(at, at + rows) if len(places) > 1 else None,
+                part=place.part if place.part.block is not None else None,
+                slot=int(expert[1]) if expert is not None and place.layout.stacked else None,
+            )
+            if low.magnitude is not None and low.rows is not None:
+                raise PairingError(f"{self.ft.where(a.name)}: a DoRA of matrices that BASE stores apart; {MERGE_FIRST}")
+            self.found.put(self.ft, AdapterChange(place.name, lows=(low,)))
+            at += rows
+        return bool(places)
+
+    def _kind_of(self, lora: LoraTensors) -> str:
+        """How PEFT rounds the change: transformers 5 holds single experts stacked, and PEFT merges into the stack."""
+        return "expert" if _OWN_EXPERT.search(lora.module) else "linear"
+
+    def _make_low(self, lora: LoraTensors, kind: str, flipped: bool) -> LowRank:
+        a, b = lora.pair
+        # PEFT finds rank and alpha of a parameter by its own name, and of a module by the module's.
         key = f"{lora.module}.weight" if kind == "parameter" else lora.module
         rank, scaling = check_rank(self.ft, self.config, lora, key, 1)
         magnitude = lora.tensors.get("lora_magnitude_vector")
         if bool(self.config.get("use_dora")) != (magnitude is not None) or (
-            magnitude is not None and math.prod(magnitude.shape) != out_in[0]
+            magnitude is not None and math.prod(magnitude.shape) != b.shape[0]
         ):
             raise CheckpointError(
                 f"{self.ft.where(a.name)}: use_dora is {bool(self.config.get('use_dora'))}, but its "
                 f"lora_magnitude_vector is {'absent' if magnitude is None else list(magnitude.shape)}; save or "
                 "download the adapter again"
             )
-        low = LowRank(
-            key, a.name, b.name, rank, scaling, kind, flipped, magnitude=magnitude.name if magnitude else None
-        )
-        self._put(AdapterChange(name, low=low))
-        bias = lora.tensors.get("lora_B.bias")
-        if bias is not None:
-            beside = self.names.get(f"{lora.module}.bias")
-            if beside is None:
-                self.unused.append(bias.name)
-            else:
-                self._put(AdapterChange(beside, bias=(bias.name, scaling)))
-
-    def _put(self, change: AdapterChange) -> None:
-        """Add a change to what the other keys of the adapter change in the same tensor."""
-        name = change.name
-        before = self.changes.get(name, AdapterChange(name))
-        if before.low is not None and change.low is not None or before.bias is not None and change.bias is not None:
-            where = printable(self.ft.source)
-            raise CheckpointError(f"{where}: changes {printable(name)} twice; save one adapter alone")
-        self.changes[name] = AdapterChange(
-            name, change.whole or before.whole, change.low or before.low, change.bias or before.bias
-        )
+        name = magnitude.name if magnitude else None
+        return LowRank(key, a.name, b.name, rank, scaling, kind, flipped, magnitude=name)

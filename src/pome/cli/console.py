@@ -15,7 +15,7 @@ from pome.errors import OutputError, PomeError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pome.editing.session import Progress
+    from pome.output.progress import Progress
 
 LOG_WIDTH = 140
 
@@ -39,7 +39,7 @@ def make_console(quiet: bool) -> Console:
 def show_progress(console: Console) -> Iterator[Progress]:
     """Bars on a terminal, plain lines in a log, nothing for --quiet."""
     from pome.cli.progress import BarProgress, LineProgress
-    from pome.editing.session import Progress
+    from pome.output.progress import Progress
 
     if console.quiet:
         yield Progress()

@@ -22,8 +22,9 @@ from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
 from pome.cli.tables.text import name_side, show_bytes
-from pome.editing.session import Opened, Progress
+from pome.editing.session import Opened
 from pome.errors import printable
+from pome.output.progress import Progress
 from pome.planning.units import Plan
 from pome.reports.sweep_data import show_number
 from pome.sweeping.trials import Listener, Trial
@@ -92,6 +93,8 @@ class SweepLines(Listener):
         line = f"{name_side(opened.base)} -> {name_side(opened.ft)}   {count} models to score   "
         place = f"in {printable(str(folder))}: decompositions of up to {show_bytes(basis_bytes)}"
         self._say(line + place + copy)
+        for notice in opened.notices:
+            self._say(f"warning: {printable(notice, 2000)}")
 
     def tell(self, trial: Trial, number: int, count: int) -> None:
         said = f"no score: {trial.failed}" if trial.score is None else show_number(trial.score.scored.value)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pome.config.options import OUTPUT, RUN, Option, documented, find_options
 from pome.errors import SpecError, printable
 
+SELDOM_IN_SWEEP = {"sweep": {"everyday": False}}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -27,15 +28,19 @@ class Publication:
     Raises SpecError. None of it changes a weight.
     """
 
-    card: Annotated[bool, Option("Write a model card in place of FT's README.md.", group=OUTPUT)] = False
+    card: Annotated[
+        bool, Option("Write a model card in place of FT's README.md.", group=OUTPUT, instead=SELDOM_IN_SWEEP)
+    ] = False
     push_to_hub: Annotated[
         str | None,
         Option(
             "Upload OUT with its model card; makes the repository.",
-            metavar="ORG/NAME", group=OUTPUT, read=_read_repository,
+            metavar="ORG/NAME", group=OUTPUT, read=_read_repository, instead=SELDOM_IN_SWEEP,
         ),
     ] = None  # fmt: skip
-    private: Annotated[bool, Option("Make the repository of --push-to-hub private.", group=OUTPUT)] = False
+    private: Annotated[bool, Option("Make the repository of --push-to-hub private.", group=OUTPUT, everyday=False)] = (
+        False
+    )
 
     def __post_init__(self) -> None:
         _check_all(self)

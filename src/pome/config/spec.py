@@ -140,6 +140,7 @@ class EditSpec:
         float,
         Option(
             "k = max(1, round(K * rank)).",
+            more="rank is the number of singular values of the delta that are not zero.",
             metavar="K", group=HOW, range=SHARE, axis=True, override=True,
         ),
     ] = 0.5  # fmt: skip
@@ -160,15 +161,14 @@ class EditSpec:
     energy: Annotated[
         float,
         Option(
-            "Least k that holds E of the squared norm.",
-            more="Given alone it means the rule `energy`.",
+            "Least k that holds E of the squared norm; alone it means the rule energy.",
             metavar="E", group=HOW, range=SHARE, axis=True, override=True,
         ),
     ] = 0.9  # fmt: skip
     scale: Annotated[
         ScaleName,
         Option(
-            "Rule for alpha_0.",
+            "Rule for alpha_0 (alpha = beta * alpha_0).",
             metavar="NAME", group=HOW, choices=SCALES, axis=True, override=True, commands=("edit", "sweep"),
         ),
     ] = "frobenius"  # fmt: skip
@@ -191,26 +191,26 @@ class EditSpec:
     dtype: Annotated[
         DtypeName,
         Option(
-            "Of the edited tensors.",
+            "Dtype of the edited tensors.",
             metavar="NAME", group=OUTPUT, choices=DTYPES, commands=("edit", "sweep"), hidden_in=("sweep",),
         ),
     ] = "keep"  # fmt: skip
     engine: Annotated[
         EngineName,
         Option(
-            "Where units are worked on.",
+            "Where matrices are worked on.",
             metavar="NAME", group=RUN, choices=ENGINES, commands=("edit", "sweep"), everyday=False,
         ),
     ] = "local"  # fmt: skip
     out_format: Annotated[
         OutFormatName,
         Option(
-            "Of an adapter as FT: a full checkpoint or an adapter.",
+            "Form of OUT where FT is an adapter.",
             metavar="NAME", group=OUTPUT, choices=OUT_FORMATS, commands=("edit", "sweep"), hidden_in=("sweep",),
         ),
     ] = "full"  # fmt: skip
     dequantize: Annotated[
-        bool, Option("See and write fp8 weights with block scales as bfloat16.", group=RUN, everyday=False)
+        bool, Option("See fp8 weights with block scales as bfloat16, and write them so.", group=RUN, everyday=False)
     ] = False
     common_rows: Annotated[
         bool, Option("Edit the first rows that resized embeddings share.", group=WHAT, everyday=False)
@@ -317,10 +317,11 @@ def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
     return {**{k: v for k, v in file.items() if k not in dropped}, **options}
 
 
-def check_rank_options(options: Mapping[str, Any]) -> None:
+def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:
     """Refuse a number for choosing k beside another option that leaves it without effect.
 
-    One that is the default asks for nothing: so the `spec` of a manifest is a config file.
+    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
+    there only if somebody typed it, `defaults_count`.
     """
     # An option without a default is given on purpose, and comes before one that has a default.
     numbers = sorted(NUMBER_OF.values(), key=lambda name: find_options(EditSpec)[name].default is not None)
@@ -328,7 +329,7 @@ def check_rank_options(options: Mapping[str, Any]) -> None:
     rule = options.get("rank_rule")
     taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
     for name, value in given.items():
-        if name != taken and value != find_options(EditSpec)[name].default:
+        if name != taken and (defaults_count or value != find_options(EditSpec)[name].default):
             beside = f"rank_rule {rule!r}" if rule else taken
             said = f"{name}: has no effect with {beside}; give one of the two"
             raise SpecError(said, options=[name, "rank_rule", *([taken] if taken and not rule else [])])

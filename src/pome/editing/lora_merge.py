@@ -31,6 +31,8 @@ def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
         mine = read_change(ft, unit.change, unit.expert)
     else:
         mine = ft.read(unit.name, unit.start, unit.nbytes)
+    if unit.change is not None and unit.change.added:
+        return mine, bytearray(unit.nbytes)  # BASE has no such tensor
     if unit.base_parts:
         return mine, gather_base(unit, base)
     return mine, base.read(unit.base_name, unit.base_start, unit.base_nbytes)
@@ -86,9 +88,9 @@ def merge_unit(
     begun = time.perf_counter()
     working = torch.float64 if base.dtype == torch.float64 else torch.float32
     # Only the delta of a plain LoRA has thin factors. DoRA and replaced tensors give a difference of full matrices.
-    thin = change.low if change.whole is None and change.low is not None and change.low.magnitude is None else None
+    deltas = {part: find_factors(change, part, tensors, unit.expert, working) for part in unit.parts}
     exact, stored = base, base
-    if thin is None or len(unit.parts) != 1 or unit.parts[0].block is not None:
+    if len(unit.parts) != 1 or unit.parts[0].block is not None or None in deltas.values():
         exact, stored = merge_as_peft(change, tensors, unit.expert, base)
         if not bool(torch.isfinite(stored).all()):
             raise NumericalError(
@@ -104,12 +106,7 @@ def merge_unit(
     whole = tensors[change.whole].reshape(unit.shape) if change.whole is not None else None
     for part in unit.parts:
         W_base = take(base, part).to(working)
-        delta: tuple[Tensor, ...]
-        if thin is not None:
-            F, G = orient(*split_factors(thin, tensors, unit.expert, working), thin)
-            delta = take_factors(F * thin.scaling, G, part)
-        else:
-            delta = (take(exact, part) - W_base,)
+        delta = deltas[part] or (take(exact, part) - W_base,)
         floor = 0.0 if whole is None else storage_noise_floor(take(whole, part))
         record = edit_part(unit, part, delta, W_base, put_view(out, part), floor, spec, device, caches)
         if isinstance(record, TensorRecord):
@@ -120,6 +117,24 @@ def merge_unit(
     return Patch(unit, data, tuple(edited), tuple(kept), time.perf_counter() - begun)
 
 
+def find_factors(
+    change: AdapterChange, part: Part, tensors: Mapping[str, Tensor], expert: int | None, working: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """(F, G) with F G the delta of a part as it is stored; None where it is not a product of thin factors."""
+    if not change.is_plain:
+        return None
+    if len(change.lows) == 1 and change.lows[0].part is None:
+        low = change.lows[0]
+        F, G = orient(*split_factors(low, tensors, expert, working), low)
+        return take_factors(F * low.scaling, G, part)
+    # BASE has several modules of the model in one tensor: a part is the whole of one of them.
+    for low in change.lows:
+        if low.part is not None and low.part.block == part.block:
+            F, G = orient(*split_factors(low, tensors, expert, working), low)
+            return F * low.scaling, G
+    return None
+
+
 def split_factors(
     low: LowRank, tensors: Mapping[str, Tensor], expert: int | None, working: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -128,9 +143,15 @@ def split_factors(
     mine = low.expert if low.expert is not None else expert
     if low.experts > 1 and mine is not None:
         B = B.reshape(B.shape[0], low.rank, low.experts)[:, :, mine]
-    if low.rows is not None:
-        B = B[slice(*low.rows)]
+    B, A = cut_rows(B, A, low)
     return B.to(working), A.to(working)
+
+
+def cut_rows(B: Tensor, A: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+    """The factors of the rows of the stored product that belong to this tensor, as views."""
+    if low.rows is None:
+        return B, A
+    return (B, A[:, slice(*low.rows)]) if low.flipped else (B[slice(*low.rows)], A)
 
 
 def orient(B: Tensor, A: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
@@ -154,26 +175,47 @@ def merge_as_peft(
     (float64 for a float64 base): a linear layer's change is added in float32, that of an embedding or a parameter is
     rounded to the weight's dtype first.
     """
-    W, low = base, change.low
+    W = base
     if change.whole is not None:
         W = tensors[change.whole].reshape(base.shape).to(base.dtype)
+    if change.tokens is not None:
+        name, rows = change.tokens
+        W = W.index_copy(0, torch.tensor(rows), tensors[name].to(base.dtype))
     working = torch.float64 if base.dtype == torch.float64 else torch.float32
     exact = W.to(working)
     if change.bias is not None:
         name, scaling = change.bias
         exact = exact + tensors[name].to(working).reshape(base.shape) * scaling
-    if low is None:
+    if not change.lows:
         return exact, exact.to(base.dtype)
     with full_precision(base.device):
-        B, A = split_factors(low, tensors, expert, working)
-        product = B @ A
-        delta = (product.T if low.flipped else product) * low.scaling
-        if low.magnitude is not None:
-            across = (exact.T + delta.T) if low.flipped else (exact + delta)
-            factor = tensors[low.magnitude].to(working).flatten() / torch.linalg.norm(across, dim=1)
-            exact = (factor.view(1, -1) if low.flipped else factor.view(-1, 1)) * (exact + delta)
-        elif low.kind == "linear":
-            exact = exact + delta
-        else:
-            return exact + delta, W + delta.to(base.dtype)
-    return exact, exact.to(base.dtype)
+        if change.lows[0].part is None:
+            (low,) = change.lows
+            return _merge_low(low, split_factors(low, tensors, expert, working), tensors, W, exact)
+        exact, stored = exact.clone(), W.clone()
+        for low in change.lows:
+            assert low.part is not None
+            sides = take(W, low.part), take(exact, low.part)
+            merged = _merge_low(low, split_factors(low, tensors, expert, working), tensors, *sides)
+            for whole, one in zip((exact, stored), merged, strict=True):
+                view = put_view(whole, low.part)
+                view.copy_(one.reshape(view.shape))
+    return exact, stored
+
+
+def _merge_low(
+    low: LowRank, factors: tuple[Tensor, Tensor], tensors: Mapping[str, Tensor], W: Tensor, exact: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A matrix with one LoRA merged, before and after it is rounded; W is the stored matrix, `exact` it in float32."""
+    B, A = factors
+    product = B @ A
+    delta = (product.T if low.flipped else product) * low.scaling
+    if low.magnitude is not None:
+        across = (exact.T + delta.T) if low.flipped else (exact + delta)
+        factor = tensors[low.magnitude].to(exact.dtype).flatten() / torch.linalg.norm(across, dim=1)
+        exact = (factor.view(1, -1) if low.flipped else factor.view(-1, 1)) * (exact + delta)
+    elif low.kind == "linear":
+        exact = exact + delta
+    else:
+        return exact + delta, W + delta.to(W.dtype)
+    return exact, exact.to(W.dtype)

@@ -1,59 +1,52 @@
-"""Both sides open and planned, and the output's files before any edit: what every main job begins with."""
+"""An open pair: BASE and FT with their plan, and what is copied beside the weights."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pome
 from pome.checkpoint.files import CHANGED
-from pome.checkpoint.sidefiles import SideFile, list_adapted_side_files, list_side_files
+from pome.checkpoint.sidefiles import (
+    describe_repeats,
+    describe_trained_beside,
+    list_adapted_side_files,
+    list_side_files,
+)
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import CheckpointError, PairingError, printable
-from pome.output.staging import Staging, update_index
+from pome.output.copying import CONFIG, Template, describe_config, make_config
 from pome.planning.plan import check_overrides, make_plan
+from pome.planning.selection import Selection
 from pome.planning.units import Plan
+from pome.roles.roles import find_layout
 
 Source = str | os.PathLike[str]
 
 
-class Progress:
-    """What a run tells while it works. Tasks are `copy`, `edit` and `hash`; subclass and override what you show."""
-
-    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
-        """The plan stands, nothing is written yet; `resumed` units were finished by an earlier run."""
-
-    def note(self, text: str) -> None:
-        """Something that a user should know of the inputs, found by reading them."""
-
-    def start(self, task: str, total: int) -> None:
-        """A task of `total` bytes (`copy`, `hash`) or units (`edit`) begins."""
-
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        """`amount` more of the task is done, which moved `nbytes` bytes; `note` says what was worked on."""
-
-    def finish(self, task: str) -> None:
-        """The task is done."""
-
-
 @dataclass(frozen=True)
 class Opened:
-    """Both sides open, the plan made, and the files that go along."""
+    """Both sides of an edit, open, with the plan and the files that the output begins as."""
 
     base: Checkpoint
     ft: Checkpoint
     plan: Plan
-    side_files: list[SideFile]
-    not_copied: dict[str, str]
-    template: Checkpoint  # whose weight files the output begins as: FT, or BASE where FT is an adapter merged into it
-    beside: dict[Path, list[int]]  # what is read or copied beside the weights, and its size and time
+    template: Template
+    not_copied: dict[str, str]  # files that are left out, and why
+    beside: dict[Path, list[int]]  # what is read or copied beside the weights: size in bytes and time in ns
+    notices: tuple[str, ...]  # what a user should know before the work begins
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--dry-run --json`."""
+        return {**self.plan.to_json(), "not_copied": self.not_copied, "notices": list(self.notices)}
 
     def list_inputs(self) -> list[Path]:
         """Every folder and file that is an input, as given and as found."""
@@ -63,6 +56,30 @@ class Opened:
         ]
         stored = [weights.file.stored for side in sides for weights in side.files.values() if weights.file.stored]
         return [*given, *stored, *self.beside]
+
+    def find_read(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Files on this machine that are read or copied of BASE and of FT, by their names in the manifest."""
+        found = []
+        for side in (self.base, self.ft):
+            paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
+            paths |= {path.name: path for path in side.companions}
+            folder = side.folder
+            copied = [f for f in self.template.side_files if folder is not None and f.path.is_relative_to(folder)]
+            found.append(paths | {file.name: file.path for file in copied})
+        return found[0], found[1]
+
+    def fingerprint(self) -> str:
+        """A digest of what the system says of all files that are read or copied, and of the commits on the Hub.
+
+        It stays the same while nothing is written to or put in the place of any of them; another one says nothing.
+        """
+        said: list[Any] = [[side.source, side.revision] for side in (self.base, self.ft)]
+        for side, paths in zip((self.base, self.ft), self.find_read(), strict=True):
+            for name, path in sorted(paths.items()) if not side.on_hub else []:
+                info = path.stat()
+                where = str(path.resolve())
+                said.append([name, where, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns])
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file that was read or copied is no longer what it was."""
@@ -95,13 +112,42 @@ def open_pair(
                 f"{printable(sides[1].source)}: BASE and FT are the same files; give the pretrained checkpoint first, "
                 "then the one that was trained from it"
             )
-        plan = make_plan(sides[0], sides[1], spec)
-        check_overrides(plan, spec)
+        plan = plan_pair(pretrained, tuned, spec)
         side_files, not_copied = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
-        template = pretrained if merges else tuned
         paths = [file.path for file in side_files] + [path for side in sides for path in side.companions]
         beside = {path: _identify(path) for path in paths}
-        yield Opened(pretrained, tuned, plan, side_files, not_copied, template, beside)
+        weights = pretrained if merges else tuned
+        template = Template(weights, plan.layouts, side_files, make_config(weights, spec.dtype if plan.layouts else ""))
+        notices = [*pretrained.notices, *tuned.notices, *describe_repeats(weights, side_files)]
+        if plan.layouts:
+            notices += describe_config(weights, spec.dtype, any(file.name == CONFIG for file in side_files))
+        if tuned.adapter_config is not None:
+            notices += describe_trained_beside(tuned, side_files)
+        yield Opened(
+            pretrained, tuned, plan, template, not_copied, beside, tuple(dict.fromkeys([*notices, *plan.notes]))
+        )
+
+
+def plan_pair(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
+    """The plan of an edit, checked. Raises PomeError, also where an index is wrong about a selected tensor."""
+    plan = make_plan(base, ft, spec)
+    check_overrides(plan, spec)
+    _refuse_misplaced(plan, base, ft, spec)
+    return plan
+
+
+def _refuse_misplaced(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> None:
+    """Raise CheckpointError where an index misplaces a selected tensor, or names one that no file holds."""
+    selection = Selection(spec)
+    for side in (ft, base):
+        edited = {unit.name if side is ft else unit.base_name for unit in plan.units if unit.parts}
+        for name, said in side.misplaced.items():
+            lost = name not in side.tensors and selection.match(name, (2, 2), find_layout(name, (2, 2), side.config))
+            if name in edited or lost:
+                raise CheckpointError(
+                    f"{printable(side.source)}/{side.index}: {said}, and it is selected; copy or download the "
+                    "checkpoint again, or leave it out with --exclude"
+                )
 
 
 def _identify(path: Path) -> list[int]:
@@ -119,63 +165,10 @@ def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
     command |= spec.to_mapping()
     for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):
         command[name] = [weights.file.identity for weights in side.files.values()]
-    fetched = [side.folder for side in (opened.base, opened.ft) if side.folder is not None and side.revision]
+    fetched = [side.folder for side in (opened.base, opened.ft) if side.folder is not None and side.on_hub]
     command["side_files"] = [
         # A commit's files never change, though the cache may fetch them at another time.
         [str(path.resolve()), size, 0 if any(path.is_relative_to(folder) for folder in fetched) else time]
         for path, (size, time) in opened.beside.items()
     ]
     return command
-
-
-def count_space(opened: Opened, staging: Staging) -> tuple[int, Path | None]:
-    """Bytes still to be copied, and a file to try sharing with."""
-    layouts = opened.plan.layouts
-    sizes = {name: file.header.file_size for name, file in opened.template.files.items()}
-    sizes |= {name: header.file_size for name, (_, header) in layouts.items()}
-    sizes |= {file.name: file.size for file in opened.side_files}
-    shared = None if layouts else next(iter(opened.template.files.values())).file.path
-    return sum(size for name, size in sizes.items() if name not in staging.copied), shared
-
-
-def copy_files(opened: Opened, staging: Staging, progress: Progress) -> None:
-    """Fill the staging folder with FT's files (BASE's where FT is an adapter).
-
-    They are cloned as they are, or laid out anew where a dtype changes.
-    """
-    layouts = opened.plan.layouts
-    source = opened.template
-    total = sum(file.header.file_size for file in source.files.values())
-    advance = count_up(progress, "copy")
-    progress.start("copy", total + sum(file.size for file in opened.side_files))
-    for name, weights in source.files.items():
-        if source.dequantized and not weights.header.tensors:
-            continue  # a shard of scales alone, which no index would name
-        if name in layouts:
-            raw, header = layouts[name]
-            staging.lay_out(name, weights.file, weights.header, raw, header, advance)
-        elif weights.file.path is None:
-            staging.write_file(name, weights.file, advance)
-        else:
-            staging.copy_file(name, weights.file.path, advance)
-    for file in opened.side_files:
-        if file.name == "config.json" and source.dequantized:
-            config = {key: value for key, value in (source.config or {}).items() if key != "quantization_config"}
-            staging.put_file(file.name, (json.dumps(config, indent=2) + "\n").encode())
-        else:
-            staging.copy_file(file.name, file.path, advance)
-    if source.index is not None and source.folder is not None:
-        index = source.folder / source.index
-        if layouts or source.dequantized:
-            headers = {name: weights.header for name, weights in source.files.items()}
-            headers |= {name: header for name, (_, header) in layouts.items()}
-            size = sum(header.file_size - header.data_start for header in headers.values())
-            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
-        else:
-            staging.copy_file(source.index, index, advance)
-    progress.finish("copy")
-
-
-def count_up(progress: Progress, task: str) -> Callable[[int], None]:
-    """What tells `progress` of so many more bytes of a task."""
-    return lambda amount: progress.advance(task, amount, amount)

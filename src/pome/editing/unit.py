@@ -1,4 +1,4 @@
-"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+"""Edit of one unit: from bytes of FT and BASE to bytes of the output and a record for each matrix."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from torch import Tensor
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import NumericalError, printable
-from pome.kernel.equalize import Equalized, Unsolved, equalize, equalize_factors
+from pome.kernel.decomposition import DecompositionCache
+from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equalize_matrix, equalize_product
 from pome.kernel.noise import storage_noise_floor
-from pome.kernel.spectrum import DecompositionCache, ZeroDelta
-from pome.manifest import KeptRecord, TensorRecord
+from pome.kernel.rank import RankRule
+from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
 from pome.planning.units import BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
-    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
+    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )
 
-# Where the decomposition of a matrix is kept, for those who edit it many times.
+# Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
 FindCache = Callable[[Unit, Part], DecompositionCache]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a unit came to. `data` is None where FT's bytes stay."""
+    """Result for one unit: its bytes in the output (None where FT's bytes stay) and the records of its matrices."""
 
     unit: Unit
     data: bytearray | None
@@ -216,19 +217,13 @@ def equalize_part(
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
     operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
-    solve = equalize if len(delta) == 1 else equalize_factors
+    sent = [send(operand, device) for operand in operands]
     try:
-        return solve(
-            *(send(operand, device) for operand in operands),
-            rank_ratio=spec.rank_ratio,
-            rank=spec.rank,
-            rank_rule=spec.rank_rule,
-            energy=spec.energy,
-            scale=spec.scale,
-            beta=spec.beta,
-            noise_floor=floor,
-            cache=caches(unit, part) if caches else None,
-        )
+        recipe = Recipe(RankRule.from_options(spec.rank_rule, vars(spec), floor), spec.scale, spec.beta)
+        cache = caches(unit, part) if caches else None
+        if len(sent) == 1:
+            return equalize_matrix(sent[0], recipe, cache)
+        return equalize_product(sent[0], sent[1], recipe, cache)
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
     except (Unsolved, ValueError) as error:  # no solver, or numbers out of the range of floats
@@ -249,6 +244,7 @@ def record_part(unit: Unit, part: Part, result: Equalized, floor: float, roundin
         rounding=rounding,
         solver=result.solver,
         warnings=result.warnings,
+        spectrum=sample_spectrum(result.sigma[: result.rank].tolist()),
         **{name: getattr(result, name) for name in MEASURED},
     )
 

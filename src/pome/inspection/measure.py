@@ -1,4 +1,4 @@
-"""One unit looked at: the bytes of FT and BASE in, a record for each of its matrices out."""
+"""Measurement of one unit for `pome inspect`: from bytes of FT and BASE to a record for each of its matrices."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pome.choices import RANK_RULES, SCALES
 from pome.config.spec import EditSpec
-from pome.editing.lora_merge import Data, load_pieces, merge_as_peft, orient, split_factors, take_factors
+from pome.editing.lora_merge import Data, find_factors, load_pieces, merge_as_peft
 from pome.editing.unit import TORCH_DTYPES, check_finite, describe_part, send, take
 from pome.errors import NumericalError
 from pome.inspection.records import Matrix, find_place
-from pome.kernel.equalize import Unsolved
-from pome.kernel.noise import Grid, measure_grid
-from pome.kernel.rank import RANK_RULES, RankRule, count_signal, measure_effective
-from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import ZeroDelta
-from pome.kernel.values import measure_bearing, measure_product, measure_values
+from pome.kernel.alignment import measure_alignment
+from pome.kernel.equalize import Unsolved, ZeroDelta
+from pome.kernel.noise import RoundingGrid, measure_grid
+from pome.kernel.rank import RankRule, count_signal, measure_effective
+from pome.kernel.scale import choose_scale
+from pome.kernel.values import measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in
 from pome.roles.layout import Part
@@ -30,7 +31,7 @@ SHARES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Seen:
-    """The two sides of one matrix, as stored: W of the base in working precision, the delta (D,) or its factors (F, G).
+    """One matrix of both sides, as stored: W of the base in working precision, the delta (D,) or its factors (F, G).
 
     `noise` is the grid that FT was rounded to (None where nothing was rounded), `stored` that which the edited weight
     will be rounded to, and `on_grid` says that the base's weights lie on it.
@@ -38,14 +39,14 @@ class Seen:
 
     W: Tensor
     delta: tuple[Tensor, ...]
-    noise: Grid | None
-    stored: Grid
+    noise: RoundingGrid | None
+    stored: RoundingGrid
     on_grid: bool
     changed: float | None
 
 
 def measure_unit(unit: Unit, data: Data, spec: EditSpec, device: str) -> list[Matrix | KeptRecord]:
-    """What every selected matrix of a unit is like. Raises NumericalError for NaN or infinity on either side."""
+    """A record for every selected matrix of a unit. Raises NumericalError for NaN or infinity on either side."""
     mine, base_bytes = data
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     if isinstance(mine, dict):
@@ -74,12 +75,8 @@ def _see_adapted(unit: Unit, part: Part, tensors: Mapping[str, Tensor], base: Te
     assert change is not None
     old = take(base, part)
     W = old.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
-    low = change.low
-    delta: tuple[Tensor, ...]
-    if change.whole is None and low is not None and low.magnitude is None and change.bias is None:
-        F, G = orient(*split_factors(low, tensors, unit.expert, W.dtype), low)
-        delta = take_factors(F * low.scaling, G, part)
-    else:
+    delta: tuple[Tensor, ...] | None = find_factors(change, part, tensors, unit.expert, W.dtype)
+    if delta is None:
         exact, _ = merge_as_peft(change, tensors, unit.expert, base)
         delta = (take(exact, part) - W,)
     return Seen(W, delta, None, measure_grid(old), True, None)
@@ -105,7 +102,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
     k = {name: rule.choose(sigma, rank, shape) for name, rule in _make_rules(spec, floor).items()}
     alpha = {name: choose_scale(name, sigma, k["ratio"], shape, norm) for name in SCALES}
     edit_ratio = {name: value * math.sqrt(k["ratio"]) / norm for name, value in alpha.items()}
-    bearing = measure_bearing(W, D, norm)
+    alignment = measure_alignment(W, D, norm)
     return Matrix(
         name=unit.name,
         part=unit.label(part),
@@ -128,16 +125,16 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
         alpha=alpha,
         edit_ratio=edit_ratio,
         rounding=seen.stored.expect_rounding(norm, seen.on_grid),
-        align_r=bearing.r,
-        align_left=bearing.left,
-        align_right=bearing.right,
-        drift=bearing.drift if math.isfinite(bearing.drift) else None,
-        spectral_norm=bearing.spectral_norm,
+        align_r=alignment.r,
+        align_left=alignment.left,
+        align_right=alignment.right,
+        drift=alignment.drift if math.isfinite(alignment.drift) else None,
+        spectral_norm=alignment.spectral_norm,
         sigma=array("f", sigma.tolist()),
     )
 
 
 def _make_rules(spec: EditSpec, floor: float) -> dict[str, RankRule]:
     """Every rule that needs no number of its own."""
-    names = (name for name in RANK_RULES if name != "fixed")
-    return {name: RankRule(name, spec.rank_ratio, None, spec.energy, floor) for name in names}
+    numbers = {**vars(spec), "rank": None}
+    return {name: RankRule.from_options(name, numbers, floor) for name in RANK_RULES if name != "fixed"}

@@ -1,4 +1,4 @@
-"""What an inspection finds: a record for every matrix of a pair. No torch."""
+"""Records of an inspection: a `Matrix` for every matrix of a pair, and the `Survey` of all. No torch."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ class Matrix:
     drift: float | None
     spectral_norm: float  # of the base's matrix
     sigma: array[float]
+
+    @property
+    def title(self) -> str:
+        """Its name, with the part of the tensor that it is."""
+        return f"{self.name} ({self.part})" if self.part else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Field by field in JSON's types; singular values with the digits that they are good for."""

@@ -1,10 +1,11 @@
-"""What the measured spectra advise: warnings in words, each with the option that answers it, and one command.
+"""Suggested command and warnings from measured spectra, each warning with the option that answers it.
 
-Rules of thumb, each from numbers that anybody can check in the survey. They have seen the weights and no task.
+These are rules of thumb over numbers in the survey. They know the weights and no task.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,15 +21,25 @@ NOISY = 0.5  # share of the energy that rounding explains
 LOSSY = 0.3  # share of the edit that rounding destroys
 SPARSE = 0.5  # share of entries that changed at all
 OTHER = 1.0  # norm of the delta beside the base's, at which the two are no nearer than unrelated weights
+EXCLUDE = "--exclude"  # with a pattern for the matrices at hand
+LONGEST_PATTERN = 400
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a reader should know: in words, the option that answers it ("" for none), in how many matrices."""
+    """A warning about some matrices.
+
+    text: what is odd, in a sentence. option: what answers it on the command line of `pome edit`, "" for none.
+    matrices: titles of the matrices that it is about, as in `Matrix.title`.
+    """
 
     text: str
     option: str
-    count: int
+    matrices: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
         (
             lambda m: m.above_noise == 0,
             "No direction stands above storage rounding: an edit would equalize rounding noise.",
-            "--exclude PATTERN",
+            EXCLUDE,
         ),
         (
             lambda m: m.above_noise > 0 and m.noise_share > NOISY,
@@ -76,11 +87,33 @@ def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
         (
             lambda m: m.relative_norm is None or m.relative_norm > FAR,
             f"The update is over {FAR:.0%} of the weight: a layer trained anew, or another base than this one.",
-            "--exclude PATTERN",
+            EXCLUDE,
         ),
     ]
-    found = [(text, option, sum(map(test, matrices))) for test, text, option in checks]
-    return [Notice(text, option, count) for text, option, count in found if count]
+    notices = []
+    for test, text, option in checks:
+        found = [matrix for matrix in matrices if test(matrix)]
+        if found:
+            answer = make_exclusion(found, matrices) if option == EXCLUDE else option
+            notices.append(Notice(text, answer, tuple(matrix.title for matrix in found)))
+    return notices
+
+
+def make_exclusion(found: Sequence[Matrix], matrices: Sequence[Matrix]) -> str:
+    """`--exclude PATTERN` that leaves out the tensors of `found` and no other of `matrices`; "" if it would be long."""
+    excluded = {matrix.name for matrix in found}
+    others = {matrix.name for matrix in matrices} - excluded
+    by_form: dict[str, list[str]] = {}
+    for name in sorted(excluded):
+        by_form.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    other_forms = {re.sub(r"\d+", "#", name) for name in others}
+    patterns: list[str] = []
+    for form, names in by_form.items():
+        # One pattern for all layers and experts where none of them stays, else the names one by one.
+        whole = [r"\d+".join(map(re.escape, form.split("#")))] if form not in other_forms else map(re.escape, names)
+        patterns += whole
+    pattern = f"^({'|'.join(patterns)})$" if len(patterns) > 1 else f"^{patterns[0]}$"
+    return f"--exclude {shlex.quote(pattern)}" if len(pattern) <= LONGEST_PATTERN else ""
 
 
 def suggest(base: str, fine_tuned: str, matrices: Sequence[Matrix]) -> Suggestion:

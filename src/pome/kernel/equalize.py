@@ -1,62 +1,56 @@
-"""One matrix in, one edited delta and its certificate out. Pure tensors: no names, no paths.
+"""Equalized edit of one matrix, with its certificate: the method as a pure function of tensors.
 
-    Equalized.value = alpha * P,  P = U_k V_k^T of the delta D = U S V^T,  alpha = beta * alpha_0   (POME, eq. 9-12)
-
-A ladder of solvers finds P. The certificate of each answer decides, not the solver: an answer that fails it, a driver
-that fails, and a precision that cannot settle the rank or the cut all hand over to the next rung.
+Equalized.value = alpha * P,  P = U_k V_k^T of the delta D = U S V^T,  alpha = beta * alpha_0   (POME, eq. 9-12)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pome.kernel.certificate import (
-    Certificate,
-    certify,
-    certify_factored,
-    inner_dense,
-    inner_factors,
-    squared_norm,
+from pome.choices import RankRuleName, ScaleName
+from pome.kernel.certificate import Certificate, certify, certify_factored, inner_dense, inner_factors
+from pome.kernel.decomposition import DecompositionCache, Truncation
+from pome.kernel.decomposition import ZeroDelta as ZeroDelta
+from pome.kernel.ladder import Certified, climb, list_attempts, list_product_attempts
+from pome.kernel.ladder import Unsolved as Unsolved
+from pome.kernel.norms import squared_norm
+from pome.kernel.operands import (
+    check_matrix,
+    multiply_in_place,
+    multiply_power_of_two,
+    normalise,
+    show_shape,
 )
-from pome.kernel.deflate import solve_deflated
-from pome.kernel.gram import solve_gram
-from pome.kernel.lowrank import solve_factors
-from pome.kernel.noise import describe
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
-from pome.kernel.scale import SCALES, choose_scale
-from pome.kernel.spectrum import DecompositionCache, Kept, Solver, Undecided, ZeroDelta
-from pome.kernel.svd import solve_svd
-
-RUNGS: tuple[tuple[str, Solver], ...] = (
-    ("deflated-float32", solve_deflated),
-    ("gram-float64", solve_gram),
-    ("svd-float64", solve_svd),
-)
-SMALL = 96  # short side below which a float64 SVD is as fast as anything
-# Entries between these bounds can be squared and summed in float32 without overflow, and without losing the small ones.
-LEAST, MOST = 2.0**-30, 2.0**30
-
-
-class Unsolved(ArithmeticError):
-    """Every rung of the ladder failed; the message says how each did."""
+from pome.kernel.scale import check_scale, choose_scale
 
 
 @dataclass(frozen=True)
 class Equalized:
-    """An edited delta with what was decided and what was proved. Fields are named as in the manifest.
+    """An edited delta, with what was decided and what was proved. Fields are named as in the manifest.
 
-    value: alpha * P, m x n, float32 (float64 for a float64 delta), on the delta's device. sigma_next is 0.0 where
-    there is no direction left. delta_norm and edit_norm are Frobenius norms of the delta and of `value`, energy_kept
-    the share of delta_norm^2 in the k kept singular values. objective = <D, P> / (s_1 + ... + s_k);
-    orthogonality = norm_F(P P^T P - P) / norm_F(P), by seeded probes.
+    Norms are Frobenius norms; D is the m x n delta, in whose units all singular values and norms are.
+
+    value: alpha * U_k V_k^T, m x n, float32 (float64 for a float64 delta), on the delta's device.
+    rank: numerical rank, the number of s_i > s_1 * sqrt(max(m, n) * 2^-52).
+    k: number of directions kept, in 1..rank.
+    alpha: every non-zero singular value of `value`; beta times what the scale rule gives.
+    beta: the factor that was asked for.
+    sigma_max, sigma_k, sigma_next: s_1, s_k and s_{k+1} of D; sigma_next is 0.0 where no direction is left.
+    delta_norm, edit_norm: norm(D) and norm(value).
+    energy_kept: (s_1^2 + ... + s_k^2) / norm(D)^2, in (0, 1].
+    departure: norm(value - D) / norm(D), how far the edit takes the weight from the fine-tuned one.
+    objective: <D, P> / (s_1 + ... + s_k) for P = value / alpha; 1 within 1e-5 (Ky Fan; POME, theorem 1).
+    orthogonality: norm(P P^T P - P) / norm(P), estimated by seeded probes; 0 within 1e-5.
+    solver: the rung of the ladder that found it, such as `deflated-float32`.
+    warnings: rungs that failed, a cut within a cluster of singular values, directions that storage rounding explains.
+    sigma: singular values of D, descending, float64, on the CPU.
     """
 
     value: Tensor
@@ -70,10 +64,26 @@ class Equalized:
     delta_norm: float
     edit_norm: float
     energy_kept: float
+    departure: float
     objective: float
     orthogonality: float
     solver: str
     warnings: tuple[str, ...]
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a matrix: the rule for k, the scale rule and beta. Raises ValueError for one without sense."""
+
+    rule: RankRule
+    scale: str = "frobenius"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        if not (is_number(self.beta) and self.beta > 0.0):
+            raise ValueError(f"beta must be a positive number, not {self.beta!r}")
 
 
 def equalize(
@@ -81,254 +91,112 @@ def equalize(
     *,
     rank_ratio: float = 0.5,
     rank: int | None = None,
-    rank_rule: str = "ratio",
+    rank_rule: RankRuleName = "ratio",
     energy: float = 0.9,
-    scale: str = "frobenius",
+    scale: ScaleName = "frobenius",
     beta: float = 1.0,
-    noise_floor: float | None = None,
-    cache: DecompositionCache | None = None,
 ) -> Equalized:
-    """The edited delta of `delta` (m x n, any float dtype, any device). Options are those of `pome edit`.
+    """Equalized edit alpha * U_k V_k^T of a delta D = U S V^T (POME, arXiv 2510.06627, equations 9 to 12).
+
+    delta: m x n (fan_out x fan_in), any float dtype, any device; it is left as it is.
+    rank_ratio: K in (0, 1]; k = max(1, round(K * rank)). POME's default is 0.5 (its table 12).
+    rank: k itself, at least 1 and cut at the numerical rank; turns the rule `ratio` into `fixed`.
+    rank_rule: `ratio`, `fixed`, `energy`, `gavish-donoho` or `effective`; `noise-floor` needs the stored weight, which
+        `pome.edit` has.
+    energy: E in (0, 1], for the rule `energy`: the least k that holds a share E of norm(D)^2.
+    scale: alpha = beta * alpha_0 with alpha_0 by rule: `frobenius` norm(D) / sqrt(k) (equation 12), `unit` 1, `rms`
+        sqrt(m / n) (equation 18), `mean` the mean of the kept singular values, `spectral` the largest.
+    beta: positive factor; with 1 and `frobenius` the edit has the norm of the delta.
+
+    The same input on the same device with the same number of threads gives the same bits; no global state of torch
+    (random numbers, precision) is touched. Raises ZeroDelta when there is nothing to equalize, ValueError for a tensor
+    or an argument that makes no sense or numbers out of range, and Unsolved when no solver on any device could be
+    certified.
+    """
+    rule = RankRule.from_options(rank_rule, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy})
+    return equalize_matrix(delta, Recipe(rule, scale, beta))
+
+
+def equalize_matrix(delta: Tensor, recipe: Recipe, cache: DecompositionCache | None = None) -> Equalized:
+    """Equalized edit of a delta (m x n) by a recipe; raises as `equalize` does.
 
     `cache` is for many edits of one delta: a mapping, empty at first, that takes what is found before k is chosen and
-    gives it back in the next call. The same input on the same device with the same number of threads gives the same
-    bits, with `cache` or without; no global state of torch (random numbers, precision) is touched. Raises ZeroDelta
-    when there is nothing to equalize, ValueError for a tensor or an option that makes no sense, and Unsolved when no
-    solver on any device could be certified.
+    gives it back in the next call. The bits are the same with a cache and without.
     """
-    rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
-    check_scale(scale, beta)
-    check_shape(delta, "delta")
+    check_matrix(delta, "delta")
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
-        found = climb(list_rungs(D, cache), partial(prove_dense, D), D.device, rule.shift(-exponent))
-        return finish(found, rule, (D.shape[0], D.shape[1]), squared_norm(D), exponent, scale, beta)
+        rule = recipe.rule.shift(-exponent)
+        found = climb(list_attempts(D, cache), partial(prove_matrix, D), D.device, rule)
+        return scale_edit(found, recipe, (D.shape[0], D.shape[1]), squared_norm(D), exponent)
 
 
-def equalize_factors(
-    b: Tensor,
-    a: Tensor,
-    *,
-    rank_ratio: float = 0.5,
-    rank: int | None = None,
-    rank_rule: str = "ratio",
-    energy: float = 0.9,
-    scale: str = "frobenius",
-    beta: float = 1.0,
-    noise_floor: float | None = None,
-    cache: DecompositionCache | None = None,
-) -> Equalized:
-    """The edited delta of the low-rank delta b @ a (b m x r, a r x n), as an adapter's; else as `equalize`."""
-    rule = make_rule(rank_ratio, rank, rank_rule, energy, noise_floor)
-    check_scale(scale, beta)
-    check_shape(b, "factor b")
-    check_shape(a, "factor a")
+def equalize_product(b: Tensor, a: Tensor, recipe: Recipe, cache: DecompositionCache | None = None) -> Equalized:
+    """Equalized edit of the low-rank delta b @ a (b m x r, a r x n), as an adapter's; else as `equalize_matrix`."""
+    check_matrix(b, "factor b")
+    check_matrix(a, "factor a")
     if b.shape[1] != a.shape[0] or b.device != a.device:
-        raise ValueError(f"factors do not multiply: {describe(b)} on {b.device} and {describe(a)} on {a.device}")
+        raise ValueError(f"factors do not multiply: {show_shape(b)} on {b.device} and {show_shape(a)} on {a.device}")
     with full_precision(b.device):
         B, up = normalise(b, "factor b")
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        rungs = list_product_rungs(B, A, cache)
-        found = climb(rungs, partial(prove_product, B, A), B.device, rule.shift(-exponent))
-        square = float(found.kept.sigma.square().sum())
-        return finish(found, rule, (B.shape[0], A.shape[1]), square, exponent, scale, beta)
+        attempts = list_product_attempts(B, A, cache)
+        found = climb(attempts, partial(prove_product, B, A), B.device, recipe.rule.shift(-exponent))
+        square = float(found.truncation.sigma.square().sum())
+        return scale_edit(found, recipe, (B.shape[0], A.shape[1]), square, exponent)
 
 
-def prove_dense(D: Tensor, kept: Kept) -> Certificate:
-    """The certificate of a P for D."""
-    return certify(kept.P, kept.k, attain(kept), inner_dense(D))
+def prove_matrix(D: Tensor, found: Truncation) -> Certificate:
+    """Certificate of a truncation of D."""
+    return certify(found.P, found.k, found.attainable, inner_dense(D))
 
 
-def prove_product(b: Tensor, a: Tensor, kept: Kept) -> Certificate:
-    """The certificate of a P for D = b @ a, by P's own factors where it has them."""
-    if kept.factors is None:
-        return certify(kept.P, kept.k, attain(kept), inner_factors(b, a))
-    return certify_factored(kept.P, *kept.factors, kept.k, attain(kept), b, a)
+def prove_product(b: Tensor, a: Tensor, found: Truncation) -> Certificate:
+    """Certificate of a truncation of D = b @ a, by the factors of P where it has them."""
+    if found.factors is None:
+        return certify(found.P, found.k, found.attainable, inner_factors(b, a))
+    return certify_factored(found.P, *found.factors, found.k, found.attainable, b, a)
 
 
-def attain(kept: Kept) -> float:
-    """s_1 + ... + s_k, the most that <D, P> can be."""
-    return float(kept.sigma[: kept.k].sum())
-
-
-@dataclass(frozen=True)
-class Found:
-    """The first certified answer of the ladder."""
-
-    solver: str
-    kept: Kept
-    certificate: Certificate
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One rung, ready to be tried, and the device whose memory it needs."""
-
-    name: str
-    device: torch.device
-    solve: Callable[[RankRule], Kept]
-
-
-def climb(
-    attempts: Iterable[Attempt], prove: Callable[[Kept], Certificate], device: torch.device, rule: RankRule
-) -> Found:
-    """Try one solver after the other until `prove` certifies an answer, on `device`.
-
-    A rung that runs out of an accelerator's memory ends the attempts that hold the delta there: those after it need
-    more. What is next holds the delta on the CPU.
-    """
-    notes: list[str] = []
-    full = None
-    for attempt in attempts:
-        if attempt.device == full:
-            continue
-        try:
-            kept = attempt.solve(rule)
-            kept = replace(kept, P=kept.P.to(device))
-            certificate = prove(kept)
-            fault = certificate.find_fault()
-        except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
-            fault = summarise(failure)
-            if isinstance(failure, torch.cuda.OutOfMemoryError):
-                full = attempt.device
-        if fault is None:
-            return Found(attempt.name, kept, certificate, (*notes, *warn_of_cluster(kept)))
-        notes.append(f"{attempt.name} handed over: {fault}")
-    raise Unsolved("no solver could be certified: " + "; ".join(notes))
-
-
-def list_rungs(D: Tensor, cache: DecompositionCache | None = None) -> Iterator[Attempt]:
-    """The ladder where D is. Where that is an accelerator, the smaller form after it, D on the CPU and the short side's
-    `eigh` still there, and then the ladder on the CPU. A small matrix takes the last rung at once, in a millisecond; a
-    float64 one skips the first."""
-    first = 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
-    for name, solve in RUNGS[first:]:
-        yield Attempt(name, D.device, partial(solve, D, **given))
-    if D.device.type != "cpu":
-        helper, D = D.device, D.cpu()
-        if first == 0:
-            smaller = f"deflated-float32 on cpu, eigh on {helper}"
-            yield Attempt(smaller, D.device, partial(solve_deflated, D, helper=helper, **given))
-        for name, solve in RUNGS[first:]:
-            yield Attempt(f"{name} on cpu", D.device, partial(solve, D, **given))
-
-
-def list_product_rungs(B: Tensor, A: Tensor, cache: DecompositionCache | None) -> Iterator[Attempt]:
-    """The thin route, and the dense ladder should it fail."""
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
-    yield Attempt("factors", B.device, partial(solve_factors, B, A, **given))
-    yield from list_rungs(B @ A, cache)
-
-
-def finish(
-    found: Found, rule: RankRule, shape: tuple[int, int], square: float, exponent: int, scale: str, beta: float
-) -> Equalized:
-    """Scale what was found for D back to the delta = 2^exponent * D, and by alpha. `square` is norm_F(D)^2."""
-    kept, certificate = found.kept, found.certificate
-    sigma, k = shift(kept.sigma, exponent), kept.k
+def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square: float, exponent: int) -> Equalized:
+    """Edit of the delta 2^exponent * D from what was certified for D, whose squared norm is `square`."""
+    cut, certificate = found.truncation, found.certificate
+    sigma, k = multiply_power_of_two(cut.sigma, exponent), cut.k
     try:
         delta_norm = math.ldexp(math.sqrt(square), exponent)
     except OverflowError:
         delta_norm = math.inf
-    alpha = beta * choose_scale(scale, sigma, k, shape, delta_norm)
+    alpha = recipe.beta * choose_scale(recipe.scale, sigma, k, shape, delta_norm)
     if not (0.0 < alpha < math.inf and 0.0 < delta_norm < math.inf):
         raise ValueError(f"out of the range of numbers: norm of the delta {delta_norm:.1e}, alpha {alpha:.1e}")
     return Equalized(
-        value=multiply(kept.P, alpha),
-        rank=kept.rank,
+        value=multiply_in_place(cut.P, alpha),
+        rank=cut.rank,
         k=k,
         alpha=alpha,
-        beta=beta,
+        beta=recipe.beta,
         sigma_max=float(sigma[0]),
         sigma_k=float(sigma[k - 1]),
         sigma_next=float(sigma[k]) if k < sigma.numel() else 0.0,
         delta_norm=delta_norm,
         edit_norm=alpha * certificate.norm,
-        energy_kept=float(kept.sigma[:k].square().sum()) / square,
+        energy_kept=float(cut.sigma[:k].square().sum()) / square,
+        departure=measure_departure(cut, certificate, square, alpha * certificate.norm / delta_norm),
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
         solver=found.solver,
-        warnings=(*found.warnings, *warn_of_noise(sigma, k, rule, shape)),
+        warnings=(*found.warnings, *warn_of_noise(sigma, k, recipe.rule, shape)),
+        sigma=sigma,
     )
 
 
-def multiply(P: Tensor, alpha: float) -> Tensor:
-    """alpha * P, in place where alpha itself fits the dtype."""
-    kind = torch.finfo(P.dtype)
-    if kind.smallest_normal <= alpha <= kind.max:
-        return P.mul_(alpha)
-    value = (P.cpu().double() * alpha).to(P.dtype)
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"alpha {alpha:.1e} takes the edit out of the range of {describe(P)}")
-    return value.to(P.device)
-
-
-def normalise(tensor: Tensor, what: str) -> tuple[Tensor, int]:
-    """D and e with tensor = 2^e * D exactly, D in float32 (float64 for float64); D is the tensor itself where possible.
-
-    Raises ValueError for NaN or infinity and ZeroDelta for nothing but zeros, before any decomposition sees them.
-    """
-    D = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    low, high = torch.aminmax(D)
-    largest = max(-float(low), float(high))
-    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-        raise ValueError(f"{what} holds NaN or infinity ({describe(tensor)})")
-    if largest == 0.0:
-        raise ZeroDelta(f"{what} is zero in every entry ({describe(tensor)})")
-    if LEAST <= largest <= MOST:
-        return D, 0
-    exponent = math.frexp(largest)[1]
-    return shift(D, -exponent), exponent
-
-
-def shift(tensor: Tensor, exponent: int) -> Tensor:
-    """tensor * 2^exponent, in two steps because that power alone may overflow."""
-    half = exponent // 2
-    return tensor * 2.0**half * 2.0 ** (exponent - half)
-
-
-def check_shape(tensor: Tensor, what: str) -> None:
-    """Raise ValueError for anything but a non-empty matrix of floats."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        raise ValueError(f"{what} must be a dense tensor, not {type(tensor).__name__}")
-    if tensor.ndim != 2 or tensor.numel() == 0 or not tensor.is_floating_point():
-        raise ValueError(f"{what} must be a non-empty m x n float tensor, not {describe(tensor)}")
-
-
-def make_rule(
-    rank_ratio: float, rank: int | None, rank_rule: str, energy: float, noise_floor: float | None
-) -> RankRule:
-    """The rule of the options: `rank` beside the default rule means `fixed`."""
-    name = "fixed" if rank is not None and rank_rule == "ratio" else rank_rule
-    return RankRule(name, rank_ratio, rank, energy, noise_floor)
-
-
-def check_scale(scale: str, beta: float) -> None:
-    """Raise ValueError for an unknown scale, or a beta that is no positive number."""
-    if scale not in SCALES:
-        raise ValueError(f"scale {scale!r} is none of {', '.join(SCALES)}")
-    if not (is_number(beta) and beta > 0.0):
-        raise ValueError(f"beta must be a positive number, not {beta!r}")
-
-
-def summarise(failure: Exception) -> str:
-    """The first line of an error, without the driver's essay after it."""
-    lines = str(failure).strip().splitlines()
-    if isinstance(failure, Undecided):
-        return lines[0]
-    return f"{type(failure).__name__}: {lines[0][:160]}" if lines else type(failure).__name__
-
-
-def warn_of_cluster(kept: Kept) -> tuple[str, ...]:
-    """A warning when the data do not say which directions lie above the cut."""
-    s_k, s_next = float(kept.sigma[kept.k - 1]), kept.sigma_next
-    if s_next <= 0.0 or (s_k - s_next) / s_k >= kept.resolution:
-        return ()
-    return (f"the cut at k={kept.k} falls into a cluster: s_k and s_k+1 differ by less than {kept.resolution:.0e}",)
+def measure_departure(cut: Truncation, certificate: Certificate, square: float, ratio: float) -> float:
+    """norm_F(alpha P - D) / norm_F(D), from `square` = norm_F(D)^2 and `ratio` = norm_F(alpha P) / norm_F(D)."""
+    inner = certificate.objective * float(cut.sigma[: cut.k].sum())
+    cosine = inner / (certificate.norm * math.sqrt(square))
+    return math.sqrt(max(0.0, 1.0 - 2.0 * ratio * cosine + ratio**2))
 
 
 def warn_of_noise(sigma: Tensor, k: int, rule: RankRule, shape: tuple[int, int]) -> tuple[str, ...]:

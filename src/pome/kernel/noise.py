@@ -1,4 +1,4 @@
-"""What storage rounding does: the noise it leaves in a delta, and what it takes from an edit."""
+"""Storage rounding: the noise floor that it leaves in a delta, and the share of an edit that it destroys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pome.kernel.edge import find_edge
+from pome.kernel.operands import show_shape
 from pome.kernel.rank import noise_margin
+from pome.kernel.spectral_edge import find_edge
 
 CHUNK = 1 << 20  # entries looked at in one go: 8 MiB where they are counted, whatever the size of the tensor
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -18,8 +19,8 @@ HARMONICS = 8  # terms of the Fourier series below; where the first are small th
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How far apart the storable numbers lie around the entries of a matrix: spacings, and entries with each.
+class RoundingGrid:
+    """Spacings of the storable numbers around the entries of a matrix, and how many entries have each.
 
     Zeros and subnormals count with the spacing of the subnormals. `noise_floor` is that of storage_noise_floor.
     """
@@ -59,7 +60,7 @@ class Grid:
         return math.sqrt(float((self.counts * lost).sum())) / norm
 
 
-def measure_grid(weight: Tensor) -> Grid:
+def measure_grid(weight: Tensor) -> RoundingGrid:
     """The grid around the entries of `weight` (m x n, in its storage dtype), read from their exponents.
 
     Raises ValueError for anything but a non-empty 2-D tensor of floats.
@@ -72,7 +73,7 @@ def measure_grid(weight: Tensor) -> Grid:
         counts += torch.bincount(field.flatten(), minlength=fields)
     present = counts.nonzero().flatten()
     ulps = torch.exp2((present.clamp_min(1) - 1 + least - digits).double())
-    return Grid(ulps, counts[present], (weight.shape[0], weight.shape[1]), storage_noise_floor(weight))
+    return RoundingGrid(ulps, counts[present], (weight.shape[0], weight.shape[1]), storage_noise_floor(weight))
 
 
 def storage_noise_floor(weight: Tensor) -> float:
@@ -105,7 +106,7 @@ def check_floats(weight: Tensor) -> tuple[int, int]:
     """(binary digits after the point, exponent of the least normal number) of the dtype of a float matrix."""
     known = weight.is_floating_point() and weight.dtype.itemsize in INTEGERS
     if weight.ndim != 2 or weight.numel() == 0 or not known:
-        raise ValueError(f"a noise floor needs a non-empty m x n float tensor, not {describe(weight)}")
+        raise ValueError(f"a noise floor needs a non-empty m x n float tensor, not {show_shape(weight)}")
     kind = torch.finfo(weight.dtype)
     return round(-math.log2(kind.eps)), round(math.log2(kind.smallest_normal))
 
@@ -117,8 +118,3 @@ def split_bits(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         for j in range(0, weight.shape[1], CHUNK):
             part = weight.detach()[i : i + height, j : j + CHUNK]
             yield i, j, part.cpu().view(INTEGERS[weight.dtype.itemsize])
-
-
-def describe(tensor: Tensor) -> str:
-    """`2048 x 768 float32`, for messages."""
-    return f"{' x '.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"

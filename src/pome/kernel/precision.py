@@ -1,4 +1,4 @@
-"""Full float32 products, whatever the caller has switched on, and the caller's settings afterwards."""
+"""Arithmetic in full float32 or float64, whatever precision the caller has switched on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def to_float64(A: Tensor) -> Tensor:
+    """A in float64: where it is, or on the CPU where its device (mps) has no float64."""
+    return A.cpu().double() if A.device.type == "mps" else A.double()
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, no TF32 and no bfloat16 products inside; every setting as it was afterwards.
+    """Context without autograd, autocast, TF32 and bfloat16 products; every setting is restored afterwards.
 
     With `torch.set_float32_matmul_precision("medium")` even a CPU multiplies float32 matrices in bfloat16 where it has
     the instructions, which is an error of 1e-3 where the certificate asks for 1e-5.

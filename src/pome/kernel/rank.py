@@ -1,63 +1,125 @@
-"""How many directions to keep: rules that read the singular values of one matrix and answer k.
+"""Rank rules: how many directions to keep, from the singular values of one matrix.
 
-Every rule takes `sigma`, all min(m, n) singular values, descending, float64 on the CPU. `slack` is the relative doubt
-about them: a rule moves its threshold by that much, so a caller whose singular values are approximate asks twice,
-with +slack and -slack, and knows that k is exact when both answers agree.
+A rule is one function here and one row in `pome.choices.RANK_RULES`. It takes the spectrum and its own number, if its
+row names an option that gives one, and returns k; what lies outside 1..rank is clipped.
+
+A caller whose singular values are approximate gives their relative error bound as `slack`. A rule moves its threshold
+by that much: where the answers for +slack and -slack agree, k is exact.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from pome.choices import RANK_RULES
+
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of order 1
-RANK_RULES = ("ratio", "fixed", "energy", "noise-floor", "gavish-donoho", "effective")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a rank rule sees of an m x n matrix.
+
+    sigma: all min(m, n) singular values, descending, float64, CPU. slack: relative error bound of sigma.
+    """
+
+    sigma: Tensor
+    rank: int
+    shape: tuple[int, int]
+    noise_floor: float = 0.0
+    slack: float = 0.0
+
+
+@dataclass(frozen=True)
+class Number:
+    """Range of a rank rule's number, as a test and in words."""
+
+    contains: Callable[[object], bool]
+    words: str
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number and finite; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_share(value: object) -> bool:
+    """Whether a value lies in (0, 1]."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return type(value) is int and value >= 1
+
+
+SHARE = Number(is_share, "lie in (0, 1]")
+COUNT = Number(is_count, "be a whole number of at least 1")
+
+CountDirections = Callable[[Spectrum, float], int]
+RULES: dict[str, tuple[CountDirections, Number | None]] = {}  # by name: the function, and the range of its number
+OPTIONS = {name: choice.number for name, choice in RANK_RULES.items()}  # which option gives a rule its number
+
+
+def rank_rule(name: str, number: Number | None = None) -> Callable[[CountDirections], CountDirections]:
+    """Decorator of the function that decides k for the rule `name`."""
+
+    def register(count: CountDirections) -> CountDirections:
+        RULES[name] = count, number
+        return count
+
+    return register
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """Which rule decides k, with its parameter. Raises ValueError for one that makes no sense."""
+    """A rank rule with its number. Raises ValueError for one that makes no sense.
 
-    name: str = "ratio"
-    ratio: float = 0.5
-    count: int | None = None
-    energy: float = 0.9
+    number: what the option of the rule's row gives; None for rules without. noise_floor: spectral norm of the storage
+    rounding of FT, in the delta's units; None where it is not known.
+    """
+
+    name: str
+    number: float | None = None
     noise_floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in RANK_RULES:
+        if self.name not in RULES:
             raise ValueError(f"rank_rule {self.name!r} is none of {', '.join(RANK_RULES)}")
-        for name, share in (("rank_ratio", self.ratio), ("energy", self.energy)):
-            if not (is_number(share) and 0.0 < share <= 1.0):
-                raise ValueError(f"{name} must lie in (0, 1], not {share!r}")
-        if self.count is not None and not (type(self.count) is int and self.count >= 1):
-            raise ValueError(f"rank must be a whole number of at least 1, not {self.count!r}")
-        if (self.name == "fixed") != (self.count is not None):
-            raise ValueError(f"rank_rule {self.name!r} and rank {self.count} exclude each other: only 'fixed' takes it")
+        check_number(self.name, self.number)
         floor = self.noise_floor
         if floor is not None and not (is_number(floor) and floor >= 0.0):
             raise ValueError(f"noise_floor must be a number of at least 0, not {floor!r}")
         if self.name == "noise-floor" and floor is None:
-            raise ValueError("rank_rule 'noise-floor' needs a noise_floor")
+            raise ValueError("rank_rule 'noise-floor' needs the noise floor of a stored weight, which `edit` knows")
+
+    @classmethod
+    def from_options(cls, name: str, numbers: Mapping[str, float | None], noise_floor: float | None = None) -> RankRule:
+        """The rule `name`, with its number out of those of every option by name; `rank` beside `ratio` means `fixed`.
+
+        Raises ValueError for a number out of its range, also where the rule does not take it, and for a `rank` beside
+        another rule.
+        """
+        for other, option in OPTIONS.items():
+            if option and (option != "rank" or numbers[option] is not None):
+                check_number(other, numbers[option])
+        if numbers["rank"] is not None:
+            if name not in ("ratio", "fixed"):
+                raise ValueError(f"rank_rule {name!r} and a rank exclude each other: only 'fixed' takes one")
+            name = "fixed"
+        option = OPTIONS.get(name)
+        return cls(name, numbers[option] if option else None, noise_floor)
 
     def choose(self, sigma: Tensor, rank: int, shape: tuple[int, int], slack: float = 0.0) -> int:
-        """k in 1..rank for the spectrum of an m x n matrix of that rank."""
-        if self.name == "ratio":
-            k = round(self.ratio * rank)
-        elif self.name == "fixed":
-            k = self.count or 1
-        elif self.name == "energy":
-            k = count_energy(sigma, self.energy, slack)
-        elif self.name == "noise-floor":
-            k = count_signal(sigma, self.noise_floor or 0.0, shape, slack)
-        elif self.name == "gavish-donoho":
-            k = count_gavish_donoho(sigma, shape, slack)
-        else:
-            k = count_effective(sigma, slack)
+        """k in 1..rank for the singular values of an m x n matrix of that rank, known up to a relative `slack`."""
+        count, _ = RULES[self.name]
+        k = count(Spectrum(sigma, rank, shape, self.noise_floor or 0.0, slack), self.number or 0.0)
         return max(1, min(k, rank))
 
     def shift(self, exponent: int) -> RankRule:
@@ -67,9 +129,14 @@ class RankRule:
         return replace(self, noise_floor=math.ldexp(self.noise_floor, exponent))
 
 
-def is_number(value: object) -> bool:
-    """A real number that is finite; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def check_number(rule: str, number: object) -> None:
+    """Raise ValueError for a number that the rule does not take."""
+    _, range_ = RULES[rule]
+    if range_ is None:
+        if number is not None:
+            raise ValueError(f"rank_rule {rule!r} takes no number, and {number!r} is one")
+    elif not range_.contains(number):
+        raise ValueError(f"{OPTIONS[rule]} must {range_.words}, not {number!r}")
 
 
 def count_rank(sigma: Tensor, shape: tuple[int, int]) -> int:
@@ -83,31 +150,51 @@ def count_rank(sigma: Tensor, shape: tuple[int, int]) -> int:
 
 
 def rank_tolerance(shape: tuple[int, int]) -> float:
-    """The least s_i / s_1 that counts as non-zero in an m x n matrix."""
+    """Least s_i / s_1 that counts as non-zero in an m x n matrix."""
     return math.sqrt(max(shape) * 2.0**-52)
 
 
-def count_energy(sigma: Tensor, energy: float, slack: float = 0.0) -> int:
-    """Least k that holds `energy` of the squared Frobenius norm: the usual choice of principal components by the
-    share of variance explained (Jolliffe, Principal Component Analysis, 2002, section 6.1.1)."""
+@rank_rule("ratio", SHARE)
+def count_ratio(spectrum: Spectrum, ratio: float) -> int:
+    """A share of the numerical rank, rounded: POME, section 3.2 and equation 9."""
+    return round(ratio * spectrum.rank)
+
+
+@rank_rule("fixed", COUNT)
+def count_fixed(spectrum: Spectrum, count: float) -> int:
+    """The number that was asked for."""
+    return int(count)
+
+
+@rank_rule("energy", SHARE)
+def count_energy(spectrum: Spectrum, energy: float) -> int:
+    """Least k that holds a share `energy` of the squared Frobenius norm: the usual choice of principal components by
+    the share of variance explained (Jolliffe, Principal Component Analysis, 2002, section 6.1.1)."""
+    sigma = spectrum.sigma
     squares = sigma.square().cumsum(0)
     # The share that k directions hold is itself a rounded sum: 7 of 100 equal ones hold 0.07.
     least = energy * (1.0 - sigma.numel() * 2.0**-52)
-    return int((squares < least * (1.0 + 2.0 * slack) * squares[-1]).sum()) + 1
+    return int((squares < least * (1.0 + 2.0 * spectrum.slack) * squares[-1]).sum()) + 1
 
 
 def count_above(sigma: Tensor, floor: float, slack: float = 0.0) -> int:
-    """Singular values above a floor."""
+    """Number of singular values above a floor."""
     return int((sigma > floor * (1.0 + slack)).sum())
 
 
+@rank_rule("noise-floor")
+def count_above_noise(spectrum: Spectrum, _: float = 0.0) -> int:
+    """Number of singular values that storage rounding does not explain."""
+    return count_signal(spectrum.sigma, spectrum.noise_floor, spectrum.shape, spectrum.slack)
+
+
 def count_signal(sigma: Tensor, floor: float, shape: tuple[float, float], slack: float = 0.0) -> int:
-    """Singular values that noise whose spectrum ends at `floor`, such as that of storage rounding, does not explain."""
+    """Number of singular values that noise whose spectrum ends at `floor` does not explain."""
     return count_above(sigma, floor * noise_margin(shape), slack)
 
 
 def noise_margin(shape: tuple[float, float]) -> float:
-    """How far above the edge of its spectrum the largest singular value of m x n noise may lie, as a factor.
+    """Factor by which the largest singular value of m x n noise may lie above the edge of its spectrum.
 
     Its square fluctuates around the Marchenko-Pastur edge (sqrt(m) + sqrt(n))^2 by (sqrt(m) + sqrt(n))
     (1 / sqrt(m) + 1 / sqrt(n))^(1/3) times a Tracy-Widom variable of order 1: Johnstone, "On the distribution of the
@@ -119,7 +206,8 @@ def noise_margin(shape: tuple[float, float]) -> float:
     return math.sqrt(1.0 + TRACY_WIDOM * width)
 
 
-def count_gavish_donoho(sigma: Tensor, shape: tuple[int, int], slack: float = 0.0) -> int:
+@rank_rule("gavish-donoho")
+def count_gavish_donoho(spectrum: Spectrum, _: float = 0.0) -> int:
     """Optimal hard threshold for unknown noise: s_i > lambda(b) / sqrt(mu_b) * median(s), b = short / long side.
 
     Gavish and Donoho, "The optimal hard threshold for singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60(8),
@@ -128,6 +216,7 @@ def count_gavish_donoho(sigma: Tensor, shape: tuple[int, int], slack: float = 0.
     directions of 1024 by an eighth). So what was found is taken out and the median of the rest taken again, until
     nothing more is found.
     """
+    sigma, shape = spectrum.sigma, spectrum.shape
     aspect = min(shape) / max(shape)
     root = math.sqrt(aspect * aspect + 14.0 * aspect + 1.0)
     known = math.sqrt(2.0 * (aspect + 1.0) + 8.0 * aspect / (aspect + 1.0 + root))
@@ -136,7 +225,7 @@ def count_gavish_donoho(sigma: Tensor, shape: tuple[int, int], slack: float = 0.
     found = 0
     while found < n:
         median = 0.5 * (float(sigma[(n - 1 + found) // 2]) + float(sigma[(n + found) // 2]))
-        k = count_above(sigma, factor * median, 2.0 * slack)
+        k = count_above(sigma, factor * median, 2.0 * spectrum.slack)
         if k <= found:
             break
         found = k
@@ -159,7 +248,7 @@ def marchenko_pastur_median(aspect: float) -> float:
         density[0] = high / (math.pi * aspect)  # the limit of sin^2(t) / x at t = 0
     mass = torch.cumulative_trapezoid(density, t)
     half = float(mass[-1]) / 2.0
-    i = int((mass < half).sum())
+    i = int((mass < half).sum())  # mass[i] is the integral up to t[i + 1]
     before = float(mass[i - 1])
     part = (half - before) / (float(mass[i]) - before)
     angle = float(t[i]) + part * float(t[1] - t[0])
@@ -175,7 +264,9 @@ def measure_effective(sigma: Tensor) -> float:
     return math.exp(-float(torch.special.xlogy(share, share).sum()))
 
 
-def count_effective(sigma: Tensor, slack: float = 0.0) -> int:
+@rank_rule("effective")
+def count_effective(spectrum: Spectrum, _: float = 0.0) -> int:
     """The effective rank, rounded."""
     # d(entropy) <= slack * (log n + 1) for a relative change of every s_i by slack.
-    return round(measure_effective(sigma) * math.exp(slack * (math.log(sigma.numel()) + 1.0)))
+    width = spectrum.slack * (math.log(spectrum.sigma.numel()) + 1.0)
+    return round(measure_effective(spectrum.sigma) * math.exp(width))

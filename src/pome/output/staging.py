@@ -1,4 +1,4 @@
-"""Stage an output beside its final place, patch it, keep a journal, publish it with one rename.
+"""Staging folder of an output: copied and patched beside its final place, journalled, published with one rename.
 
 The staging folder `OUT.pome-staging` holds
     lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
@@ -20,14 +20,14 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pome.checkpoint.files import File
 from pome.checkpoint.header import Header
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.errors import OutputError
+from pome.errors import OutputError, show_bytes
 from pome.output.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.output.durable import (
     append_synced,
@@ -37,7 +37,9 @@ from pome.output.durable import (
     pump,
     read_object,
     remove,
+    set_mode,
     show_path,
+    sync_file,
     sync_folder,
     write_synced,
 )
@@ -61,6 +63,7 @@ class Staging:
         self._lock: Lock | None = None
         self._journal = -1
         self._sync_failed = False
+        self.notices: list[str] = []  # what the file system cannot do
         self.copied: dict[str, int] = {}  # name -> bytes
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
@@ -115,8 +118,18 @@ class Staging:
             self.output.mkdir()
             write_synced(self.folder / "command", json.dumps(self._command).encode())
         self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        sync_folder(self.folder)
+        self._note_refusals(sync_folder(self.folder))
         self._replay()
+
+    def _note_refusals(self, syncs_folders: bool) -> None:
+        """Find out what the file system refuses, the same in every run there, so that manifests agree."""
+        where = f"{show_path(self.target.parent)}: the file system"
+        if not syncs_folders:
+            self.notices.append(f"{where} does not sync folders; after a power cut OUT may be missing or incomplete")
+        if not sync_file(self._journal):
+            self.notices.append(f"{where} does not sync files; after a power cut OUT may be incomplete")
+        if not set_mode(self._journal, stat.S_IMODE(os.fstat(self._journal).st_mode)):
+            self.notices.append(f"{where} keeps no permissions; those of FT's files are not set in OUT")
 
     def _replay(self) -> None:
         """Read the journal up to its last whole line; what a crash left behind that is cut off."""
@@ -149,8 +162,8 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
-                f"{show_path(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
-                "another OUT"
+                f"{show_path(self.folder)}: {show_bytes(needed)} are needed and {show_bytes(free)} are free there; "
+                "make room or choose another OUT"
             )
 
     def copy_file(self, name: str, source: Path, advance: Advance) -> None:
@@ -160,7 +173,7 @@ class Staging:
                 fd, copy = fds
                 copy_file(fd, copy, os.fstat(fd).st_size, advance)
                 # A script keeps its mode; a weight file that FT has read-only must stay writable for the patches.
-                os.fchmod(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
+                set_mode(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
 
     def write_file(self, name: str, source: File, advance: Advance) -> None:
         """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
@@ -176,8 +189,8 @@ class Staging:
                 write_at(copy, raw, 0)
                 os.ftruncate(copy, new.file_size)
                 for entry in new.tensors.values():
-                    was = old.tensors[entry.name]
-                    if was.dtype != entry.dtype:
+                    was = old.tensors.get(entry.name)  # None: a tensor that the source lacks, written by its unit
+                    if was is None or was.dtype != entry.dtype:
                         continue
                     if source.path is None:
                         pump(source, was.start, copy, entry.start, entry.nbytes, advance)
@@ -200,7 +213,7 @@ class Staging:
                 copy = os.open(target, flags, 0o666)
                 try:
                     yield fd, copy
-                    os.fsync(copy)
+                    sync_file(copy)
                     size = os.fstat(copy).st_size
                 finally:
                     os.close(copy)
@@ -233,7 +246,7 @@ class Staging:
             files = list(self._files.items())
         for name, fd in files:
             with as_output_error(self.output / name):
-                os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+                sync_file(fd, data_only=True)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with as_output_error(self.folder / "journal"):
             append_synced(self._journal, lines)
@@ -247,7 +260,7 @@ class Staging:
             )
         with as_output_error(self.output):
             for fd in self._files.values():
-                os.fsync(fd)
+                sync_file(fd)
             write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
                 sync_folder(Path(root))
@@ -296,7 +309,7 @@ class Staging:
 
 
 def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a journal line is one that this room or the run writes."""
+    """Whether a journal line is one that this class or the run writes."""
     if not isinstance(entry, dict):
         return False
     if "copied" in entry:
@@ -305,10 +318,10 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
 
 
-def update_index(raw: bytes, size: int, gone: frozenset[str]) -> bytes:
-    """The index for `size` bytes of data and without the tensors `gone`, all else as it was."""
+def update_index(raw: bytes, size: int, gone: frozenset[str], added: Mapping[str, str]) -> bytes:
+    """The index for `size` bytes of data, without the tensors `gone` and with those `added` (name -> file)."""
     index = json.loads(raw)
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone}
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone} | dict(added)
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = size

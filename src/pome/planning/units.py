@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
-from pome.checkpoint.lora import AdapterChange
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entries, parse_header
+from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
 from pome.roles.layout import Block, Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
+Added = dict[str, list[tuple[str, str, tuple[int, ...]]]]  # file -> name, dtype and shape of tensors that FT lacks
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
 
 
@@ -78,6 +80,7 @@ class Plan:
     tensor_count: int
     layouts: dict[str, tuple[bytes, Header]]
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
+    loras: tuple[LowRank, ...] = ()  # of an adapter as the output: all that it has
     notes: tuple[str, ...] = ()  # what a user should know of these inputs
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
@@ -121,7 +124,7 @@ class Plan:
             edit.append(entry if base_name == unit.name else {**entry, "base": base_name})
         keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
         totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
-        return {"edit": edit, "keep": keep, "notes": list(self.notes), **totals}
+        return {"edit": edit, "keep": keep, **totals}
 
 
 def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
@@ -192,14 +195,17 @@ def split_units(
         )
 
 
-def lay_out(ft: Checkpoint, out_dtypes: dict[str, str]) -> dict[str, tuple[bytes, Header]]:
-    """New headers, from dtypes and shapes alone, of the files in which a tensor changes its dtype; order as in FT."""
+def lay_out(ft: Checkpoint, out_dtypes: dict[str, str], added: Added | None = None) -> Layouts:
+    """New headers, from dtypes and shapes alone, of the files whose layout changes.
+
+    A layout changes where a tensor changes its dtype or where tensors are `added`.
+    """
     changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
     layouts = {}
-    for file in {ft.tensors[name][0] for name in changed}:
+    for file in {ft.tensors[name][0] for name in changed} | set(added or {}):
         header = ft.files[file].header
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
+        given = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in header.tensors.values()]
+        entries = order_entries([*given, *(added or {}).get(file, [])])
         raw = build_header(entries, header.metadata)
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)

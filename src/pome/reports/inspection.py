@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 from pome.config.outputs import Reports
 from pome.reports.files import resolve_path, write_texts
 from pome.reports.pages import render_page
+from pome.reports.quantities import SURVEYED_RULES
 from pome.reports.sheet import Sheet
+from pome.reports.tiles import list_tiles
 
 TITLES = {"survey": "What fine-tuning changed", "edit": "What the edit did"}
-SCRIPTS = ("page.js", "heat_map.js", "choice.js", "spectrum.js", "tables.js", "start.js")
+# The quantities that say what an edit makes of a spectrum: k, and the value of each singular value kept.
+EDIT_KEYS = {"survey": ("k_ratio", "alpha_frobenius"), "edit": ("k", "alpha")}
+FIRST_QUANTITIES = {"survey": "relative_norm", "edit": "departure"}  # what the heat map shows at first
+SCRIPTS = ("page.js", "heat_map.js", "matrices.js", "spectrum.js", "tables.js", "start.js")
+MOST_NAMED = 3  # matrices of a warning that stand beside it; a link lists the others
 MOST_KEPT = 500  # tensors that were not looked at, listed in the page
 # A singular value takes two characters in the page: 4096 levels of its logarithm over 20 decades, a step of 1.1 %.
 LEVELS, LOWEST, DECADES = 4096, -14.0, 20.0
@@ -49,7 +54,9 @@ def make_page(sheet: Sheet) -> str:
         base=sheet.base,
         fine_tuned=sheet.fine_tuned,
         sheet=sheet,
-        tiles=_list_tiles(sheet),
+        tiles=list_tiles(sheet),
+        first_quantity=FIRST_QUANTITIES[sheet.kind],
+        notices=_describe_notices(sheet),
         most_kept=MOST_KEPT,
         scripts=SCRIPTS,
         data=_encode(sheet),
@@ -66,24 +73,18 @@ def write_reports(sheet: Sheet, reports: Reports) -> list[Path]:
     return made
 
 
-def _list_tiles(sheet: Sheet) -> list[tuple[str, str]]:
-    """The numbers at the head of the page, each with its label."""
-    count = len(sheet.rows)
-    tiles = [
-        (str(count), "matrix" if count == 1 else "matrices"), (str(len(sheet.places)), "layers and other places")
-    ]  # fmt: skip
-    shown = {"survey": ("relative_norm", "energy_50", "noise_share"), "edit": ("energy_kept", "edit_ratio", "rounding")}
-    labels = {quantity.key: quantity.label for quantity in sheet.quantities}
-    for key in shown[sheet.kind]:
-        known = [value for row in sheet.rows if (value := row.values[key]) is not None]
-        tiles.append((_show(statistics.median(known)) if known else "–", f"median {labels[key]}"))
-    return tiles
-
-
-def _show(value: float) -> str:
-    """A number with three digits, as the page's script shows it."""
-    size = abs(value)
-    return f"{value:.2e}" if size != 0 and (size < 0.001 or size >= 1e5) else f"{float(f'{value:.3g}'):g}"
+def _describe_notices(sheet: Sheet) -> list[dict[str, Any]]:
+    """The warnings for the template, each with the rows of its matrices: the first ones named, the others listed."""
+    index = {row.title: i for i, row in enumerate(sheet.rows)}
+    described = []
+    for notice in sheet.warnings:
+        rows = sorted(index[title] for title in notice.matrices if title in index)
+        named = [(i, sheet.rows[i].title) for i in rows[:MOST_NAMED]]
+        rest = rows if MOST_NAMED < len(rows) < len(sheet.rows) else []
+        described.append(
+            {"text": notice.text, "option": notice.option, "count": len(rows), "named": named, "rest": rest}
+        )
+    return described
 
 
 def _encode(sheet: Sheet) -> dict[str, Any]:
@@ -93,12 +94,11 @@ def _encode(sheet: Sheet) -> dict[str, Any]:
     grids: dict[tuple[int, ...], int] = {}
     for row in sheet.rows:
         grids.setdefault(tuple(i for i, _ in row.points), len(grids))
-    rules = list(dict.fromkeys(rule for row in sheet.rows for rule in row.k))
     return {
         "kind": sheet.kind,
         "places": places,
         "roles": roles,
-        "quantities": [[q.key, q.label, q.help, q.log] for q in sheet.quantities],
+        "quantities": [[q.key, q.label, q.help, q.log, q.column] for q in sheet.quantities],
         "table": [q.key for q in sheet.quantities if q.column],
         "names": [row.title for row in sheet.rows],
         "place": [place_of[row.place] for row in sheet.rows],
@@ -106,9 +106,8 @@ def _encode(sheet: Sheet) -> dict[str, Any]:
         "shape": [f"{row.shape[0]} × {row.shape[1]}" for row in sheet.rows],
         "values": {q.key: [_shorten(row.values[q.key]) for row in sheet.rows] for q in sheet.quantities},
         "floor": [_shorten(row.floor) for row in sheet.rows],
-        "rules": rules,
-        "k": [[row.k.get(rule) for rule in rules] for row in sheet.rows],
-        "after": [row.after and [row.after[0], _shorten(row.after[1])] for row in sheet.rows],
+        "rules": [rule.name for rule in SURVEYED_RULES] if sheet.kind == "survey" else [],
+        "after": EDIT_KEYS[sheet.kind],
         "grids": [list(grid) for grid in grids],
         "grid": [grids[tuple(i for i, _ in row.points)] for row in sheet.rows],
         "levels": [LEVELS, LOWEST, DECADES, ALPHABET],

@@ -27,6 +27,7 @@ SURVEYED_RULES = [rule for rule in RANK_RULES.values() if rule.name != "fixed"]
 
 SURVEYED = (
     Quantity("relative_norm", "‖Δ‖ / ‖W‖", "How far training moved the matrix, beside its own size.", True, "‖Δ‖/‖W‖"),
+    Quantity("delta_norm", "‖Δ‖", "Norm of what training changed.", True),
     Quantity("stable_rank", "stable rank", "‖Δ‖² / s₁²: 1 when one direction is all.", True, "stable rank"),
     Quantity("effective_share", "effective rank / size", "exp(entropy of the spectrum): 1 is flat, noise-like."),
     Quantity("energy_25", "energy at K = 0.25", "Share of ‖Δ‖² in the leading quarter of the directions."),
@@ -66,15 +67,19 @@ SURVEYED = (
         if scale.name != "frobenius"  # its ratio is 1 by its definition
     ),
     Quantity(
+        "departure", "departure", "‖edit - Δ‖ / ‖Δ‖ of an edit with defaults: how far it leaves the fine-tuned weight.",
+        False, "departure",
+    ),
+    Quantity(
         "rounding", "lost to rounding", "ESTIMATE: share of the edit that FT's dtype would destroy.", True, "lost"
     ),
     Quantity(
         "align_left", "alignment, outputs", "Share of ‖Δ‖² in the base's leading output directions.", False,
-        "aligned out",
+        "align out",
     ),
     Quantity(
         "align_right", "alignment, inputs", "Share of ‖Δ‖² in the base's leading input directions.", False,
-        "aligned in",
+        "align in",
     ),
     Quantity("drift", "spectral drift", "Relative change of the base's leading singular values.", True, "drift"),
 )  # fmt: skip
@@ -88,6 +93,10 @@ EDITED = (
     Quantity(
         "edit_ratio", "‖edit‖ / ‖Δ‖", "Norm of the edit beside that of what training changed.", True,
         "||edit||/||delta||",
+    ),
+    Quantity(
+        "departure", "departure", "‖edit - Δ‖ / ‖Δ‖: how far the edit takes the weight from the fine-tuned one.", False,
+        "departure",
     ),
     Quantity(
         "rounding", "lost to rounding", "Share of the edit that the output dtype destroyed, measured.", True,

@@ -12,7 +12,8 @@ from pome.choices import ROLES
 from pome.errors import VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
-from pome.manifest import Manifest, TensorRecord
+from pome.manifest import Manifest, TensorRecord, spread_indices
+from pome.reports.edit_warnings import group_warnings
 from pome.reports.quantities import EDITED, SURVEYED, Quantity
 
 POINTS, FEW_POINTS, MANY = 96, 24, 4000  # points kept of a spectrum; with more matrices than MANY, the few
@@ -23,7 +24,7 @@ class Row:
     """One matrix.
 
     points: (index from 1, singular value of the delta), by index. floor: largest singular value of storage rounding.
-    k: what each rank rule would keep, by the rule's name. after: (k, alpha) of an edit.
+    after: (k, alpha) of the edit; of a survey, those of an edit with defaults.
     """
 
     name: str
@@ -34,8 +35,7 @@ class Row:
     values: dict[str, float | None]
     points: list[tuple[int, float]]
     floor: float
-    k: dict[str, int]
-    after: tuple[int, float] | None = None
+    after: tuple[int, float]
 
     @property
     def title(self) -> str:
@@ -54,7 +54,6 @@ class Sheet:
     kept: tuple[tuple[str, str], ...]  # (tensor, reason)
     warnings: tuple[Notice, ...]
     suggestion: Suggestion | None
-    notes: tuple[str, ...] = ()
 
     @property
     def places(self) -> list[str]:
@@ -77,32 +76,31 @@ def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestio
 def _make_row(matrix: Matrix, count: int) -> Row:
     plain = (q.key for q in SURVEYED if hasattr(matrix, q.key))
     values: dict[str, float | None] = {key: getattr(matrix, key) for key in plain}
+    values["departure"] = _estimate_departure(matrix)
     values["effective_share"] = matrix.effective_rank / min(matrix.shape)
     values |= {f"energy_{K[2:].ljust(2, '0')}": share for K, share in matrix.energy.items()}
     values |= {f"k_{rule}": k for rule, k in matrix.k.items()}
     values |= {f"alpha_{scale}": alpha for scale, alpha in matrix.alpha.items()}
     values |= {f"edit_{scale}": ratio for scale, ratio in matrix.edit_ratio.items() if scale != "frobenius"}
     points = [(i, matrix.sigma[i - 1]) for i in spread_indices(len(matrix.sigma), count)]
-    return Row(
-        matrix.name, matrix.part, matrix.role, matrix.place, matrix.shape, values, points, matrix.noise_floor, matrix.k
-    )
+    after = (matrix.k["ratio"], matrix.alpha["frobenius"])
+    name, floor = matrix.name, matrix.noise_floor
+    return Row(name, matrix.part, matrix.role, matrix.place, matrix.shape, values, points, floor, after)
+
+
+def _estimate_departure(matrix: Matrix) -> float:
+    """norm(edit - D) / norm(D) of an edit with defaults, which has the norm of D: sqrt(2 - 2 <edit, D> / norm(D)^2)."""
+    k = matrix.k["ratio"]
+    cosine = sum(matrix.sigma[:k]) / (math.sqrt(k) * matrix.delta_norm)
+    return math.sqrt(max(0.0, 2.0 - 2.0 * cosine))
 
 
 def make_edit_sheet(manifest: Manifest) -> Sheet:
     """The sheet of an output, from its manifest: before and after."""
     rows = _sort_rows(_make_edited_row(record) for record in manifest.tensors)
     kept = tuple((record.name, record.reason) for record in manifest.kept)
-    found: dict[str, int] = {}
-    for record in manifest.tensors:
-        for text in record.warnings:
-            found[text] = found.get(text, 0) + 1
-    warnings = tuple(Notice(text, "", count) for text, count in found.items())
-    note = (
-        "A manifest holds three points of each spectrum: the largest singular value and the two at the cut. "
-        "Run pome inspect on the two checkpoints for all of them."
-    )
     sides = manifest.base.source, manifest.fine_tuned.source
-    return Sheet("edit", *sides, EDITED, rows, kept, warnings, None, (note,))
+    return Sheet("edit", *sides, EDITED, rows, kept, tuple(group_warnings(manifest.tensors)), None)
 
 
 def _make_edited_row(record: TensorRecord) -> Row:
@@ -113,19 +111,19 @@ def _make_edited_row(record: TensorRecord) -> Row:
         values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
         good = all(map(math.isfinite, (*values.values(), *record.shape)))
         good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
-        good &= record.role in ROLES and 1 <= record.k <= min(record.shape)
+        good &= record.role in ROLES and 1 <= record.k <= record.rank <= min(record.shape)
+        good &= all(1 <= i <= record.rank and math.isfinite(s) for i, s in record.spectrum)
     except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
         good = False
     if not good:
         said = f"the record of {printable(record.name)} is not one that pome writes"
         raise VerificationError(f"{MANIFEST_NAME}: {said}; give an output of pome")
-    points = {1: record.sigma_max, record.k: record.sigma_k}
-    if record.k < min(record.shape):
+    points = {**dict(record.spectrum), 1: record.sigma_max, record.k: record.sigma_k}
+    if record.k < record.rank:
         points[record.k + 1] = record.sigma_next
     place, after = find_place(record.name), (record.k, record.alpha)
     name, part, floor = record.name, record.part, record.noise_floor
-    k, shape = {"kept": record.k}, record.shape
-    return Row(name, part, record.role, place, shape, values, list(points.items()), floor, k, after)
+    return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after)
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -133,13 +131,6 @@ def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     made = list(rows)
     order = {place: i for i, place in enumerate(sort_places([row.place for row in made]))}
     return tuple(sorted(made, key=lambda row: (order[row.place], ROLES.index(row.role))))
-
-
-def spread_indices(n: int, count: int) -> list[int]:
-    """At most `count` whole numbers from 1 to n, both included, dense at the start as a logarithmic axis shows them."""
-    if n <= count:
-        return list(range(1, n + 1))
-    return sorted({round(n ** (i / (count - 1))) for i in range(count)})
 
 
 def summarise_roles(sheet: Sheet, keys: Sequence[str]) -> list[tuple[str, int, dict[str, float]]]:

@@ -12,7 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Words that tell the towers of one model apart, by what they mean. A change of prefix may add or drop wrappers such as
 # `bert.` or `model.`, but may not lead from one tower to another: their tensors agree in shape and would pair into
 # nonsense.
-_TOWERS = invert(
+TOWERS = invert(
     {
         "vision": "vision visual vision_model vision_tower vision_encoder image_encoder",
         "text": "text_model text_encoder",
@@ -139,7 +139,7 @@ class _Towers:
         return self._find(ours, self.alone[0]) == self._find(theirs, self.alone[1])
 
     def _find(self, prefix: str, alone: bool) -> set[str]:
-        found = {_TOWERS[word] for word in prefix.split(".") if word in _TOWERS}
+        found = {TOWERS[word] for word in prefix.split(".") if word in TOWERS}
         # The encoder of images or of sound is that tower itself.
         return found - {"encoder"} if alone or found & {"vision", "audio", "text"} else found
 

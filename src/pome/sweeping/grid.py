@@ -105,9 +105,15 @@ def make_grid(
     options: Mapping[str, Any],
     search: Annotated[
         SearchName,
-        Option("Which candidates are scored.", metavar="NAME", group=RUN, choices=SEARCHES, everyday=False),
+        Option(
+            "Which candidates are scored, and in which order.",
+            metavar="NAME",
+            group=RUN,
+            choices=SEARCHES,
+            everyday=False,
+        ),
     ] = "grid",
-) -> Grid:
+) -> Grid:  # fmt: skip
     """A grid from options of edit by name, in which those that are axes may be lists. Raises SpecError.
 
     `layers` lists alternatives; one of several roles is itself a list, or joins them with `+`. What chooses k is one

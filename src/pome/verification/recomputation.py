@@ -1,4 +1,4 @@
-"""An output's edits made again from BASE and FT, and held against its bytes and its manifest."""
+"""Recomputation of an output's edits from BASE and FT, compared with its bytes and its manifest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
+from pome.errors import CheckpointError
 from pome.manifest import Manifest, TensorRecord
 from pome.planning.units import STORED_NAMES, Plan, Unit
 from pome.verification.comparison import Advance, Difference, compare_untouched
@@ -26,6 +28,7 @@ EDITS_AGREE = 1e-3
 OBJECTIVE_BOUND = 1e-4
 SQUARES_AGREE = 2e-7  # of the largest square: float32 squares leave that in doubt, whatever comes after them
 MERGES_AGREE = 1e-6
+SCALINGS_AGREE = 1e-12  # alpha is the scaling times the rank, which PEFT divides by the rank again
 ROUNDINGS_AGREE = 0.05  # another rounding of some entries; what is lost to it is the root of a sum over all
 # Numbers that are next to 0 or 1 by themselves, and differ by what the certificate leaves open.
 RESIDUES_AGREE = {"objective": 1e-4, "orthogonality": 1e-4, "rounding": 1e-5}
@@ -110,10 +113,10 @@ def check_adapter(
     advance: Advance,
 ) -> tuple[int, int]:
     """An edited adapter against the one that it was made from: (bytes compared, matrices recomputed)."""
-    from pome.editing.lora_rewrite import agree, edit_loras
+    from pome.editing.lora_rewrite import agree, edit_loras, group_by_lora
 
-    lows = {change.low.a: change.low for unit in plan.units if (change := unit.change) and change.low}
-    edited = {name for low in lows.values() for name in (low.a, low.b)}
+    groups = group_by_lora(plan.units)
+    edited = {name for members in groups.values() for name in (members[0][1].a, members[0][1].b)}
     rest = [
         dataclasses.replace(side, tensors={name: at for name, at in side.tensors.items() if name not in edited})
         for side in (made, tuned)
@@ -123,11 +126,13 @@ def check_adapter(
     found += _check_plan(plan, manifest)
     if found:
         return compared, 0
-    found += _check_config(made, tuned, plan, manifest)
-    chosen = list(lows)[:: 1 if full else max(1, math.ceil(len(lows) / SAMPLE))]
-    units = tuple(unit for unit in plan.units if unit.change and unit.change.low and unit.change.low.a in chosen)
+    found += _check_config(made, tuned, plan)
+    chosen = set(list(groups)[:: 1 if full else max(1, math.ceil(len(groups) / SAMPLE))])
+    units = tuple(unit for unit in plan.units if unit.change and any(low.a in chosen for low in unit.change.lows))
     count = 0
     for lora in edit_loras(dataclasses.replace(plan, units=units), tuned, spec, "cpu"):
+        if lora.low.a not in chosen:
+            continue  # another LoRA of a unit that was chosen
         count += len(lora.tensors)
         found += _check_records(lora.tensors, manifest)
         room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
@@ -137,19 +142,23 @@ def check_adapter(
     return compared, count
 
 
-def _check_config(made: Checkpoint, tuned: Checkpoint, plan: Plan, manifest: Manifest) -> Iterator[Difference]:
-    """An edited adapter's config is FT's but for the ranks and alphas of what was edited."""
-    from pome.editing.lora_rewrite import configure
+def _check_config(made: Checkpoint, tuned: Checkpoint, plan: Plan) -> Iterator[Difference]:
+    """An edited adapter's config is FT's but for ranks and alphas, and PEFT reads from it what the tensors are."""
+    from pome.checkpoint.lora_config import LoraConfig
+    from pome.editing.lora_rewrite import make_config
 
-    edited = {record.name for record in manifest.tensors}
-    lows = {
-        unit.change.low.a: unit.change.low
-        for unit in plan.units
-        if unit.name in edited and unit.change and unit.change.low
-    }
-    ranks = [(low, made.tensors[low.a][1].shape[0] // low.experts) for low in lows.values()]
-    if made.adapter_config != json.loads(configure(tuned.adapter_config or {}, ranks)):
+    ranks = [(low, made.tensors[low.a][1].shape[0] // low.experts) for low in plan.loras]
+    if made.adapter_config != json.loads(make_config(LoraConfig(tuned), ranks)):
         yield Difference(ADAPTER_CONFIG, None, "is not FT's with the ranks and alphas of the edit")
+    try:
+        config = LoraConfig(made)
+        for low, rank in ranks:
+            loaded, scaling = config.resolve(low.key)
+            if loaded != rank or not math.isclose(scaling, low.scaling, rel_tol=SCALINGS_AGREE):
+                what = f"PEFT loads it with rank {loaded} and scaling {scaling:g}, it has {rank} and {low.scaling:g}"
+                yield Difference(ADAPTER_CONFIG, low.a, what)
+    except CheckpointError as error:
+        yield Difference(ADAPTER_CONFIG, None, str(error))
 
 
 def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
@@ -168,7 +177,7 @@ def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Itera
 
 
 def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
-    """What a record says otherwise than a recomputation, or None."""
+    """The first field in which a record differs from a recomputed one, in words; None if they agree."""
     if recorded is None:
         return "has no record, though its delta is not zero"
     for field in ("file", "role", "shape", "dtype", "rank", "k"):
@@ -178,10 +187,18 @@ def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str 
         a, b = getattr(recorded, field), getattr(fresh, field)
         if not math.isclose(a, b, rel_tol=NUMBERS_AGREE):
             return f"{field} {a}, recomputed {b}"
+    squares = {"rel_tol": 2 * NUMBERS_AGREE, "abs_tol": SQUARES_AGREE * fresh.sigma_max**2}
     for field in ("sigma_k", "sigma_next"):
         a, b = getattr(recorded, field), getattr(fresh, field)
-        if not math.isclose(a**2, b**2, rel_tol=2 * NUMBERS_AGREE, abs_tol=SQUARES_AGREE * fresh.sigma_max**2):
+        if not math.isclose(a**2, b**2, **squares):
             return f"{field} {a}, recomputed {b}"
+    if not math.isclose(recorded.departure, fresh.departure, rel_tol=NUMBERS_AGREE, abs_tol=NUMBERS_AGREE):
+        return f"departure {recorded.departure}, recomputed {fresh.departure}"
+    pairs = list(zip(recorded.spectrum, fresh.spectrum, strict=False))
+    if len(recorded.spectrum) != len(fresh.spectrum) or any(
+        i != j or not math.isclose(a**2, b**2, **squares) for (i, a), (j, b) in pairs
+    ):
+        return "spectrum is not the one recomputed"
     for field, slack in RESIDUES_AGREE.items():
         a, b = getattr(recorded, field), getattr(fresh, field)
         if not abs(a - b) <= slack + ROUNDINGS_AGREE * abs(b) * (field == "rounding"):

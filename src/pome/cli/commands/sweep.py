@@ -18,7 +18,7 @@ from pome.config.spec import EditSpec, check_alone, merge_options
 from pome.config.yaml_text import read_config
 from pome.errors import printable
 from pome.sweeping.grid import LISTED, Grid, make_grid
-from pome.sweeping.scorers.command import FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ class SweepJob(Job):
     publication: Publication
     replacing: Replacing
     reports: Reports
-    write_best: Annotated[bool, Option("Write the best even if it does not beat FT beyond noise.", group=OUTPUT)] = (
-        False
-    )
+    write_best: Annotated[bool, Option("Write the best even if it is no better than FT.", group=OUTPUT)] = False
     retry_failed: Annotated[
         bool, Option("Score again what had no score in an earlier run.", group=RUN, everyday=False)
     ] = False

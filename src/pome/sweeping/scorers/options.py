@@ -19,7 +19,8 @@ from pome.config.options import (
     show,
 )
 from pome.errors import SpecError
-from pome.sweeping.scorers.command import CommandScorer, FolderScorer, ModelScorer
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer
+from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 
 # What each option but the scorers themselves goes with.
@@ -50,18 +51,22 @@ def make_scorer(
         str | os.PathLike[str] | None,
         Option(
             "Scores by mean token loss of prompt/completion or text.",
-            more='Records are `{"prompt", "completion"}`, of which the completion\'s tokens count, or `{"text"}`.',
+            more='Records are `{"prompt", "completion"}`, of which the completion\'s tokens count, or `{"text"}`; '
+            "transformers runs the model.",
             metavar="FILE.jsonl", group=SCORER,
         ),
     ] = None,
     lm_eval: Annotated[
         str | Sequence[str] | None,
-        Option("Scores by tasks of lm-eval, or files of tasks.", metavar="TASKS", group=SCORER),
+        Option(
+            "Scores by tasks of lm-eval, or files of tasks.",
+            more="The score is the mean over the tasks.", metavar="TASKS", group=SCORER,
+        ),
     ] = None,
     train_data: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            "Choose by the loss on this; --loss judges the choice.",
+            "Choose by the loss on this; --loss judges the best.",
             more="The paper's A.3.", metavar="FILE.jsonl", group=SCORER,
         ),
     ] = None,

@@ -1,4 +1,5 @@
 "use strict";
+// The first look: the middle one of the matrices that an edit takes by default.
 if (byId("copy"))
   byId("copy").onclick = () => {
     const range = document.createRange();
@@ -10,11 +11,17 @@ if (byId("copy"))
   };
 findNames();
 drawAll();
-// The middle of the paper's default role is a fair first look.
-const first = data.roles.includes("up") ? data.role.flatMap((r, i) => (data.roles[r] === "up" ? [i] : [])) : [0];
-if (total) choose(first[first.length >> 1]); else drawHeat();
+const first = order.filter((i) => data.roles[data.role[i]] === "up" || !data.roles.includes("up"));
+if (total) choose(first[first.length >> 1]);
+else drawHeat();
 let waiting = 0;
-const redraw = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => { drawHeat(); if (total) drawSpectrum(); }); };
+const redraw = () => {
+  cancelAnimationFrame(waiting);
+  waiting = requestAnimationFrame(() => {
+    drawHeat();
+    if (total) drawSpectrum();
+  });
+};
 addEventListener("resize", redraw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 document.documentElement.dataset.drawn = total;

@@ -1,0 +1,112 @@
+"""Input and output of every solver: a delta and a rank rule in, the truncated decomposition and its spectrum out.
+
+The solvers are the rungs of one ladder, which `pome.kernel.ladder` climbs: deflated, gram and svd for a matrix, and
+factors for a product of two thin ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pome.kernel.rank import RankRule
+
+# Where the relative gap (s_k - s_{k+1}) / s_k is above GAP, the data determine P itself and not only its objective: the
+# kept subspace must then be known to SUBSPACE, relative in the Frobenius norm. A solver takes a gap for larger than GAP
+# from GAP - RESERVE on, or from as far below GAP as its own doubt about the gap.
+GAP, RESERVE, SUBSPACE = 1e-3, 1e-5, 1e-4
+
+
+class ZeroDelta(ValueError):
+    """Nothing to equalize: every entry of the delta is zero."""
+
+
+class Undecided(ArithmeticError):
+    """A solver's precision cannot decide what was asked (rank, k, or the cut): the next rung must."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What a solver finds of a delta D (m x n) before k is chosen: the costly part, good for every k, and read only.
+
+    sigma: all min(m, n) singular values, descending, float64, CPU. V: right singular vectors, of D^T where that is the
+    tall one. U: left ones, where the solver has them. strong: how many of the leading directions were deflated,
+    residual (n x strong) what they leave in D^T D. noise: absolute error bound of sigma^2. tail: from which index on
+    sigma was found without squaring.
+    """
+
+    sigma: Tensor
+    rank: int
+    V: Tensor
+    U: Tensor | None = None
+    residual: Tensor | None = None
+    strong: int = 0
+    noise: float = 0.0
+    tail: int = 0
+
+
+# What is known of one delta, by solver and device: a Decomposition, or why that solver has none.
+DecompositionCache = MutableMapping[str, Decomposition | Undecided]
+
+
+def find_decomposition(
+    cache: DecompositionCache | None, solver: str, D: Tensor, decompose: Callable[[], Decomposition]
+) -> Decomposition:
+    """Decomposition from `cache`, or by `decompose` where the cache has none yet.
+
+    Raises Undecided as `decompose` does; the cache remembers that as well.
+    """
+    if cache is None:
+        return decompose()
+    key = f"{solver}@{D.device}"
+    found: Decomposition | Undecided
+    try:
+        found = cache[key]
+    except KeyError:
+        try:
+            found = decompose()
+        except Undecided as reason:
+            found = reason
+        cache[key] = found
+    if isinstance(found, Undecided):
+        raise found
+    return found
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """P = U_k V_k^T of a delta, with the spectrum that it was cut from.
+
+    P: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
+    zero from `rank` on. resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two
+    directions apart. factors: m x k and k x n, in P's dtype, where P is nothing but their product.
+    """
+
+    P: Tensor
+    sigma: Tensor
+    rank: int
+    k: int
+    resolution: float
+    factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def sigma_next(self) -> float:
+        """s_{k+1}, and 0 where there is none."""
+        return float(self.sigma[self.k]) if self.k < self.sigma.numel() else 0.0
+
+    @property
+    def attainable(self) -> float:
+        """s_1 + ... + s_k, the most that <D, P> can be."""
+        return float(self.sigma[: self.k].sum())
+
+
+class Solver(Protocol):
+    """One rung of the ladder: the truncation of D (m x n, float32 or float64) at the k of a rule.
+
+    Raises Undecided where its precision does not suffice, and what its driver raises.
+    """
+
+    def __call__(self, D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation: ...
