@@ -19,6 +19,15 @@ TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torc
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """Where a tied weight is stored once more: its name, its file in the output, and the first byte there."""
+
+    name: str
+    file: str
+    out_start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A contiguous byte range of one stored tensor that holds whole matrices: a 2-D tensor, or one expert of a 3-D one.
 
@@ -42,6 +51,12 @@ class Unit:
     out_start: int
     out_nbytes: int
     change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    copies: tuple[Copy, ...] = ()  # of a tied weight: the same bytes go there
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(file, first byte) of every range of the output that the unit's bytes go to."""
+        return ((self.file, self.out_start), *((copy.file, copy.out_start) for copy in self.copies))
 
     @property
     def key(self) -> str:

@@ -321,7 +321,8 @@ class _SweepRun:
             caches = DecompositionFolder(self.staging.folder / "decompositions")
 
             def write(unit: Any, data: bytes | bytearray) -> None:
-                self.staging.write(unit.file, bytearray(data), unit.out_start)
+                for file, start in unit.places:
+                    self.staging.write(file, bytearray(data), start)
 
             self._maker = Maker(self.opened, list(self.plans.values()), self.devices, caches, write)
             if self.opened.ft.adapter_config is None:
