@@ -115,11 +115,11 @@ def prove_calls(launcher: Launcher, work: Path) -> bool:
 def time_edit(pair: Path, out: Path, unsafe: bool) -> float:
     """Seconds of one run in a process of its own, loading apart; `unsafe` leaves out syncs and hashes."""
     code = (
-        "import os, sys, time, torch, pome.editing.edit, pome.editing.unit\n"
+        "import os, sys, time, torch, pome.editing.hashes, pome.editing.unit\n"
         "base, ft, out, unsafe = sys.argv[1:]\n"
         "if int(unsafe):\n"
         "    os.fsync = os.fdatasync = lambda fd: None\n"
-        "    pome.editing.edit.hash_file = lambda path, advance, wait=None: (os.stat(path).st_size, '0' * 64)\n"
+        "    pome.editing.hashes.hash_file = lambda path, advance, wait=None: (os.stat(path).st_size, '0' * 64)\n"
         "begun = time.perf_counter()\n"
         "pome.edit(base, ft, out)\n"
         "print(time.perf_counter() - begun)"

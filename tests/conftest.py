@@ -12,6 +12,16 @@ from real_weights import Pair, Trio, anarcii_trio, rxnfp_pair
 from real_weights import smollm2 as make_smollm2
 from support.hub_server import HubServer
 
+# What a test uses, as a fixture or by name, that makes it slow: real weights, a browser, processes that are killed, a
+# survey of all architectures. Other slow tests are marked where they stand.
+SLOW = frozenset(["rxnfp", "rxnfp_bare", "anarcii", "smollm2", "open_page", "launcher", "surveyed"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if SLOW & {*item.fixturenames, *item.function.__code__.co_names}:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def rxnfp() -> Pair:

@@ -1,7 +1,8 @@
 """pome: replace the update of FFN matrices by its equalized truncated SVD (POME, arXiv 2510.06627).
 
-`edit` does the whole job from checkpoint to checkpoint, `equalize` one matrix. Names are imported when first used, so
-that `import pome` alone loads no torch.
+`edit` does the whole job from checkpoint to checkpoint, `equalize` one matrix; `inspect` looks before an edit, `sweep`
+chooses one by its score, `verify` proves one. Names but the errors are imported when first used, so that `import pome`
+alone loads no torch.
 """
 
 from __future__ import annotations
@@ -9,46 +10,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pome import errors
+from pome.errors import *  # noqa: F403
+
 if TYPE_CHECKING:
     from pome.config.spec import EditSpec as EditSpec
     from pome.editing.edit import edit as edit
-    from pome.editing.session import Progress as Progress
-    from pome.errors import (
-        CheckpointError as CheckpointError,
-    )
-    from pome.errors import (
-        HeaderError as HeaderError,
-    )
-    from pome.errors import (
-        HubError as HubError,
-    )
-    from pome.errors import (
-        NumericalError as NumericalError,
-    )
-    from pome.errors import (
-        OutputError as OutputError,
-    )
-    from pome.errors import (
-        PairingError as PairingError,
-    )
-    from pome.errors import (
-        PomeError as PomeError,
-    )
-    from pome.errors import (
-        ScoreError as ScoreError,
-    )
-    from pome.errors import (
-        SelectionError as SelectionError,
-    )
-    from pome.errors import (
-        SpecError as SpecError,
-    )
-    from pome.errors import (
-        VerificationError as VerificationError,
-    )
+    from pome.inspection.records import Survey as Survey
+    from pome.inspection.survey import survey as _survey
     from pome.kernel.equalize import Equalized as Equalized
+    from pome.kernel.equalize import Unsolved as Unsolved
+    from pome.kernel.equalize import ZeroDelta as ZeroDelta
     from pome.kernel.equalize import equalize as equalize
     from pome.manifest import Manifest as Manifest
+    from pome.output.progress import Progress as Progress
     from pome.sweeping.grid import make_grid as make_grid
     from pome.sweeping.scorers.options import make_scorer as make_scorer
     from pome.sweeping.sweep import sweep as sweep
@@ -56,44 +31,36 @@ if TYPE_CHECKING:
     from pome.verification.verify import Verdict as Verdict
     from pome.verification.verify import verify as verify
 
+    inspect = _survey
+
 __version__ = "0.1.0"
 
-_HOMES = {
-    "edit": "pome.editing.edit",
-    "Progress": "pome.editing.session",
-    "EditSpec": "pome.config.spec",
-    "Manifest": "pome.manifest",
-    "verify": "pome.verification.verify",
-    "Verdict": "pome.verification.verify",
-    "sweep": "pome.sweeping.sweep",
-    "Outcome": "pome.sweeping.trials",
-    "make_grid": "pome.sweeping.grid",
-    "make_scorer": "pome.sweeping.scorers.options",
-    "equalize": "pome.kernel.equalize",
-    "Equalized": "pome.kernel.equalize",
-    **dict.fromkeys(
-        (
-            "PomeError",
-            "SpecError",
-            "CheckpointError",
-            "HeaderError",
-            "HubError",
-            "SelectionError",
-            "PairingError",
-            "NumericalError",
-            "ScoreError",
-            "OutputError",
-            "VerificationError",
-        ),
-        "pome.errors",
-    ),
+# Where each name is imported from when it is first used.
+_LAZY_IMPORTS = {
+    name: module
+    for module, names in {
+        "pome.config.spec": "EditSpec",
+        "pome.editing.edit": "edit",
+        "pome.output.progress": "Progress",
+        "pome.inspection.records": "Survey",
+        "pome.inspection.survey": "inspect",
+        "pome.kernel.equalize": "Equalized equalize Unsolved ZeroDelta",
+        "pome.manifest": "Manifest",
+        "pome.sweeping.grid": "make_grid",
+        "pome.sweeping.scorers.options": "make_scorer",
+        "pome.sweeping.sweep": "sweep",
+        "pome.sweeping.trials": "Outcome",
+        "pome.verification.verify": "Verdict verify",
+    }.items()
+    for name in names.split()
 }
-__all__ = ["__version__", *_HOMES]
+_NAMES_WITHIN = {"inspect": "survey"}  # that a module has under another name
+__all__ = ["__version__", *errors.__all__, *_LAZY_IMPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _LAZY_IMPORTS:
+        return getattr(importlib.import_module(_LAZY_IMPORTS[name]), _NAMES_WITHIN.get(name, name))
     raise AttributeError(f"module 'pome' has no attribute {name!r}")
 
 

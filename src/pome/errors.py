@@ -6,11 +6,26 @@ prints it without a traceback and leaves with `exit_status`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError", "PomeError",
+    "ScoreError", "SelectionError", "SpecError", "VerificationError",
+]  # fmt: skip
+
 
 class PomeError(Exception):
-    """Base of every error that pome raises on purpose."""
+    """Base of every error that pome raises on purpose.
+
+    `options` are the options that the message speaks of by the names that they have in Python and YAML (`rank_ratio`);
+    the command line names them as it knows them (`--rank-ratio`).
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str = "", *, options: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.options = tuple(options)
 
 
 class SpecError(PomeError):

@@ -1,4 +1,4 @@
-"""What was done, as data: `pome_manifest.json`. Dataclasses to and from JSON."""
+"""Manifest of an output, `pome_manifest.json`: records of inputs, options, edits and files, to and from JSON."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class SideRecord:
     source: str
     revision: str | None
     files: dict[str, FileRecord]
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was given as a Hub repository."""
+        return self.revision is not None
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def _read_number(text: str) -> float:
     return number
 
 
-_Record = TypeVar("_Record")
+_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -165,7 +170,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _read(record: type[_Record], raw: dict[str, Any]) -> _Record:
     """A record from an object with its fields. Raises TypeError for a field of another kind."""
-    for known in dataclasses.fields(record):  # type: ignore[arg-type]
+    for known in dataclasses.fields(record):
         kinds = _KINDS.get(str(known.type))
         if kinds and (not isinstance(raw[known.name], kinds) or isinstance(raw[known.name], bool)):
             raise TypeError(f"{known.name} is {raw[known.name]!r}")

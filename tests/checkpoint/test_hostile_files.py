@@ -125,7 +125,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("name", [SHARD, INDEX, "config.json"])
 @pytest.mark.parametrize("what", ["fifo", "device", "folder", "loop", "dangling"])
 @pytest.mark.parametrize("side", ["base", "ft"])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, what: str, side: str) -> None:
+def test_a_fifo_or_device_as_a_weight_file_is_refused_at_once(tmp_path: Path, name: str, what: str, side: str) -> None:
     base, ft = llama_pair(tmp_path, shards=2)
     path = tmp_path / side / name
     path.unlink()
@@ -146,7 +146,7 @@ def put_no_file(path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["fifo", "device", "folder"])
-def test_side_files_that_are_no_files_are_left_out(tmp_path: Path, what: str) -> None:
+def test_fifos_and_devices_beside_the_weights_are_left_out(tmp_path: Path, what: str) -> None:
     base, ft = llama_pair(tmp_path)
     put_no_file(ft / "odd", what)
     manifest = edit(base, ft, tmp_path / "out")
@@ -229,7 +229,8 @@ def test_names_that_collide_when_a_prefix_changes(tmp_path: Path) -> None:
     both = {"model.layers.0.mlp.up_proj.weight": shape, "layers.0.mlp.up_proj.weight": shape}
     write_table(tmp_path / "ft/model.safetensors", both, 1)
     with open_pair(tmp_path / "base", tmp_path / "ft", EditSpec()) as opened:
-        assert opened.plan.pairs == {"model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+        (unit,) = opened.plan.units
+        assert unit.base_name == unit.name == "model.layers.0.mlp.up_proj.weight"
         assert [kept.name for kept in opened.plan.kept] == ["layers.0.mlp.up_proj.weight"]
 
 

@@ -219,7 +219,7 @@ def test_a_gated_repository_names_what_to_do(
         ("org/base--x..y", "check the name"),
     ],
 )
-def test_names_that_are_nowhere(
+def test_a_name_that_is_neither_a_folder_nor_a_repository_says_both(
     hub: HubServer, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], base: str, said: str
 ) -> None:
     for arguments in ((base, "org/ft"), ("org/base", base)):
@@ -240,13 +240,14 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fault",
     [{"status": 503}, {"status": 500, "times": 2}, {"status": 429, "headers": {"Retry-After": "0"}}, {"cut": 7}],
     ids=["503", "500 twice", "429", "cut"],
 )
-def test_what_passes_by_itself_is_asked_for_again(
+def test_passing_failures_are_retried(
     hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, kind: str, fault: dict[str, Any]
 ) -> None:
     _, ft = pair
@@ -314,7 +315,7 @@ def test_a_signed_address_is_used_again_until_it_expires(
         ({"pattern": "GET /api/models/org/ft", "status": 500}, "org/ft: the Hub answered 500; try again later"),
     ],
 )  # fmt: skip
-def test_what_does_not_pass_ends_in_one_line(
+def test_lasting_failures_end_in_a_message_of_one_line(
     hub: HubServer,
     pair: tuple[Path, Path],
     tmp_path: Path,
@@ -330,7 +331,7 @@ def test_what_does_not_pass_ends_in_one_line(
     assert hub.faults[0].times > 10**6 - 100  # bounded
 
 
-def test_what_the_cache_happens_to_have_is_not_the_repository(
+def test_an_incomplete_cache_is_not_taken_for_the_repository(
     hub: HubServer,
     pair: tuple[Path, Path],
     tmp_path: Path,

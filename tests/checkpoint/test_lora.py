@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_edited_is_what_peft_merges_and_transformers_loads_it(
+def test_unselected_tensors_are_merged_as_peft_merges_them_and_transformers_loads_the_output(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     kind, layers, lora = CASES[case]
@@ -108,7 +108,7 @@ def test_an_edited_matrix_is_the_edit_of_the_adapters_own_delta(dtype: torch.dty
         assert math.isclose(record.sigma_max, float(torch.linalg.matrix_norm(delta, 2)), rel_tol=1e-6)
 
 
-def test_scalings_ranks_and_patterns_enter_the_edit(tmp_path: Path) -> None:
+def test_the_edit_scales_a_delta_by_rslora_and_by_the_patterns(tmp_path: Path) -> None:
     pattern = {"layers.1.mlp.up_proj": 3}
     pair = make_pair(
         tmp_path, "llama", target_modules=["up_proj"], use_rslora=True, rank_pattern=pattern, alpha_pattern=pattern
@@ -120,7 +120,7 @@ def test_scalings_ranks_and_patterns_enter_the_edit(tmp_path: Path) -> None:
         assert_edit(out[f"{name}.weight"], base[f"{name}.weight"], read_delta(pair, name, scaling), k=2)
 
 
-def test_conv1d_is_edited_as_it_is_stored(tmp_path: Path) -> None:
+def test_the_edit_of_a_conv1d_is_transposed_as_its_weight_is_stored(tmp_path: Path) -> None:
     # attn.c_proj is square: only the architecture tells which way round it is stored.
     pair = make_pair(tmp_path, "gpt2", target_modules=["c_fc", "attn.c_proj"], fan_in_fan_out=True)
     pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(layers=("up", "o")))
@@ -162,6 +162,16 @@ def test_each_expert_is_the_edit_of_its_own_factors(kind: str, tmp_path: Path) -
                 assert_edit(out[name][expert][:, odd], base[name][expert][:, odd], delta.T[:, odd])
 
 
+def test_stacked_experts_pair_under_another_prefix_by_their_count(tmp_path: Path) -> None:
+    """The shape (E, out, in) of a parameter follows from its factors: lora_A has E * rank rows."""
+    pair = make_pair(tmp_path, "gpt_oss", target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(layers=("down",)))
+    strip_prefix(pair)
+    pome.edit(pair.base, pair.adapter, tmp_path / "stripped", EditSpec(layers=("down",)))
+    out, stripped = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "stripped")
+    assert all(torch.equal(out[name], stripped[name.removeprefix("model.")]) for name in out)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_adapters_of_single_experts_are_merged_into_the_stack_as_peft_does(kind: str, tmp_path: Path) -> None:
     """As older transformers named the modules; PEFT stacks them when it loads them."""
@@ -195,7 +205,7 @@ def test_dora_and_replaced_modules_are_edited_by_their_whole_delta(tmp_path: Pat
         assert float((out[record.name].double() - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-def test_dtype_of_the_edited_tensors_alone(tmp_path: Path) -> None:
+def test_dtype_changes_the_edited_tensors_alone(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "phi3", torch.bfloat16, target_modules=["gate_up_proj", "down_proj"])
     pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(dtype="float32"))
     merged, out = pair.save_merged(tmp_path / "merged"), read_tensors(tmp_path / "out")
@@ -212,7 +222,7 @@ def strip_prefix(pair: Pair) -> None:
     save_file(renamed, pair.base / "model.safetensors", {"format": "pt"})
 
 
-def test_names_in_other_clothes_mean_the_same(tmp_path: Path) -> None:
+def test_a_base_without_prefix_and_keys_with_an_adapter_name_give_the_same_bytes(tmp_path: Path) -> None:
     """A base saved without `model.`, an adapter with its name in the keys: the same bytes come out."""
     pairs = [make_pair(tmp_path / str(i), "llama", target_modules=LINEAR) for i in range(3)]
     strip_prefix(pairs[1])
@@ -226,7 +236,7 @@ def test_names_in_other_clothes_mean_the_same(tmp_path: Path) -> None:
         assert all(torch.equal(out[name], outs[0][name]) for name in out)
 
 
-def test_a_fresh_adapter_leaves_every_byte(tmp_path: Path) -> None:
+def test_an_untrained_adapter_leaves_every_byte_of_base(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     rewrite(pair, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
     manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out")
@@ -339,7 +349,9 @@ REFUSED: dict[str, tuple[Callable[[Pair], None], type[PomeError], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_merged_is_refused_in_one_line_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line_and_nothing_is_written(
+    case: str, tmp_path: Path
+) -> None:
     change, error, pattern = REFUSED[case]
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     change(pair)
@@ -351,7 +363,7 @@ def test_what_cannot_be_merged_is_refused_in_one_line_and_nothing_is_written(cas
 
 
 @pytest.mark.parametrize(("kind", "saved", "up"), [("tied llama", "embed_tokens", "up_proj"), ("gpt2", "wte", "c_fc")])
-def test_an_embedding_of_its_own_cannot_stand_in_the_place_of_a_shared_one(
+def test_a_full_output_refuses_an_embedding_that_would_untie_the_head(
     kind: str, saved: str, up: str, tmp_path: Path
 ) -> None:
     """PEFT leaves the head as BASE has it; in one tensor for both it would follow."""

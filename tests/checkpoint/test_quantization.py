@@ -115,7 +115,7 @@ def test_a_quantized_weight_is_refused_by_the_name_of_its_format(tmp_path: Path,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_not_quantized_in_a_quantized_checkpoint_can_be_edited(tmp_path: Path, layout: str) -> None:
+def test_plain_tensors_of_a_quantized_checkpoint_can_be_edited(tmp_path: Path, layout: str) -> None:
     tensors, declared, _ = LAYOUTS[layout]
     pair = [save(tmp_path / s, tensors, CONFIG | {"quantization_config": declared}) for s in ("base", "ft")]
     with open_pair(*pair, EditSpec(layers=("q",))) as opened:

@@ -138,20 +138,38 @@ def test_pickles_are_refused_with_how_to_convert(tmp_path: Path) -> None:
         assert "save_pretrained" in message and "save_file" in message
 
 
-def test_what_is_no_checkpoint_says_what_is_wanted(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     assert "no such file or folder" in refuse(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no .safetensors file" in refuse(tmp_path / "empty")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words")
     assert "not a .safetensors file" in refuse(tmp_path / "text.txt")
+
+
+def test_an_index_as_a_path_is_refused_and_its_folder_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", random_llama(), shards=2)
     assert "index of a checkpoint; give its folder" in refuse(folder / INDEX)
+
+
+def test_two_files_without_an_index_are_refused(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     for name in ("x", "y"):
         save_file(SMALL, tmp_path / f"two/{name}.safetensors")
     assert "give one file by its path" in refuse(tmp_path / "two")
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     assert "not a regular file" in refuse(tmp_path / "pipe.safetensors")
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
     assert "loop.safetensors" in refuse(tmp_path / "loop.safetensors")
 

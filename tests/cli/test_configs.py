@@ -34,10 +34,11 @@ def test_there_is_one_for_each_of_the_papers_first_experiments(tmp_path: Path) -
     for path in SWEEPS:
         more = {"train": str(data)} if path.stem == "sweep-beta" else {}
         (jobs[path.stem],) = read_batch(path, variables={**given, **more})
-    grids = {name: job.sweep.grid for name, job in jobs.items() if job.sweep}
-    assert grids.keys() == {"sweep-rank", "sweep-roles", "sweep-beta"}
-    assert [cut["rank_ratio"] for cut in grids["sweep-rank"].cuts] == [0.25, 0.5, 0.75, 1.0]
-    assert grids["sweep-rank"].betas == (1.0,)
+    assert jobs.keys() == {"sweep-rank", "sweep-roles", "sweep-beta"}
+    grids = {name: job.grid for name, job in jobs.items()}
+    ranks = grids["sweep-rank"].axes["cuts"]
+    assert [choice["rank_ratio"] for choice in ranks] == [0.25, 0.5, 0.75, 1.0]
+    assert grids["sweep-rank"].axes["beta"] == (1.0,)
     assert grids["sweep-roles"].layers[-1] == ("ffn",) and grids["sweep-roles"].size == 8
-    assert grids["sweep-beta"].size == len(grids["sweep-beta"].betas) == 8
-    assert jobs["sweep-beta"].sweep and jobs["sweep-beta"].sweep.scorer.describe()["train_data"] is not None
+    assert grids["sweep-beta"].size == len(grids["sweep-beta"].axes["beta"]) == 8
+    assert jobs["sweep-beta"].scorer.describe()["train_data"] is not None

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from pome import EditSpec, edit, verify
-from pome.cli.batch import read_batch, read_config
+from pome.cli.batch import read_batch
 from pome.config.spec import Override
+from pome.config.yaml_text import read_config
 from pome.errors import SelectionError, SpecError
 from support.checkpoints import llama_pair, read_manifest, run_python
 

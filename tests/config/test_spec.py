@@ -12,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pome import EditSpec, SpecError
-from pome.cli.batch import make_spec, read_batch, read_config
-from pome.config.spec import DTYPES, RANK_RULES, SCALES, merge_options, nearest
+from pome.choices import DTYPES, RANK_RULES, SCALES
+from pome.cli.batch import read_batch
+from pome.config.options import nearest
+from pome.config.outputs import Replacing
+from pome.config.spec import merge_options
+from pome.config.yaml_text import make_spec, read_config
 
 
 def write(folder: Path, text: str) -> Path:
@@ -122,9 +126,9 @@ specs = st.builds(
     rank_ratio=st.floats(0, 1, exclude_min=True),
     rank_rule=st.sampled_from([rule for rule in RANK_RULES if rule != "fixed"]),
     energy=st.floats(0, 1, exclude_min=True),
-    scale=st.sampled_from(SCALES),
+    scale=st.sampled_from(list(SCALES)),
     beta=st.floats(1e-6, 1e6),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(DTYPES)),
 )
 
 
@@ -240,7 +244,7 @@ def test_a_batch_gives_each_job_the_defaults_and_lets_it_win(tmp_path: Path) -> 
     assert (one.name, one.base, one.fine_tuned, one.out, one.command) == ("one", "b", "f", "o1", "edit")
     assert one.spec == EditSpec(rank_rule="energy", energy=0.8)
     assert two.spec == EditSpec(rank=8, beta=1.5)
-    assert (two.overwrite, two.fresh, one.overwrite) == (True, False, False)
+    assert (two.replacing, one.replacing) == (Replacing(overwrite=True), Replacing())
     assert (three.name, three.base) == ("o3", "c")
 
 
@@ -255,9 +259,9 @@ jobs:
   - {command: sweep, out: p, rank_ratio: [0.25, 0.5]}
 """
     edit, pair, output, verify, sweep = read_batch(write(tmp_path, text))
-    assert edit.spec == EditSpec(rank_ratio=0.25, device="cpu") and edit.reports.paths == []
+    assert edit.spec == EditSpec(rank_ratio=0.25, device="cpu")
     assert (pair.reports.html, pair.spec.rank_ratio, output.base, output.out) == ("h", 0.25, None, "o")
-    assert verify.full and sweep.sweep is not None and sweep.sweep.grid.size == 2
+    assert verify.full and sweep.grid.size == 2
 
 
 def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:

@@ -229,9 +229,7 @@ def test_a_zero_delta_is_kept_with_its_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["base", "ft"])
-def test_what_is_not_finite_names_the_tensor_and_the_side_and_leaves_nothing(
-    tmp_path: Path, side: str, bad: float
-) -> None:
+def test_nan_or_infinity_names_tensor_and_side_and_leaves_nothing(tmp_path: Path, side: str, bad: float) -> None:
     base, ft = llama_pair(tmp_path)
     tensors = read_tensors(tmp_path / side)
     tensors[up(1)][3, 4] = bad
@@ -253,7 +251,7 @@ def test_an_edit_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["a half that was not selected", "a delta of zero"])
-def test_no_other_dtype_makes_infinity_of_what_is_not_edited(tmp_path: Path, which: str) -> None:
+def test_a_narrower_dtype_that_overflows_an_unedited_entry_is_refused(tmp_path: Path, which: str) -> None:
     name = "model.layers.0.mlp.gate_up_proj.weight" if "half" in which else up(0)
     base = {name: torch.randn(8, 6), up(1): torch.randn(8, 6)}
     base[name][0, 0] = 1e6  # of the gate
@@ -273,7 +271,7 @@ def test_a_difference_out_of_range_names_the_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-25, 1.0, 1e25, 3e38])
-def test_what_storage_loses_is_measured_where_squares_leave_float32(size: float) -> None:
+def test_rounding_is_measured_where_squares_overflow_float32(size: float) -> None:
     """A share of 0 for an edit that vanished, or one that no JSON can hold, would pass for a good one."""
     lost = torch.randn(40, 30).clamp_(-1, 1) * size
     assert measure_norm(lost.clone()) == pytest.approx(float(lost.double().norm()), rel=1e-4)

@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_merged_by_peft_it_is_the_full_output(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_peft_merges_an_edited_adapter_to_the_full_output(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kind, layers, lora = CASES[case]
     pair = make_pair(tmp_path, kind, dtype, **lora)
     full = pome.edit(pair.base, pair.adapter, tmp_path / "full", EditSpec(layers=layers, exclude=("lm_head",)))
@@ -81,13 +81,13 @@ def test_an_edited_lora_has_as_many_directions_as_are_kept_and_the_others_their_
     }
 
 
-def test_an_initialisation_that_fits_the_old_rank_alone_is_forgotten(tmp_path: Path) -> None:
+def test_an_orthogonal_initialisation_does_not_stop_peft_at_an_odd_rank(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR, init_lora_weights="orthogonal")
     pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter", rank=3))
     pair.load_merged(tmp_path / "out")  # PEFT refuses an orthogonal one of odd rank
 
 
-def test_a_fresh_adapter_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_untrained_adapter_keeps_its_bytes(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     rewrite(pair, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
     manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
@@ -104,17 +104,27 @@ def refuse(pair: Pair, error: type[Exception], match: str, **options: Any) -> No
     assert hash_tree(pair.base.parent) == before
 
 
-def test_what_has_no_such_form_is_refused(tmp_path: Path) -> None:
-    dora = make_pair(tmp_path / "dora", "llama", target_modules=["up_proj"], use_dora=True)
-    refuse(dora, PairingError, "the edit of a DoRA is no DoRA; .*--exclude")
-    other = make_pair(tmp_path / "other", "llama", target_modules=["up_proj"])
-    whole = Pair(other.base, shutil.copytree(other.base, tmp_path / "other/full"), dora.dtype)
-    refuse(whole, PairingError, "a full checkpoint, of which no adapter is made")
-    ill = make_pair(tmp_path / "ill", "llama", target_modules=["up_proj"])
-    rewrite(ill, lambda t: {k: v * float("nan") if "1.mlp.up_proj.lora_B" in k else v for k, v in t.items()})
-    refuse(ill, NumericalError, "1.mlp.up_proj.lora_B.weight: holds NaN")
-    configure(ill, r=7)
-    refuse(ill, pome.CheckpointError, "its rank is 6, by adapter_config.json it is 7")
+def test_the_edit_of_a_dora_is_refused_as_an_adapter(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"], use_dora=True)
+    refuse(pair, PairingError, "the edit of a DoRA is no DoRA; .*--exclude")
+
+
+def test_a_full_checkpoint_is_refused_as_an_adapter(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    full = Pair(pair.base, shutil.copytree(pair.base, tmp_path / "full"), pair.dtype)
+    refuse(full, PairingError, "a full checkpoint, of which no adapter is made")
+
+
+def test_nan_in_a_factor_is_refused_by_its_name(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    rewrite(pair, lambda t: {k: v * float("nan") if "1.mlp.up_proj.lora_B" in k else v for k, v in t.items()})
+    refuse(pair, NumericalError, "1.mlp.up_proj.lora_B.weight: holds NaN")
+
+
+def test_factors_of_another_rank_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    configure(pair, r=7)
+    refuse(pair, pome.CheckpointError, "its rank is 6, by adapter_config.json it is 7")
 
 
 FACTOR = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
@@ -138,7 +148,7 @@ def rewrite_tensor(out: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("what", TAMPERINGS)
-def test_verify_finds_what_was_done_to_an_edit_of_an_adapter_however_well_sealed(what: str, tmp_path: Path) -> None:
+def test_verify_finds_a_changed_file_of_an_edited_adapter_under_a_resealed_manifest(what: str, tmp_path: Path) -> None:
     form, name, tamper = TAMPERINGS[what]
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     edit_json(pair.adapter / "tokenizer.json", a=1)
@@ -157,7 +167,7 @@ def test_verify_finds_what_was_done_to_an_edit_of_an_adapter_however_well_sealed
     assert {item.file for item in found} == {name}
 
 
-def test_the_card_of_an_adapter_says_what_it_goes_on(hub: HubServer, tmp_path: Path) -> None:
+def test_the_card_of_an_edited_adapter_names_its_base_and_form(hub: HubServer, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
     (pair.adapter / "README.md").write_text("---\nlibrary_name: peft\nbase_model: org/other\n---\nits card\n")
     hub.add("org/base", pair.base)

@@ -178,6 +178,7 @@ SCALES: dict[str, Callable[[Tensor, int], float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_output_loads_and_its_logits_are_those_of_the_same_edit_in_memory(
     saved: tuple[str, Path], tmp_path: Path, scale: str

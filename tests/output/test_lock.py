@@ -73,7 +73,9 @@ def test_a_killed_run_does_not_block(tmp_path: Path, other_process: subprocess.P
 
 
 @pytest.mark.usefixtures("lying_locks")
-def test_where_locks_lie_the_living_process_is_found(tmp_path: Path, other_process: subprocess.Popen[str]) -> None:
+def test_without_working_flock_the_living_holder_is_found_by_its_process(
+    tmp_path: Path, other_process: subprocess.Popen[str]
+) -> None:
     with pytest.raises(OutputError, match=f"process {other_process.pid} on"):
         take_lock(tmp_path)
     other_process.kill()
@@ -107,7 +109,7 @@ def test_a_heartbeat_from_another_machine_is_heard(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("lying_locks", "short_watch")
-def test_a_machine_that_fell_silent_does_not_block(tmp_path: Path) -> None:
+def test_a_holder_without_heartbeat_does_not_block(tmp_path: Path) -> None:
     leave_holder(tmp_path, pid=1, host="elsewhere", started="1")
     take_lock(tmp_path).release()
 

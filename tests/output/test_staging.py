@@ -73,7 +73,7 @@ def test_lone_files_give_a_folder_with_the_name_of_fts_file(tmp_path: Path) -> N
     assert manifest.files.keys() == {"weights.safetensors"}
 
 
-def test_side_files_go_along_and_training_state_does_not(tmp_path: Path) -> None:
+def test_side_files_are_copied_and_training_state_is_left_out(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     for name in ("tokenizer.json", "code/model.py", "original/params.json", "merges.txt", "chat_template.jinja"):
         (ft / name).parent.mkdir(exist_ok=True)
@@ -129,9 +129,7 @@ def refuse(tmp_path: Path, out: Path, **options: Any) -> str:
     return message
 
 
-def test_an_out_that_cannot_be_is_refused_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_out_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ft = llama_pair(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there/precious").write_text("keep me")
@@ -230,7 +228,7 @@ def test_every_way_to_copy_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     assert_only_edited(ft, tmp_path / "out", UP)
 
 
-def test_short_reads_and_writes_of_the_system_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_and_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = llama_pair(tmp_path)
     edit(base, ft, tmp_path / "undisturbed")
     pwrite, write, preadv = os.pwrite, os.write, os.preadv
@@ -266,7 +264,7 @@ def test_no_folder_of_somebody_else_is_taken_for_our_own(tmp_path: Path, suffix:
     assert "OUT holds" in refuse(tmp_path, tmp_path / "out")
 
 
-def test_out_is_where_the_system_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_is_resolved_as_the_system_resolves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = llama_pair(tmp_path)
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far/away")
@@ -323,7 +321,7 @@ def test_an_overwrite_that_fails_keeps_the_former_out(tmp_path: Path, monkeypatc
     assert_only_edited(ft, tmp_path / "out", UP)
 
 
-def test_what_an_overwrite_left_half_removed_is_not_put_back(tmp_path: Path) -> None:
+def test_a_half_removed_former_out_is_not_restored(tmp_path: Path) -> None:
     """Killed amid the removal of the former OUT, and the new one moved away since: there is nothing to put back."""
     base, ft = llama_pair(tmp_path)
     former_output(tmp_path / STAGING)
@@ -381,7 +379,7 @@ def stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     return base, ft
 
 
-def test_another_command_never_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_another_command_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = stop_in_the_middle(tmp_path, monkeypatch)
     message = refuse(tmp_path, tmp_path / "out", spec=EditSpec(beta=2.0))
     assert "unfinished run of another command (it differs in beta)" in message and "--fresh" in message
@@ -470,7 +468,7 @@ def test_an_interrupt_does_not_wait_for_the_hashing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("damage", ["cut", "torn", "garbage", "another shape", "lost"])
-def test_a_damaged_journal_costs_work_and_no_truth(
+def test_after_a_damaged_journal_the_output_is_still_byte_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     base, ft = stop_in_the_middle(tmp_path, monkeypatch)

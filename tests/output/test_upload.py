@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import pome
 from pome import EditSpec, Manifest
 from pome.cli.app import run_command
-from pome.cli.batch import Publication, read_batch
+from pome.cli.batch import read_batch
+from pome.config.outputs import Publication
 from pome.errors import SpecError
 from pome.manifest import SideRecord, TensorRecord
 from pome.output.card import make_card
@@ -179,7 +180,7 @@ def test_any_card_of_ft_gives_a_card(broken: str) -> None:
     ("given", "kept"),
     [("org/llama", ["org/llama"]), (["gpt2", "/x/y"], ["gpt2"]), ("./x", None), ("a/b/c", None), (3, None)],
 )
-def test_what_ft_says_of_its_own_base_is_kept_where_it_can_be_a_hub_id(given: Any, kept: Any) -> None:
+def test_base_model_of_fts_card_is_kept_where_it_is_a_hub_id(given: Any, kept: Any) -> None:
     card: Any = ModelCard(make_card(describe(), f"---\nbase_model: {given}\n---\n"))
     assert card.data.base_model == kept
     assert make_card(describe("c0"), f"---\nbase_model: {given}\n---\n").startswith("---\nbase_model:\n- org/ft\n")
@@ -325,7 +326,7 @@ def test_a_batch_publishes_and_a_finished_job_is_uploaded_again(
         ({"private": True}, "private: says what an upload becomes"),
     ],
 )
-def test_publications_that_make_no_sense(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_publication_options_at_odds_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Publication(**options)
     file = tmp_path / "jobs.yaml"

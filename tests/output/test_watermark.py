@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pome.checkpoint.hashing import hash_file
 from pome.errors import CheckpointError
 from pome.output import clone
-from pome.output.clone import hash_file
 from pome.output.watermark import Watermark
 
 
@@ -49,7 +49,7 @@ def test_files_do_not_wait_for_each_other(tmp_path: Path) -> None:
     watermark.wait("a", 1 << 40)
 
 
-def test_who_waits_is_sent_away_when_the_writers_stop() -> None:
+def test_abandon_ends_the_waiting_readers() -> None:
     watermark = Watermark([("a", 10)])
     threading.Timer(0.05, watermark.abandon).start()
     with pytest.raises(CheckpointError, match="cancelled"):

@@ -513,6 +513,7 @@ def main() -> None:
 def _serve(request: dict[str, Any], report: str, errors: int) -> None:
     """In the child: set the faults up, run, leave."""
     import pome.editing.edit
+    import pome.editing.hashes
     import pome.output.clone
     import pome.output.staging
     from pome.cli.app import run_command
@@ -530,7 +531,7 @@ def _serve(request: dict[str, Any], report: str, errors: int) -> None:
     if settings.get("unsafe"):
         os.fsync = os.fdatasync = lambda fd: None
         fake: Any = lambda path, advance, wait=None: (os.stat(path).st_size, "0" * 64)  # noqa: E731
-        pome.editing.edit.hash_file = fake
+        pome.editing.hashes.hash_file = fake
     tap = None
     if request["fault"] or request["trace"]:
         # Shared blocks would pass by the wrapped calls.

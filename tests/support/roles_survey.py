@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from pome.roles.roles import Layout, Part, describe_all
+from pome.roles.layout import Layout, Part
+from pome.roles.roles import find_layouts
 from support.tiny_models import tiny_config, tiny_model
 from support.true_roles import (
     ATTENTION,
@@ -56,7 +57,7 @@ def judge(model: Any, inputs: dict[str, Any]) -> Verdict:
     told = Teller(model, truths, names)
     saved = saved_tags(model, tagged)
     for spelled in (saved, {name: tags for name, tags in tagged.items() if name not in saved}):
-        layouts = describe_all({name: tuple(tags.shape) for name, tags in spelled.items()}, config)
+        layouts = find_layouts({name: tuple(tags.shape) for name, tags in spelled.items()}, config)
         for name, tags in spelled.items():
             if tags.ndim in (2, 3):
                 layout = layouts[name]
@@ -67,7 +68,7 @@ def judge(model: Any, inputs: dict[str, Any]) -> Verdict:
     return verdict
 
 
-def cut(tags: Tensor, layout: Layout, part: Part) -> Tensor:
+def take_part(tags: Tensor, layout: Layout, part: Part) -> Tensor:
     """The matrix of a part (or of each expert), (..., fan_out, fan_in), by the rule that the layout's module states."""
     if part.block is not None:
         axis = tags.ndim - 2 + part.block.axis
@@ -88,7 +89,7 @@ class Teller:
 
     def judge_part(self, tags: Tensor, layout: Layout, part: Part) -> tuple[str, str, str]:
         """Kind of role, verdict and reason; an empty verdict when there is nothing to say."""
-        matrices = cut(tags, layout, part)
+        matrices = take_part(tags, layout, part)
         matrices = matrices if matrices.ndim == 3 and layout.stacked else matrices[None]
         alone = sum(other.role == part.role for other in layout.parts) == 1
         outcomes = {self.judge_matrix(matrix, part.role, alone) for matrix in matrices}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pome.errors import ScoreError, SpecError
 from pome.sweeping.grid import make_grid, walk
-from pome.sweeping.scorers.command import CommandScorer, Score, Scored, read_score
+from pome.sweeping.scorers.base import Score, Scored
+from pome.sweeping.scorers.command import CommandScorer, read_score
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 from pome.sweeping.scorers.options import make_scorer
 
@@ -45,10 +46,10 @@ def test_every_combination_is_tried_once_beta_fastest():
     assert asked[-1].spec.layers == ("gate", "down")
 
 
-def test_all_that_chooses_k_is_one_axis():
+def test_ratios_ranks_energies_and_rules_join_into_one_axis():
     grid = make_grid({"rank_ratio": [0.25], "rank": [8, "16"], "energy": 0.8, "rank_rule": "effective,ratio"})
-    cuts = [candidate.cut for candidate in drain(grid, lambda _: 0.0)]
-    assert cuts == ["K=0.25", "k=8", "k=16", "energy=0.8", "effective"]
+    choices = [candidate.rank_choice for candidate in drain(grid, lambda _: 0.0)]
+    assert choices == ["K=0.25", "k=8", "k=16", "energy=0.8", "effective"]
     specs = [candidate.spec for candidate in drain(grid, lambda _: 0.0)]
     assert [(spec.rank_rule, spec.rank) for spec in specs] == [
         ("ratio", None), ("fixed", 8), ("fixed", 16), ("energy", None), ("effective", None)
@@ -139,7 +140,7 @@ def test_coordinate_search_finds_the_best_of_a_sum(worths):
     assert max(map(score, asked)) == pytest.approx(best)
 
 
-def test_coordinate_search_passes_over_what_has_no_score():
+def test_coordinate_search_goes_on_after_a_candidate_without_a_score():
     asked = drain(make_grid(AXES, "coordinate"), lambda c: None if c.params["beta"] == 1.0 else 0.0)
     assert {c.params["beta"] for c in asked[3:]} == {1.5}
 
@@ -184,7 +185,7 @@ def test_the_last_number_counts_or_the_score_in_json(text, score):
         ('{"score": 1, "metrics": [3]}', "'metrics' that are no object"),
     ],
 )
-def test_what_is_no_score_is_named(text, said):
+def test_output_without_a_finite_score_is_an_error_that_says_why(text, said):
     with pytest.raises(ScoreError, match=said):
         read_score(text)
 
@@ -200,7 +201,7 @@ def test_examples_count_where_the_score_is_their_mean():
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=60))
-def test_no_output_is_too_strange(text):
+def test_any_output_gives_a_score_or_a_score_error(text):
     try:
         assert isinstance(read_score(text).scored.value, float)
     except ScoreError as error:
@@ -234,7 +235,7 @@ def test_no_output_is_too_strange(text):
         ({"lm_eval": "arc", "limit": True}, "limit: True is not a whole number"),
     ],
 )
-def test_a_scorer_that_cannot_be_is_refused(options, said):
+def test_scorer_options_at_odds_are_refused(options, said):
     with pytest.raises(SpecError, match=said):
         make_scorer(**options)
 
@@ -258,7 +259,7 @@ def test_a_broken_record_is_named_by_its_line(tmp_path, line, said):
         make_scorer(loss=str(file))
 
 
-def test_each_scorer_is_what_its_option_says(tmp_path):
+def test_each_option_makes_its_scorer(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n\n{"text": "c"}\n')
     assert make_scorer(score_cmd="x {model}", minimize=True) == CommandScorer("x {model}", True, None)

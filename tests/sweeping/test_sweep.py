@@ -26,7 +26,7 @@ from pome import EditSpec, Equalized, edit, make_grid, make_scorer, sweep
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel.equalize import equalize_matrix, equalize_product
-from pome.sweeping.candidates import DecompositionFolder
+from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
 from support.browser import open_page
@@ -72,6 +72,7 @@ def checksum(file: Path) -> int:
     return int(subprocess.run(["cksum", str(file)], capture_output=True, text=True, check=True).stdout.split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
     """Matrices of all sizes that the ladder treats apart: small, float64, float32 with deflation, wide and tall."""
@@ -103,7 +104,7 @@ def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("kind", ["svd", "gram", "deflated", "undecided", "factors"])
-def test_what_is_known_of_a_delta_changes_no_bit(tmp_path, kind):
+def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
     n, dtype = {"svd": (60, torch.float32), "gram": (150, torch.float64)}.get(kind, (220, torch.float32))
     sigma = 10.0 ** (-7.0 * torch.arange(n) / n) if kind == "undecided" else 1.0 / torch.arange(1.0, n + 1)
     delta = plant(sigma, n + 30, n, 0, dtype)
@@ -208,7 +209,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_scorer_that_fails_marks_its_candidate_and_nothing_else(pair, tmp_path, how):
+def test_a_failed_score_is_recorded_for_its_candidate_alone(pair, tmp_path, how):
     fault, said = FAILURES[how]
     log = tmp_path / "log"
     # The third model that it sees, the first candidate, is the one that it fails at.
@@ -223,7 +224,7 @@ def test_a_scorer_that_fails_marks_its_candidate_and_nothing_else(pair, tmp_path
     assert outcome.best.label == "up K=0.5 frobenius beta=2"
 
 
-def test_what_failed_is_scored_again_on_request_and_nothing_else(pair, tmp_path):
+def test_retry_failed_scores_only_the_failed_candidates_again(pair, tmp_path):
     log = tmp_path / "log"
     seen = f"echo {{model}} >> {log}; if [ $(wc -l < {log}) = 3 ]; then exit 1; fi"
     scorer = make_scorer(score_cmd=f"{seen}; echo 1")  # nothing beats the fine-tuned model, so the scores stay
@@ -235,6 +236,7 @@ def test_what_failed_is_scored_again_on_request_and_nothing_else(pair, tmp_path)
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fresh_sweep_keeps_no_decomposition_of_another_model(pair, tmp_path):
     """Stopped, FT trained on, and begun anew: what is written is the edit of the new FT."""
     base, ft = pair
@@ -264,7 +266,7 @@ def test_without_a_score_for_the_fine_tuned_model_there_is_no_sweep(pair, tmp_pa
     assert not (tmp_path / "out").exists() and not (tmp_path / "out2").exists()
 
 
-def test_a_base_that_cannot_be_scored_is_only_marked(pair, tmp_path):
+def test_a_base_without_a_score_does_not_end_the_sweep(pair, tmp_path):
     command = f"case {{model}} in *base/output) exit 1;; esac; {CHECKSUM}"
     outcome = sweep(*pair, tmp_path / "out", make_grid({}), make_scorer(score_cmd=command), write_best=True)
     assert [trial.label for trial in outcome.trials if trial.failed] == ["base"]
@@ -282,8 +284,9 @@ HARM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HARM)
-def test_what_a_command_does_to_a_model_reaches_neither_the_next_one_nor_base(pair, tmp_path, how):
+def test_files_that_a_command_changes_are_restored_for_the_next_model(pair, tmp_path, how):
     before = [hash_tree(folder) for folder in pair]
     grid = make_grid({"layers": ["ffn", "up"], "beta": [1.0, 1.5]})
     wanted = sweep(*pair, tmp_path / "wanted", grid, make_scorer(score_cmd=CHECKSUM))
@@ -295,7 +298,7 @@ def test_what_a_command_does_to_a_model_reaches_neither_the_next_one_nor_base(pa
     assert not (tmp_path / "out.pome-sweep/base").exists()
 
 
-def test_a_candidate_that_cannot_be_made_is_marked_and_the_next_one_is_whole(tmp_path):
+def test_after_a_candidate_that_cannot_be_made_the_next_one_is_whole(tmp_path):
     """In float16 a large beta overflows, after some tensors were written already."""
     base, _ = llama_pair(tmp_path, dtype=torch.float16)
     paths = [base, write_checkpoint(tmp_path / "far", perturb(read_tensors(base), 0.1), config=LLAMA)]
@@ -309,6 +312,7 @@ def test_a_candidate_that_cannot_be_made_is_marked_and_the_next_one_is_whole(tmp
     assert int(last.score.scored.value) == checksum(tmp_path / "plain" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_sweep_repeats_no_candidate_and_ends_the_same(pair, tmp_path, seed):
     arguments = ["sweep", *map(str, pair), "OUT", "--rank-ratio", "0.25,0.5,1", "--beta", "1,2", "--write-best", "-q"]
@@ -419,6 +423,7 @@ def loss_by_hand(folder: Path, file: Path) -> tuple[float, list[float]]:
     return sum(sums) / sum(counts), [a / b for a, b in zip(sums, counts, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("class_name", "model_type", "dtype"),
     [
@@ -446,7 +451,7 @@ def test_the_loss_is_that_of_the_checkpoint_that_edit_writes(tmp_path, class_nam
     assert scores == sorted(scores) and len(set(scores)) == 4  # less is better, and first
 
 
-def test_training_data_chooses_and_the_other_file_judges(tmp_path):
+def test_training_data_choose_the_best_and_held_out_data_compare_it(tmp_path):
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
     held, train = save_records(tmp_path / "held.jsonl", 1), save_records(tmp_path / "train.jsonl", 2)
     scorer = make_scorer(loss=str(held), train_data=str(train))
@@ -500,7 +505,7 @@ def test_a_model_that_transformers_cannot_load_is_named(pair, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [RuntimeError(""), AttributeError("no such head"), TypeError("a\nb")], ids=repr)
-def test_whatever_stops_a_model_from_being_loaded_is_a_score_error(tmp_path, monkeypatch, error):
+def test_any_error_while_loading_a_model_is_a_score_error(tmp_path, monkeypatch, error):
     class Model:
         def to(self, device):
             raise error
@@ -528,6 +533,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch):
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}.items():
         monkeypatch.setenv(name, value)
@@ -564,7 +570,8 @@ def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch
     assert best.score.scored.value == pytest.approx(found["results"]["tiny_words"]["acc,none"])
 
 
-def test_an_unknown_task_marks_the_model(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_an_unknown_task_is_a_score_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
     with pytest.raises(ScoreError, match="the fine-tuned model has no score: lm-eval: "):
@@ -662,7 +669,7 @@ def test_a_wrong_batch_of_sweeps_is_refused_by_line(tmp_path, monkeypatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["jobs.yaml"]
 
 
-def test_a_sweep_needs_room_for_what_it_keeps(pair, tmp_path, monkeypatch):
+def test_a_sweep_checks_the_disk_for_its_decompositions_and_copies(pair, tmp_path, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage(tmp_path)

@@ -64,7 +64,7 @@ def reseal(out: Path, raw: dict[str, Any] | None = None) -> None:
     (out / MANIFEST).write_text(sealed.to_json())
 
 
-def test_what_was_made_passes_also_elsewhere_and_sealed_again(made: Path, out: Path) -> None:
+def test_an_intact_output_passes_also_after_it_was_moved(made: Path, out: Path) -> None:
     for _ in range(2):
         verdict = verify(out, made / "base", made / "ft", full=True)
         assert verdict.ok, verdict.differences
@@ -131,7 +131,7 @@ def test_files_that_came_or_went_are_found(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".gitpayload.py", ".cached.bin", ".github/run.py", "linked"])
-def test_only_what_git_and_the_hub_leave_is_passed_over(out: Path, name: str) -> None:
+def test_only_files_of_git_and_the_hub_may_lie_beside_an_output(out: Path, name: str) -> None:
     (out / ".cache/huggingface").mkdir(parents=True)
     (out / ".cache/huggingface/x.lock").write_text("")
     (out / ".gitattributes").write_text("")
@@ -160,7 +160,7 @@ def test_files_that_came_or_went_are_found_however_well_sealed(made: Path, out: 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", MANIFEST, "model-00001-of-00002.safetensors"])
-def test_what_is_no_file_in_the_place_of_one_is_found_and_not_waited_for(out: Path, name: str) -> None:
+def test_a_fifo_or_device_in_the_place_of_a_file_is_found_without_waiting(out: Path, name: str) -> None:
     for replacement in ("fifo", "device", "folder", "loop"):
         (out / name).unlink()
         if replacement == "fifo":

@@ -1,4 +1,4 @@
-"""Where bytes come from: folders and files on disk. The Hub (hub.py) offers listings and files as well."""
+"""Files and folders of a checkpoint on disk, and the protocols `File` and `Listing` that a source implements."""
 
 from __future__ import annotations
 

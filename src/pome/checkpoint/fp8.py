@@ -1,4 +1,4 @@
-"""fp8 weights with block scales, seen as bfloat16: a file that reads as if it had been dequantized.
+"""Dequantized view of fp8 weights with block scales: a file that reads as bfloat16.
 
 Each weight W (m x n, or E x m x n) is stored as Q in fp8 beside `NAME_scale_inv`, S, with one scale for each block:
 W[i, j] = Q[i, j] * S[i // b, j // c], b x c the `weight_block_size` of the config (DeepSeek-V3's layout; its own

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: byte ranges of the files that are needed, or whole snapshots through the Hub's own cache."""
+"""Checkpoints on the Hub: byte ranges over HTTP, or whole snapshots in the Hub's own cache."""
 
 from __future__ import annotations
 
@@ -89,12 +89,15 @@ def fetch_snapshot(text: str) -> Snapshot:
     return Snapshot(folder, repo, left_out)
 
 
-def list_repository(text: str) -> HubListing | Snapshot:
-    """The files of a repository at one commit; offline, those that the cache has. Raises HubError."""
+def list_repository(text: str, whole: bool) -> HubListing | Snapshot:
+    """The files of a repository at one commit, downloaded if `whole`; offline, those that the cache has.
+
+    Raises HubError.
+    """
     from huggingface_hub import constants
 
     repo, revision = split_id(text)
-    if constants.HF_HUB_OFFLINE:
+    if whole or constants.HF_HUB_OFFLINE:
         return fetch_snapshot(text)
     return HubListing(repo, *ask_hub(text, lambda: _list_files(repo, revision)))
 

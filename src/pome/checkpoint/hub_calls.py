@@ -1,4 +1,4 @@
-"""Calls to the Hub: tried again while they fail in passing, and one line for each way in which they fail."""
+"""Calls to the Hub: retries of passing failures, and a message for each kind of failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from strangers, walked value by value: nothing is built from a text before its extent is known.
+"""JSON of untrusted files, scanned value by value: nothing is built from a text before its extent is known.
 
 Stricter than JSON where the formats are: no key twice, no number but integers where a table is read, no broken Unicode.
 Every fault is a ValueError; those found here are `Malformed`, with a text fit for a message.

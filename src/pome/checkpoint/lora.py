@@ -1,35 +1,22 @@
-"""A PEFT LoRA adapter seen as changes of the stored tensors of a base. No torch, no tensor data but on demand.
+"""The tensors of a PEFT LoRA adapter, and what they change in a base. No torch; tensor data only on demand.
 
-A LoRA of a module changes its weight by `scaling * B A`, A (r, in) and B (out, r). Of stacked experts A is
-(E * r, in), the experts one after the other, and B (out, r * E), the experts interleaved.
+A LoRA of a module adds `scaling * B A` to its weight, with A (r, in) and B (out, r). For stacked experts A is
+(E * r, in), one expert after the other, and B is (out, r * E), the experts interleaved.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 from pome.checkpoint.header import TensorEntry
+from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.source import Checkpoint
-from pome.errors import CheckpointError, printable
+from pome.errors import CheckpointError, PairingError, printable
 
-MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"
 READABLE = ("F64", "F32", "F16", "BF16")
 
-# Options of a LoRA that change nothing in what it computes, or that are followed here. Any other may.
-_KNOWN = frozenset({
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora",
-    "qalora_group_size", "runtime_config", "lora_bias", "target_parameters",
-})  # fmt: skip
-_SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
-# Initialisations that trained weights do not remember, and those that also change BASE's when the adapter is loaded.
-_FORGOTTEN = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LORA = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<tail>(\.[^.]+){0,2})"
@@ -54,8 +41,8 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What an adapter does to one tensor of BASE: replaced by `whole`, then changed by `low`, then by a LoRA's bias."""
+class AdapterChange:
+    """The change of one tensor of BASE: it is replaced by `whole`, then `low` is added, then the bias of a LoRA."""
 
     name: str
     whole: str | None = None
@@ -64,8 +51,8 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor of an adapter, or a slice of one, as it is stored."""
+class AdapterSlice:
+    """A tensor of an adapter, or one expert's rows of it, as it is stored."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -73,8 +60,8 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
-    """The tensors of one LoRA by their kind; `depth` counts the wrappers inside which it lies."""
+class LoraTensors:
+    """The tensors of one LoRA by their kind. `depth` counts the `base_layer` wrappers around it."""
 
     module: str
     depth: int
@@ -90,8 +77,11 @@ class Lora:
         return self.tensors[kinds[0]], self.tensors[kinds[1]]
 
 
-def read_change(ft: Checkpoint, change: Change, expert: int | None) -> dict[str, Piece]:
-    """What a unit needs of each adapter tensor, by name: of stacked factors A's rows of one expert, and all of B."""
+def read_change(ft: Checkpoint, change: AdapterChange, expert: int | None) -> dict[str, AdapterSlice]:
+    """The bytes of the adapter tensors that one unit needs, by name.
+
+    Of stacked factors these are A's rows of the one expert, and all of B.
+    """
     data = {}
     low = change.low
     names = [change.whole, change.bias[0] if change.bias else None]
@@ -108,41 +98,14 @@ def read_change(ft: Checkpoint, change: Change, expert: int | None) -> dict[str,
             nbytes //= shape[0]
             start += expert * nbytes
             shape = shape[1:]
-        data[name] = Piece(entry.dtype, shape, ft.read(name, start, nbytes))
+        data[name] = AdapterSlice(entry.dtype, shape, ft.read(name, start, nbytes))
     return data
 
 
-def refuse_unknown_kinds(ft: Checkpoint, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for an adapter that is no LoRA, or one whose merge is not known here."""
-    where = f"{printable(ft.source)}/adapter_config.json"
-    kind = str(config.get("peft_type"))
-    if kind.upper() != "LORA":
-        raise CheckpointError(f"{where}: peft_type {printable(kind)}, not LORA; {MERGE_FIRST}")
-    for key, value in config.items():
-        if value and key not in _KNOWN:
-            raise CheckpointError(f"{where}: {printable(key)} is set, a LoRA of a kind not known here; {MERGE_FIRST}")
-    for key in _SWITCHES:
-        if config.get(key) is not None and not isinstance(config[key], bool):
-            raise CheckpointError(
-                f"{where}: {key} is {printable(repr(config[key]))}, neither true nor false; correct it as the adapter "
-                "was trained"
-            )
-    start = str(config.get("init_lora_weights"))
-    if start.lower().startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"{where}: init_lora_weights {printable(start)}, which changes BASE's weights too; save the adapter again "
-            f"with save_pretrained(..., path_initial_model_for_weight_conversion=...), {MERGE_FIRST}"
-        )
-    if start.lower() not in _FORGOTTEN:
-        raise CheckpointError(
-            f"{where}: init_lora_weights {printable(start)}, a LoRA of a kind not known here; {MERGE_FIRST}"
-        )
-
-
-def sort_keys(ft: Checkpoint) -> tuple[list[Lora], dict[str, TensorEntry]]:
-    """LoRAs by module, and the tensors that stand in the place of BASE's, by the names they have in the model."""
+def group_keys(ft: Checkpoint) -> tuple[list[LoraTensors], dict[str, TensorEntry]]:
+    """The LoRAs of an adapter by module, and the tensors that replace BASE's, by their names in the model."""
     found: dict[tuple[str, int], dict[str, TensorEntry]] = {}
-    wholes: dict[str, TensorEntry] = {}
+    replacements: dict[str, TensorEntry] = {}
     for key, (_, entry) in ft.tensors.items():
         if entry.dtype not in READABLE:
             raise CheckpointError(f"{ft.where(key)}: stored as {entry.dtype}; save the adapter in float32 or bfloat16")
@@ -155,7 +118,7 @@ def sort_keys(ft: Checkpoint) -> tuple[list[Lora], dict[str, TensorEntry]]:
                 # Before the adapter's name was left out of the keys it stood after this word.
                 words[at : at + (2 if at + 3 <= len(words) and words[at + 1] == "default" else 1)] = []
             plain = ".".join(words)
-            _put_once(ft, wholes, plain, entry)
+            _put_once(ft, replacements, plain, entry)
             continue
         module = match["module"]
         depth = 0
@@ -164,10 +127,10 @@ def sort_keys(ft: Checkpoint) -> tuple[list[Lora], dict[str, TensorEntry]]:
         leaf = match["tail"].rpartition(".")[2]
         kind = match["kind"] + (".bias" if leaf == "bias" else "")
         _put_once(ft, found.setdefault((module, depth), {}), kind, entry)
-    loras = [Lora(module, depth, tensors) for (module, depth), tensors in found.items()]
+    loras = [LoraTensors(module, depth, tensors) for (module, depth), tensors in found.items()]
     for lora in loras:
         _check_lora(ft, lora)
-    return loras, wholes
+    return loras, replacements
 
 
 def _put_once(ft: Checkpoint, table: dict[str, TensorEntry], key: str, entry: TensorEntry) -> None:
@@ -179,7 +142,7 @@ def _put_once(ft: Checkpoint, table: dict[str, TensorEntry], key: str, entry: Te
     table[key] = entry
 
 
-def _check_lora(ft: Checkpoint, lora: Lora) -> None:
+def _check_lora(ft: Checkpoint, lora: LoraTensors) -> None:
     name = next(iter(lora.tensors.values())).name
     whole_pair = {"lora_A", "lora_B"} <= lora.tensors.keys() or {"lora_embedding_A", "lora_embedding_B"} <= (
         lora.tensors.keys()
@@ -200,3 +163,25 @@ def _check_lora(ft: Checkpoint, lora: Lora) -> None:
             f"{ft.where(a.name)}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not multiply; save or download "
             "the adapter again"
         )
+
+
+def check_rank(ft: Checkpoint, config: LoraConfig, lora: LoraTensors, key: str, experts: int) -> tuple[int, float]:
+    """(rank, scaling) of a LoRA by the config. Raises CheckpointError where its tensors have another rank."""
+    a, _ = lora.pair
+    rank, scaling = config.resolve(key)
+    if a.shape[0] != rank * experts:
+        of = f" for each of {experts} experts" if experts > 1 else ""
+        raise CheckpointError(
+            f"{ft.where(a.name)}: its rank is {a.shape[0]}, by adapter_config.json it is {rank}{of}; "
+            "take both files from one save of the adapter"
+        )
+    return rank, scaling
+
+
+def refuse_shape(ft: Checkpoint, base: Checkpoint, lora: LoraTensors, name: str, shape: tuple[int, ...]) -> NoReturn:
+    """Raise PairingError: the factors of a LoRA do not multiply to BASE's tensor `name`."""
+    a, b = lora.pair
+    raise PairingError(
+        f"{ft.where(a.name)}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit BASE's "
+        f"{printable(name)} {list(shape)}; is {printable(base.source)} the model it was trained on? give that"
+    )

@@ -1,4 +1,4 @@
-"""Quantized layouts by the names and dtypes of what they store: which weight, which format, and what to do about it."""
+"""Quantized formats, recognised by the names and dtypes of their tensors, and how to convert each."""
 
 from __future__ import annotations
 

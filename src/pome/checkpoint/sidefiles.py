@@ -1,4 +1,4 @@
-"""What goes along with the weights (tokenizer, configs, code), and what does not (training state, stale weights)."""
+"""Side files of a checkpoint: what is copied beside the weights (tokenizer, configs, code) and what is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint and read byte ranges of its tensors: names, shapes, dtypes and offsets first, bytes on demand.
+"""Checkpoints, opened lazily: names, shapes, dtypes and offsets of tensors first, bytes on demand.
 
 A checkpoint is a folder (on disk or a Hub repository) with `model.safetensors`, one other `.safetensors` file, or
 shards with their index; or one `.safetensors` file. A PEFT adapter is opened as well: its file, and its config apart.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_header, read_json, read_range
 from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
 from pome.checkpoint.header import Header, TensorEntry, parse_index
-from pome.checkpoint.hub import PICKLED, fetch_snapshot, is_repository, list_repository
+from pome.checkpoint.hub import PICKLED, is_repository, list_repository
 from pome.errors import CheckpointError, printable
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -28,6 +28,10 @@ CONVERT = (
     "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True), "
     "or torch.load(FILE, weights_only=True) and safetensors.torch.save_file"
 )
+
+
+# Sources beyond this machine: what their names look like, and what lists their files (with True: all, in a folder).
+SOURCES: tuple[tuple[Callable[[str], bool], Callable[[str, bool], Listing]], ...] = ((is_repository, list_repository),)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,16 @@ class Checkpoint:
     tensors: dict[str, tuple[str, TensorEntry]]
     config: Mapping[str, Any] | None
     index: str | None
-    revision: str | None = None  # the Hub commit
+    revision: str | None = None  # the Hub commit; None for what does not come from the Hub
     unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
     adapter_config: Mapping[str, Any] | None = None  # of a PEFT adapter, which has no weights of its own
     dequantized: frozenset[str] = frozenset()  # tensors that stand in the files and are not seen: scales of fp8 weights
+    is_local: bool = True  # whether its files lie on this machine, as a folder, a file or a downloaded snapshot
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was given as a Hub repository, wherever its bytes are read."""
+        return self.revision is not None
 
     def read(self, name: str, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of a tensor's file from absolute offset `start`; CheckpointError if they cannot all be had."""
@@ -65,8 +75,8 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files on this machine that say what the weights are: configs and index."""
-        if self.folder is None and self.revision is not None:
-            return []  # read from the Hub
+        if not self.is_local:
+            return []
         here = self.folder or Path(os.path.expanduser(self.source)).parent
         said = {"config.json": self.config, ADAPTER_CONFIG: self.adapter_config, self.index: self.index}
         return [here / name for name, there in said.items() if name and there is not None]
@@ -118,10 +128,12 @@ def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
             return _open_listing(text, LocalListing(path))
         if path.exists() or path.is_symlink():
             return _open_file(text, path)
-        if isinstance(source, str) and is_repository(text):
-            checkpoint = _open_listing(text, fetch_snapshot(text) if whole else list_repository(text))
-            # A side that is only read has no folder, even offline: what is recorded of it must not tell the two apart.
-            return checkpoint if whole else dataclasses.replace(checkpoint, folder=None)
+        for matches, list_files in SOURCES:
+            if isinstance(source, str) and matches(text):
+                checkpoint = _open_listing(text, list_files(text, whole))
+                # A side that is only read has no folder, even where the cache has it: what is recorded of it must not
+                # tell the two apart.
+                return checkpoint if whole else dataclasses.replace(checkpoint, folder=None, is_local=False)
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else text
         raise CheckpointError(

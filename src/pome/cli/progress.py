@@ -1,4 +1,4 @@
-"""What a person sees while the work runs: bars, or plain lines where no terminal is."""
+"""Progress of a command: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
-from pome.cli.tables import name_side, show_bytes
-from pome.editing.session import Opened, Progress
+from pome.cli.tables.text import name_side, show_bytes
+from pome.editing.session import Opened
 from pome.errors import printable
+from pome.output.progress import Progress
 from pome.planning.units import Plan
-from pome.reports.sweep import show_number
+from pome.reports.sweep_data import show_number
 from pome.sweeping.trials import Listener, Trial
 
 VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}

@@ -1,17 +1,26 @@
-"""What a command writes beside weights: a model card, an upload, reports. No torch."""
+"""Options of what a command writes beside weights: a model card, an upload, reports; and of what it may replace."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
-from pome.config.spec import check_text
+from pome.config.options import OUTPUT, RUN, Option, documented, find_options
 from pome.errors import SpecError, printable
 
+SELDOM_IN_SWEEP = {"sweep": {"everyday": False}}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def _read_repository(key: str, value: object) -> str:
+    if not (isinstance(value, str) and REPOSITORY.fullmatch(value)):
+        said = f"{key}: {printable(str(value))!r} is not a repository; give ORG/NAME, no revision"
+        raise SpecError(said, options=[key])
+    return value
+
+
+@documented
 @dataclass(frozen=True)
 class Publication:
     """What OUT gets beside the edit: a model card in place of FT's, and an upload, which has one too.
@@ -19,36 +28,62 @@ class Publication:
     Raises SpecError. None of it changes a weight.
     """
 
-    card: bool = False
-    push_to_hub: str | None = None  # org/name
-    private: bool = False  # of a repository that the upload makes
+    card: Annotated[
+        bool, Option("Write a model card in place of FT's README.md.", group=OUTPUT, instead=SELDOM_IN_SWEEP)
+    ] = False
+    push_to_hub: Annotated[
+        str | None,
+        Option(
+            "Upload OUT with its model card; makes the repository.",
+            metavar="ORG/NAME", group=OUTPUT, read=_read_repository, instead=SELDOM_IN_SWEEP,
+        ),
+    ] = None  # fmt: skip
+    private: Annotated[bool, Option("Make the repository of --push-to-hub private.", group=OUTPUT, everyday=False)] = (
+        False
+    )
 
     def __post_init__(self) -> None:
-        repo = self.push_to_hub
-        if repo is not None and not (isinstance(repo, str) and REPOSITORY.fullmatch(repo)):
-            raise SpecError(f"push_to_hub: {printable(str(repo))!r} is not a repository; give ORG/NAME, no revision")
-        if self.private and repo is None:
-            raise SpecError("private: says what an upload becomes; give push_to_hub too")
+        _check_all(self)
+        if self.private and self.push_to_hub is None:
+            said = "private: says what an upload becomes; give push_to_hub too"
+            raise SpecError(said, options=["private", "push_to_hub"])
 
     @property
     def has_card(self) -> bool:
         return self.card or self.push_to_hub is not None
 
 
+@documented
 @dataclass(frozen=True)
 class Reports:
     """What an inspection or a sweep writes: a page, a table, and a folder of plots; paths, or None."""
 
-    html: str | None = None
-    csv: str | None = None
-    plots: str | None = None
+    html: Annotated[str | None, Option("Write the result as one page.", metavar="FILE", group=OUTPUT)] = None
+    csv: Annotated[str | None, Option("Write the result as a table.", metavar="FILE", group=OUTPUT)] = None
+    plots: Annotated[
+        str | None, Option("Write plots, PNG and SVG; needs pome-edit[plot].", metavar="DIR", group=OUTPUT)
+    ] = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                check_text(field.name, value)
+        _check_all(self)
 
     @property
     def paths(self) -> list[str]:
         return [path for path in (self.html, self.csv, self.plots) if path is not None]
+
+
+@documented
+@dataclass(frozen=True)
+class Replacing:
+    """What of an earlier run may go."""
+
+    overwrite: Annotated[bool, Option("Replace an existing OUT, whatever lies there.", group=OUTPUT)] = False
+    fresh: Annotated[bool, Option("Drop what an interrupted run has done.", group=RUN)] = False
+
+    def __post_init__(self) -> None:
+        _check_all(self)
+
+
+def _check_all(options: Publication | Reports | Replacing) -> None:
+    for name, option in find_options(type(options)).items():
+        option.check(getattr(options, name))

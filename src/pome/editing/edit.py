@@ -1,38 +1,27 @@
-"""The main job: open, plan, stage, edit unit by unit, publish. The only loop over units."""
+"""POME edit of a checkpoint: open, plan, stage, edit unit by unit, publish. The only loop over units that writes."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import functools
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pome
-from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.checkpoint.source import ADAPTER_CONFIG
 from pome.config.spec import EditSpec
-from pome.editing.session import (
-    Opened,
-    Progress,
-    Source,
-    copy_files,
-    count_space,
-    count_up,
-    describe_command,
-    open_pair,
-)
+from pome.editing.hashes import Hashes
+from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.engines.local import map_units
-from pome.errors import CheckpointError, NumericalError
+from pome.errors import NumericalError
 from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
 from pome.output.card import CARD_NAME, make_card
-from pome.output.clone import hash_file
+from pome.output.copying import copy_files, count_space
+from pome.output.progress import Progress, advance_bytes
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
@@ -56,21 +45,55 @@ def edit(
     overwrite: bool = False,
     fresh: bool = False,
     card: bool = False,
-    caches: FindCache | None = None,
+) -> Manifest:
+    """POME edit of a fine-tuned checkpoint (arXiv 2510.06627), written to a folder; returns its manifest.
+
+    Every selected matrix W_ft (m x n) becomes W_base + alpha U_k V_k^T, U_k and V_k the k leading singular directions
+    of W_ft - W_base. Every other byte is FT's.
+
+    Args:
+        base: the pretrained checkpoint: a folder, one `.safetensors` file, or `org/name[@revision]` on the Hub.
+        ft: the fine-tuned checkpoint, as `base`, or a PEFT LoRA adapter of `base`.
+        out: the folder to make. It appears whole or not at all, in one rename.
+        spec: which matrices, and how k, alpha and the dtype are chosen; `EditSpec()` if None.
+        progress: is told what happens; a subclass of `Progress`.
+        overwrite: replace `out` if it exists, in the moment in which the new one is whole.
+        fresh: drop what an interrupted call left in `OUT.pome-staging`; otherwise the same call goes on from there.
+        card: write a model card in the place of FT's README.md.
+
+    Raises:
+        SpecError: options at odds with each other.
+        CheckpointError, PairingError, SelectionError: an input that cannot be read, two that do not fit together, a
+            selection that nothing matches. Nothing is written.
+        NumericalError: NaN or infinity in a selected matrix, or an edit that the dtype cannot hold.
+        OutputError: `out` exists, lies in an input, is being made by another run, or the disk refuses.
+        KeyboardInterrupt: interrupted, after the progress so far is safe.
+    """
+    return edit_pair(base, ft, out, spec or EditSpec(), progress, overwrite=overwrite, fresh=fresh, card=card)
+
+
+def edit_pair(
+    base: Source,
+    ft: Source,
+    out: Source,
+    spec: EditSpec,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    card: bool = False,
+    find_cache: FindCache | None = None,
     sweep: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write to the folder `out` the checkpoint `ft` with the selected matrices edited; returns its manifest.
+    """The edit behind `edit` and `sweep`.
 
-    `out` appears whole or not at all. What an interrupted call finished lies in `OUT.pome-staging`, and the same call
-    goes on from there; `fresh` drops it. `card` puts a model card in the place of `ft`'s README.md. `caches` gives
-    decompositions that are known already, `sweep` is what the manifest says of how the options were chosen. Raises
-    PomeError for bad input or a machine that fails; KeyboardInterrupt, after progress is safe, when interrupted.
+    `find_cache` gives decompositions that are known already, `sweep` is the manifest's record of how the options were
+    chosen; the rest is as in `edit`.
     """
-    spec = spec or EditSpec()
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite)
-        run = _Run(opened, spec, progress or Progress(), begun, card, caches, sweep)
+        run = _Run(opened, spec, progress or Progress(), begun, card, find_cache, sweep)
         return run.make(target, overwrite, fresh)
 
 
@@ -84,7 +107,7 @@ class _Run:
         progress: Progress,
         begun: float,
         card: bool,
-        caches: FindCache | None,
+        find_cache: FindCache | None,
         sweep: Mapping[str, Any] | None,
     ) -> None:
         self.opened = opened
@@ -92,11 +115,10 @@ class _Run:
         self.progress = progress
         self.begun = begun
         self.card = card
-        self.caches = caches
+        self.find_cache = find_cache
         self.sweep = sweep
         self.kernel_seconds = 0.0
-        self.output_hashes: dict[str, Future[tuple[int, str]]] = {}
-        self.cancelled = threading.Event()
+        self.hashes = Hashes(opened)
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         from pome.editing.unit import list_devices
@@ -107,28 +129,26 @@ class _Run:
             return read_manifest(target / MANIFEST_NAME)
         with Staging(target, command, fresh) as staging:
             try:
-                staging.check_space(*count_space(self.opened, staging))
+                staging.check_space(*count_space(self.opened.template, staging))
             except BaseException:
                 staging.discard_if_empty()
                 raise
             self.progress.begin(self.opened.plan, self.opened.ft, devices, len(staging.finished))
             try:
-                # Inputs are hashed beside the kernel: it leaves a core or a disk idle often enough to hide it. The
-                # output is hashed behind it, up to the first range that is still to be written.
-                with self._hashing_inputs() as hashes:
+                with self.hashes.of_inputs():
                     if self.spec.out_format == "adapter":
                         self._edit_adapter(staging, devices[0])
                     else:
-                        copy_files(self.opened, staging, self.progress)
-                        with self._hashing_output(staging) as watermark:
+                        copy_files(self.opened.template, staging, self.progress)
+                        with self.hashes.of_output(staging) as watermark:
                             self._edit(staging, devices, watermark)
-                    base, fine_tuned = self._join_hashes(hashes)
+                    base, fine_tuned = self.hashes.describe_inputs()
                 self.opened.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
                 if self.card:
                     # Before the hashes, which are of what is there.
                     staging.put_file(CARD_NAME, make_card(manifest, self._read_ft_card()).encode())
-                manifest = self._add_hashes(staging, manifest)
+                manifest = self._seal(manifest, self.hashes.describe_output(staging, self.progress))
                 staging.publish(manifest.to_json().encode(), overwrite)
             except NumericalError:
                 # The same command would fail again, and what the message advises is another command.
@@ -146,10 +166,10 @@ class _Run:
         from pome.editing.lora_rewrite import edit_loras, write_adapter
 
         opened = self.opened
-        self.progress.start("copy", sum(file.size for file in opened.side_files))
-        for file in opened.side_files:
+        self.progress.start("copy", sum(file.size for file in opened.template.side_files))
+        for file in opened.template.side_files:
             if file.name != ADAPTER_CONFIG:
-                staging.copy_file(file.name, file.path, count_up(self.progress, "copy"))
+                staging.copy_file(file.name, file.path, advance_bytes(self.progress, "copy"))
         self.progress.finish("copy")
         self.progress.start("edit", len(opened.plan.units))
         begun = time.perf_counter()
@@ -186,7 +206,7 @@ class _Run:
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> Patch:
-            patch = make_patch(unit, data, self.spec, device, self.caches)
+            patch = make_patch(unit, data, self.spec, device, self.find_cache)
             if patch.data is not None:
                 staging.write(unit.file, patch.data, unit.out_start)
             watermark.mark_written(unit.file, unit.out_start)
@@ -216,56 +236,9 @@ class _Run:
                     last = time.monotonic()
         finally:
             # On an error or Ctrl-C too: what is done stays done.
-            patches.close()  # type: ignore[attr-defined]
+            patches.close()
             commit()
         self.progress.finish("edit")
-
-    @contextlib.contextmanager
-    def _hashing_output(self, staging: Staging) -> Iterator[Watermark]:
-        """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
-        todo = [unit for unit in self.opened.plan.units if unit.key not in staging.finished]
-        watermark = Watermark((unit.file, unit.out_start) for unit in todo)
-        pool = ThreadPoolExecutor(1, thread_name_prefix="pome-hash")
-        self.output_hashes = {
-            name: pool.submit(self._hash, staging.output / name, wait=functools.partial(watermark.wait, name))
-            for name in dict.fromkeys(unit.file for unit in self.opened.plan.units)
-        }
-        try:
-            yield watermark
-        except BaseException:
-            watermark.abandon()
-            raise
-        finally:
-            pool.shutdown(wait=False)
-
-    @contextlib.contextmanager
-    def _hashing_inputs(self) -> Iterator[list[dict[str, Future[tuple[int, str]]]]]:
-        """Futures of (bytes, SHA-256) for BASE's and FT's files, worked on by one thread beside the edit."""
-        opened = self.opened
-        with ThreadPoolExecutor(1, thread_name_prefix="pome-hash") as pool:
-
-            def submit(side: Checkpoint, extra: list[SideFile]) -> dict[str, Future[tuple[int, str]]]:
-                paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
-                paths |= {path.name: path for path in side.companions}
-                paths |= {file.name: file.path for file in extra}
-                return {name: pool.submit(self._hash, path) for name, path in paths.items()}
-
-            theirs = [
-                # What goes along is hashed with the side that it comes from.
-                [file for file in opened.side_files if side.folder and file.path.is_relative_to(side.folder)]
-                for side in (opened.base, opened.ft)
-            ]
-            with self._cancelling():
-                yield [submit(opened.base, theirs[0]), submit(opened.ft, theirs[1])]
-
-    def _join_hashes(self, hashes: list[dict[str, Future[tuple[int, str]]]]) -> tuple[SideRecord, SideRecord]:
-        records = []
-        for side, futures in zip((self.opened.base, self.opened.ft), hashes, strict=True):
-            weights = side.files.items()
-            files = {name: FileRecord(w.file.size, w.file.sha256) for name, w in weights if w.file.sha256 is not None}
-            files |= {name: FileRecord(*future.result()) for name, future in futures.items()}
-            records.append(SideRecord(side.source, side.revision, files))
-        return records[0], records[1]
 
     def _describe(self, staging: Staging, base: SideRecord, fine_tuned: SideRecord) -> Manifest:
         """The manifest but for the hashes of the output, matrices in the order of the plan."""
@@ -297,47 +270,10 @@ class _Run:
             return None
         return (folder / CARD_NAME).read_text("utf-8", "replace")
 
-    def _add_hashes(self, staging: Staging, manifest: Manifest) -> Manifest:
-        """The manifest with what was written, and how long all of it took."""
-        names = sorted(str(p.relative_to(staging.output)) for p in staging.output.rglob("*") if p.is_file())
-        names = [name for name in names if name != MANIFEST_NAME]
-        self.progress.start("hash", sum((staging.output / name).stat().st_size for name in names))
-        advance = count_up(self.progress, "hash")
-
-        def find_hash(name: str) -> tuple[int, str]:
-            if name not in self.output_hashes:
-                return self._hash(staging.output / name, advance)
-            size, digest = self.output_hashes[name].result()
-            advance(size)
-            return size, digest
-
-        with ThreadPoolExecutor(2, thread_name_prefix="pome-hash") as pool, self._cancelling():
-            files = {name: FileRecord(*made) for name, made in zip(names, pool.map(find_hash, names), strict=True)}
-        self.progress.finish("hash")
+    def _seal(self, manifest: Manifest, files: dict[str, FileRecord]) -> Manifest:
+        """The manifest with the hashes of what was written, how long all of it took, and its checksum."""
         timing: dict[str, float | str] = {
             "total_seconds": round(time.perf_counter() - self.begun, 3),
             "kernel_seconds": round(self.kernel_seconds, 3),
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()
-
-    @contextlib.contextmanager
-    def _cancelling(self) -> Iterator[None]:
-        """An error or Ctrl-C inside ends all hashing, so that no pool keeps the process waiting for it."""
-        try:
-            yield
-        except BaseException:
-            self.cancelled.set()
-            raise
-
-    def _hash(
-        self, path: Path, advance: Callable[[int], None] = lambda _: None, wait: Callable[[int], None] | None = None
-    ) -> tuple[int, str]:
-        def go_on(count: int) -> None:
-            if self.cancelled.is_set():
-                raise CheckpointError("hashing was cancelled")
-            advance(count)
-
-        try:
-            return hash_file(path, go_on, wait)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; run the same command again") from None

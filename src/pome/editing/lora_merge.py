@@ -1,4 +1,4 @@
-"""One unit of an adapter: what is selected gets its edited delta, all else is merged to the bit as PEFT would."""
+"""The merge of an adapter into one unit of BASE: selected matrices are edited, all else is merged as PEFT merges it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pome.checkpoint.lora import Change, LowRank, Piece, read_change
+from pome.checkpoint.lora import AdapterChange, AdapterSlice, LowRank, read_change
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.editing import unit as patch
@@ -19,14 +19,14 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
-Data = tuple[bytearray | dict[str, Piece], bytearray]
+Data = tuple[bytearray | dict[str, AdapterSlice], bytearray]
 
 
 def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
-    """What a unit is made from: FT's bytes, or an adapter's tensors by name; and BASE's bytes."""
-    mine: bytearray | dict[str, Piece]
+    """The data of one unit: FT's bytes, or an adapter's tensors by name; and BASE's bytes."""
+    mine: bytearray | dict[str, AdapterSlice]
     if unit.change is not None:
         mine = read_change(ft, unit.change, unit.expert)
     else:
@@ -35,7 +35,7 @@ def read_unit(unit: Unit, ft: Checkpoint, base: Checkpoint) -> Data:
 
 
 def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, caches: patch.FindCache | None = None) -> Patch:
-    """What a unit comes to, from what `read_unit` gave. Raises NumericalError."""
+    """The patch of one unit from the data that `read_unit` gave. Raises NumericalError."""
     mine, base = data
     if isinstance(mine, dict):
         return merge_unit(unit, load_pieces(mine), base, spec, device, caches)
@@ -43,7 +43,7 @@ def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, caches: patc
 
 
 def see_ft(unit: Unit, data: Data) -> bytes:
-    """A unit's bytes in FT: as they are stored, or as PEFT would merge them."""
+    """The bytes of one unit in FT: as they are stored, or as PEFT would merge them."""
     mine, base_bytes = data
     if unit.change is None or not isinstance(mine, dict):
         return bytes(mine)  # type: ignore[arg-type]
@@ -52,11 +52,11 @@ def see_ft(unit: Unit, data: Data) -> bytes:
     return bytes(to_bytes(stored))
 
 
-def load_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
-    """An adapter's tensors as such."""
+def load_pieces(slices: Mapping[str, AdapterSlice]) -> dict[str, Tensor]:
+    """The tensors of an adapter from its stored slices."""
     return {
-        name: torch.frombuffer(piece.data, dtype=TORCH_DTYPES[piece.dtype]).reshape(piece.shape)
-        for name, piece in pieces.items()
+        name: torch.frombuffer(stored.data, dtype=TORCH_DTYPES[stored.dtype]).reshape(stored.shape)
+        for name, stored in slices.items()
     }
 
 
@@ -68,7 +68,7 @@ def merge_unit(
     device: str,
     caches: patch.FindCache | None = None,
 ) -> Patch:
-    """Merge an adapter's change into a unit of BASE and edit the selected matrices of it on `device`.
+    """The patch of one unit that an adapter changes: merged into BASE, the selected matrices edited on `device`.
 
     Raises NumericalError for NaN or infinity on either side, and as patch_unit does.
     """
@@ -83,7 +83,7 @@ def merge_unit(
             )
     begun = time.perf_counter()
     working = torch.float64 if base.dtype == torch.float64 else torch.float32
-    # Only a plain LoRA is thin; what DoRA or a replaced tensor changes is known as a difference of full matrices.
+    # Only the delta of a plain LoRA has thin factors. DoRA and replaced tensors give a difference of full matrices.
     thin = change.low if change.whole is None and change.low is not None and change.low.magnitude is None else None
     exact, stored = base, base
     if thin is None or len(unit.parts) != 1 or unit.parts[0].block is not None:
@@ -98,7 +98,7 @@ def merge_unit(
     out.copy_(stored)
     edited: list[TensorRecord] = []
     kept: list[KeptRecord] = []
-    # A product of factors was never rounded to a stored weight; a tensor that the adapter holds whole was.
+    # A product of factors was never rounded to a stored weight. A tensor that the adapter holds whole was.
     whole = tensors[change.whole].reshape(unit.shape) if change.whole is not None else None
     for part in unit.parts:
         W_base = take(base, part).to(working)
@@ -144,7 +144,7 @@ def take_factors(F: Tensor, G: Tensor, part: Part) -> tuple[Tensor, Tensor]:
 
 
 def merge_as_peft(
-    change: Change, tensors: Mapping[str, Tensor], expert: int | None, base: Tensor
+    change: AdapterChange, tensors: Mapping[str, Tensor], expert: int | None, base: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The merged weight, before and after it is rounded to BASE's dtype.
 

@@ -1,8 +1,8 @@
-"""An edited adapter instead of an edited checkpoint: a LoRA with a selected matrix becomes one of the kept directions.
+"""An edited adapter as the output: a LoRA with a selected matrix gets factors of the kept rank.
 
-With U S V^T the edit of a matrix and s its LoRA's scaling, which stays, the new B is U sqrt(S / s) and the new A
-sqrt(S / s) V^T. Where a LoRA holds several matrices (halves of a fused tensor), those are stacked along the rank, and
-beside them stands the old LoRA of what was not selected.
+With U S V^T the edit of a matrix and s the scaling of its LoRA, which stays the same, the new B is U sqrt(S / s) and
+the new A is sqrt(S / s) V^T. A LoRA of several matrices (halves of a fused tensor) has their factors stacked along the
+rank, and after them the old factors of the matrices that were not selected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pome.manifest import KeptRecord, TensorRecord
 from pome.output.clone import copy_range
 from pome.output.durable import as_output_error
 from pome.planning.units import Plan, Unit
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 Factors = tuple[Tensor, Tensor]  # F (rows, k) and G (k, columns)
 Places = dict[str, tuple[str, tuple[int, ...], int]]  # adapter tensor -> dtype, shape and offset in scratch
@@ -39,7 +39,7 @@ Places = dict[str, tuple[str, tuple[int, ...], int]]  # adapter tensor -> dtype,
 
 @dataclass(frozen=True)
 class EditedLora:
-    """One LoRA after the edit: A (E * rank, in) and B (out, rank * E), None where every delta is zero and both stay."""
+    """One LoRA after the edit: A (E * rank, in) and B (out, rank * E). Both are None where every delta is zero."""
 
     low: LowRank
     units: tuple[Unit, ...]
@@ -105,8 +105,8 @@ def write_adapter(edited: Iterable[EditedLora], ft: Checkpoint, folder: Path, sc
     return done
 
 
-def agree(lora: EditedLora, made: Checkpoint, ft: Checkpoint, room: float) -> bool:
-    """Whether an edited adapter holds this LoRA: the same products of B and A, to a difference of norm `room`.
+def agree(lora: EditedLora, made: Checkpoint, ft: Checkpoint, tolerance: float) -> bool:
+    """Whether an edited adapter holds this LoRA: the same products of B and A, to a difference of norm `tolerance`.
 
     A LoRA whose every delta is zero has FT's bytes.
     """
@@ -124,7 +124,7 @@ def agree(lora: EditedLora, made: Checkpoint, ft: Checkpoint, room: float) -> bo
     ]
     each = zip(*sides[0], *sides[1], strict=True)  # expert by expert
     squares = (float((b @ a - fresh_b @ fresh_a).square().sum()) for b, a, fresh_b, fresh_a in each)
-    return abs(lora.low.scaling) * math.sqrt(sum(squares)) <= room
+    return abs(lora.low.scaling) * math.sqrt(sum(squares)) <= tolerance
 
 
 def _read_bytes(side: Checkpoint, name: str) -> tuple[str, bytearray]:
@@ -216,7 +216,7 @@ def _read(ft: Checkpoint, name: str) -> Tensor:
 
 
 def _factorise(value: Tensor, G: Tensor, k: int, scaling: float) -> Factors:
-    """(F, G) of rank k with scaling * F G = value, equally long; the rows of `value` lie in the span of the old G's."""
+    """Balanced factors (F, G) of rank k with scaling * F G = value, whose rows lie in the span of the rows of G."""
     Q = torch.linalg.qr(G.double().T).Q
     U, S, Wh = torch.linalg.svd(value @ Q, full_matrices=False)
     share = (S[:k] / abs(scaling)).sqrt()
@@ -224,7 +224,7 @@ def _factorise(value: Tensor, G: Tensor, k: int, scaling: float) -> Factors:
 
 
 def _place(U: Tensor, V: Tensor, unit: Unit, part: Part, rows: slice, outer: int) -> Factors:
-    """(B, A) of a part's factors as the LoRA of the whole module, zero elsewhere."""
+    """The factors of a part as (B, A) of the whole module, zero outside of the part."""
     change = unit.change
     assert change is not None and change.low is not None
     k = U.shape[1]

@@ -1,56 +1,38 @@
-"""Both sides open and planned, and the output's files before any edit: what every main job begins with."""
+"""An open pair: BASE and FT with their plan, and what is copied beside the weights."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pome
 from pome.checkpoint.files import CHANGED
-from pome.checkpoint.sidefiles import SideFile, list_adapted_side_files, list_side_files
+from pome.checkpoint.sidefiles import list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import CheckpointError, PairingError, printable
-from pome.output.staging import Staging, update_index
+from pome.output.copying import Template
 from pome.planning.plan import check_overrides, make_plan
 from pome.planning.units import Plan
 
 Source = str | os.PathLike[str]
 
 
-class Progress:
-    """What a run tells while it works. Tasks are `copy`, `edit` and `hash`; subclass and override what you show."""
-
-    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
-        """The plan stands, nothing is written yet; `resumed` units were finished by an earlier run."""
-
-    def start(self, task: str, total: int) -> None:
-        """A task of `total` bytes (`copy`, `hash`) or units (`edit`) begins."""
-
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        """`amount` more of the task is done, which moved `nbytes` bytes; `note` says what was worked on."""
-
-    def finish(self, task: str) -> None:
-        """The task is done."""
-
-
 @dataclass(frozen=True)
 class Opened:
-    """Both sides open, the plan made, and the files that go along."""
+    """Both sides of an edit, open, with the plan and the files that the output begins as."""
 
     base: Checkpoint
     ft: Checkpoint
     plan: Plan
-    side_files: list[SideFile]
-    not_copied: dict[str, str]
-    template: Checkpoint  # whose weight files the output begins as: FT, or BASE where FT is an adapter merged into it
-    beside: dict[Path, list[int]]  # what is read or copied beside the weights, and its size and time
+    template: Template
+    not_copied: dict[str, str]  # files that are left out, and why
+    beside: dict[Path, list[int]]  # what is read or copied beside the weights: size in bytes and time in ns
 
     def list_inputs(self) -> list[Path]:
         """Every folder and file that is an input, as given and as found."""
@@ -95,10 +77,10 @@ def open_pair(
         plan = make_plan(sides[0], sides[1], spec)
         check_overrides(plan, spec)
         side_files, not_copied = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
-        template = pretrained if merges else tuned
         paths = [file.path for file in side_files] + [path for side in sides for path in side.companions]
         beside = {path: _identify(path) for path in paths}
-        yield Opened(pretrained, tuned, plan, side_files, not_copied, template, beside)
+        template = Template(pretrained if merges else tuned, plan.layouts, side_files)
+        yield Opened(pretrained, tuned, plan, template, not_copied, beside)
 
 
 def _identify(path: Path) -> list[int]:
@@ -116,63 +98,10 @@ def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
     command |= spec.to_mapping()
     for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):
         command[name] = [weights.file.identity for weights in side.files.values()]
-    fetched = [side.folder for side in (opened.base, opened.ft) if side.folder is not None and side.revision]
+    fetched = [side.folder for side in (opened.base, opened.ft) if side.folder is not None and side.on_hub]
     command["side_files"] = [
         # A commit's files never change, though the cache may fetch them at another time.
         [str(path.resolve()), size, 0 if any(path.is_relative_to(folder) for folder in fetched) else time]
         for path, (size, time) in opened.beside.items()
     ]
     return command
-
-
-def count_space(opened: Opened, staging: Staging) -> tuple[int, Path | None]:
-    """Bytes still to be copied, and a file to try sharing with."""
-    layouts = opened.plan.layouts
-    sizes = {name: file.header.file_size for name, file in opened.template.files.items()}
-    sizes |= {name: header.file_size for name, (_, header) in layouts.items()}
-    sizes |= {file.name: file.size for file in opened.side_files}
-    shared = None if layouts else next(iter(opened.template.files.values())).file.path
-    return sum(size for name, size in sizes.items() if name not in staging.copied), shared
-
-
-def copy_files(opened: Opened, staging: Staging, progress: Progress) -> None:
-    """Fill the staging folder with FT's files (BASE's where FT is an adapter).
-
-    They are cloned as they are, or laid out anew where a dtype changes.
-    """
-    layouts = opened.plan.layouts
-    source = opened.template
-    total = sum(file.header.file_size for file in source.files.values())
-    advance = count_up(progress, "copy")
-    progress.start("copy", total + sum(file.size for file in opened.side_files))
-    for name, weights in source.files.items():
-        if source.dequantized and not weights.header.tensors:
-            continue  # a shard of scales alone, which no index would name
-        if name in layouts:
-            raw, header = layouts[name]
-            staging.lay_out(name, weights.file, weights.header, raw, header, advance)
-        elif weights.file.path is None:
-            staging.write_file(name, weights.file, advance)
-        else:
-            staging.copy_file(name, weights.file.path, advance)
-    for file in opened.side_files:
-        if file.name == "config.json" and source.dequantized:
-            config = {key: value for key, value in (source.config or {}).items() if key != "quantization_config"}
-            staging.put_file(file.name, (json.dumps(config, indent=2) + "\n").encode())
-        else:
-            staging.copy_file(file.name, file.path, advance)
-    if source.index is not None and source.folder is not None:
-        index = source.folder / source.index
-        if layouts or source.dequantized:
-            headers = {name: weights.header for name, weights in source.files.items()}
-            headers |= {name: header for name, (_, header) in layouts.items()}
-            size = sum(header.file_size - header.data_start for header in headers.values())
-            staging.put_file(source.index, update_index(index.read_bytes(), size, source.dequantized))
-        else:
-            staging.copy_file(source.index, index, advance)
-    progress.finish("copy")
-
-
-def count_up(progress: Progress, task: str) -> Callable[[int], None]:
-    """What tells `progress` of so many more bytes of a task."""
-    return lambda amount: progress.advance(task, amount, amount)

@@ -1,4 +1,4 @@
-"""One unit: the bytes of FT and BASE in, the bytes of the output and a record for each matrix out."""
+"""Edit of one unit: from bytes of FT and BASE to bytes of the output and a record for each matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import RankRule
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.units import Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
@@ -26,13 +26,13 @@ MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "solver", "warnings")
 )
 
-# Where the decomposition of a matrix is kept, for those who edit it many times.
+# Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
 FindCache = Callable[[Unit, Part], DecompositionCache]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a unit came to. `data` is None where FT's bytes stay."""
+    """Result for one unit: its bytes in the output (None where FT's bytes stay) and the records of its matrices."""
 
     unit: Unit
     data: bytearray | None

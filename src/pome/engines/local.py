@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -30,7 +30,7 @@ def map_units(
     devices: Sequence[str],
     read: Callable[[Unit], Data],
     work: Callable[[Unit, Data, str], Result],
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `work(unit, read(unit), device)` for every unit, reading one unit ahead on each device.
 
     The first error of any worker is raised here after the others have finished the unit that they are at. Closing the

@@ -1,4 +1,4 @@
-"""One unit looked at: the bytes of FT and BASE in, a record for each of its matrices out."""
+"""Measurement of one unit for `pome inspect`: from bytes of FT and BASE to a record for each of its matrices."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pome.kernel.scale import Cut, find_gain
 from pome.kernel.values import measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.roles.layout import Part
 
 SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The two sides of one matrix, as stored: W of the base in working precision, the delta (D,) or its factors (F, G).
+    """One matrix of both sides, as stored: W of the base in working precision, the delta (D,) or its factors (F, G).
 
     `noise` is the grid that FT was rounded to (None where nothing was rounded), `stored` that which the edited weight
     will be rounded to, and `on_grid` says that the base's weights lie on it.
@@ -46,7 +46,7 @@ class Seen:
 
 
 def measure_unit(unit: Unit, data: Data, spec: EditSpec, device: str) -> list[Matrix | KeptRecord]:
-    """What every selected matrix of a unit is like. Raises NumericalError for NaN or infinity on either side."""
+    """A record for every selected matrix of a unit. Raises NumericalError for NaN or infinity on either side."""
     mine, base_bytes = data
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     if isinstance(mine, dict):

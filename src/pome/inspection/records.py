@@ -1,4 +1,4 @@
-"""What an inspection finds: a record for every matrix of a pair. No torch."""
+"""Records of an inspection: a `Matrix` for every matrix of a pair, and the `Survey` of all. No torch."""
 
 from __future__ import annotations
 

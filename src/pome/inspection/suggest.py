@@ -1,6 +1,6 @@
-"""What the measured spectra advise: warnings in words, each with the option that answers it, and one command.
+"""Suggested command and warnings from measured spectra, each warning with the option that answers it.
 
-Rules of thumb, each from numbers that anybody can check in the survey. They have seen the weights and no task.
+These are rules of thumb over numbers in the survey. They know the weights and no task.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The looking behind `pome inspect`: a pair opened, its matrices measured one after the other, nothing written."""
+"""Survey of a pair for `pome inspect`: spectra, norms and noise of every selected matrix. Nothing is written."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pome.choices import ROLES
 from pome.config.spec import EditSpec
-from pome.editing.session import Progress, Source, open_pair
+from pome.editing.session import Source, open_pair
 from pome.engines.local import map_units
 from pome.inspection.records import Matrix, Survey
 from pome.manifest import KeptRecord
+from pome.output.progress import Progress
 from pome.planning.units import Unit
-from pome.roles.roles import ROLES
 
 if TYPE_CHECKING:
     from pome.editing.lora_merge import Data
@@ -19,8 +20,20 @@ EVERYTHING = EditSpec(layers=ROLES)
 
 
 def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Progress | None = None) -> Survey:
-    """Look at the selected matrices of a pair, one at a time in memory; of `spec` the layers, the exclusions, the
-    device and the options that choose k count. Raises PomeError."""
+    """Spectra, norms and noise floors of the selected matrices of a pair, a record for each.
+
+    Memory holds one matrix at a time, besides the singular values of all.
+
+    Args:
+        base, ft: as in `edit`.
+        spec: its layers, exclusions, device, and options that choose k count; the rest is ignored. By default every
+            matrix whose role is known is measured.
+        progress: is told what happens; its task is `survey`.
+
+    Raises:
+        CheckpointError, PairingError, SelectionError: as `edit` does.
+        NumericalError: NaN or infinity in a selected matrix of either side.
+    """
     from pome.editing.lora_merge import read_unit
     from pome.editing.unit import list_devices
     from pome.inspection.measure import measure_unit

@@ -35,7 +35,7 @@ def make_card(manifest: Manifest, ft_card: str | None) -> str:
     from huggingface_hub import ModelCard
 
     metadata, body = _read_card(ft_card or "")
-    on_hub = manifest.fine_tuned.revision is not None
+    on_hub = manifest.fine_tuned.on_hub
     sections = [
         _introduce(manifest),
         _describe_edits(manifest),
@@ -102,7 +102,7 @@ def _drop_local(value: Any) -> Any:
 
 
 def _hub_id(side: SideRecord) -> str | None:
-    return side.source.partition("@")[0] if side.revision is not None else None
+    return side.source.partition("@")[0] if side.on_hub else None
 
 
 def _is_adapter(manifest: Manifest) -> bool:

@@ -1,9 +1,8 @@
-"""Copy bytes of files in the cheapest way the file system has: share them, copy in the kernel, or read and write."""
+"""Copies of files in the cheapest way that the file system has: shared, in the kernel, or by read and write."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -83,24 +82,3 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None
         written = os.pwrite(fd, view[: 1 << 30], offset)
         view = view[written:]
         offset += written
-
-
-def hash_file(path: Path, advance: Advance, wait: Advance | None = None) -> tuple[int, str]:
-    """(bytes, SHA-256 in hex) of a file, read in pieces; `wait` comes back when all below a position may be read."""
-    digest = hashlib.sha256()
-    size = 0
-    buffer = memoryview(bytearray(_CHUNK))
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        while True:
-            if wait is not None:
-                wait(size + _CHUNK)
-            got = os.preadv(fd, [buffer], size)
-            if not got:
-                break
-            digest.update(buffer[:got])
-            size += got
-            advance(got)
-    finally:
-        os.close(fd)
-    return size, digest.hexdigest()

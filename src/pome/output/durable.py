@@ -1,4 +1,4 @@
-"""Writing with care: errors that say what to do, whole writes, syncs. Nothing here knows what is written."""
+"""Durable writes: syncs of files and folders, and OSErrors turned into messages that name the next step."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One run at a time on one staging folder.
+"""Lock of a staging folder: one run at a time.
 
-The kernel's lock (flock) settles it wherever locks work, and dies with its holder. Some network file systems grant
-everybody everything; there the lock file itself tells: it names its holder, whose process is looked up on this
-machine, and on another machine is known to live by the heartbeat that moves the file's time.
+flock is used, which the kernel releases when its holder dies. Some network file systems grant a lock to everybody.
+Therefore the lock file also names its holder: on this machine its process is looked up, and on another machine it is
+known to live by its heartbeat, which moves the file's time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage an output beside its final place, patch it, keep a journal, publish it with one rename.
+"""Staging folder of an output: copied and patched beside its final place, journalled, published with one rename.
 
 The staging folder `OUT.pome-staging` holds
     lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
@@ -296,7 +296,7 @@ class Staging:
 
 
 def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a journal line is one that this room or the run writes."""
+    """Whether a journal line is one that this class or the run writes."""
     if not isinstance(entry, dict):
         return False
     if "copied" in entry:

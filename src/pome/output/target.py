@@ -1,4 +1,4 @@
-"""OUT before and after a run: whether it may be made, and whether it is there already. Writes nothing into it."""
+"""Checks of OUT: whether an output may be made there, and whether a run that was stopped had published it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.errors import OutputError, printable
-from pome.output.clone import hash_file
 from pome.output.durable import as_output_error, clear_staging, read_object
 from pome.output.lock import LOCK_NAME, take_lock
 
@@ -78,7 +78,7 @@ def is_published(target: Path) -> bool:
     """Whether a run was stopped after OUT was in its place and before its staging folder was gone."""
     mark = read_object(staging_folder(target) / "publishing")
     try:
-        return mark is not None and mark.get("manifest") == hash_file(target / MANIFEST_NAME, lambda _: None)[1]
+        return mark is not None and mark.get("manifest") == hash_file(target / MANIFEST_NAME)[1]
     except OSError:
         return False
 

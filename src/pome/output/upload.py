@@ -1,4 +1,4 @@
-"""An output to the Hub. It is complete on disk by then, so that a failure here loses nothing."""
+"""Upload of a complete output to the Hub."""
 
 from __future__ import annotations
 

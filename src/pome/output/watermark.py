@@ -1,4 +1,4 @@
-"""How far the files of an output are final while their ranges are still being written, in any order."""
+"""High-water mark of files whose ranges are written in any order: all bytes below it are final."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pome.checkpoint.header import DTYPE_BITS
-from pome.checkpoint.lora import Change
+from pome.checkpoint.lora import AdapterChange
 from pome.checkpoint.lora_match import read_adapter
 from pome.checkpoint.quantization import declared_method, find_quantized
 from pome.checkpoint.source import Checkpoint
@@ -14,9 +14,9 @@ from pome.config.spec import EditSpec
 from pome.errors import PairingError, SelectionError, printable
 from pome.manifest import KeptRecord
 from pome.planning.obstacles import find_obstacle
-from pome.planning.selection import EDITABLE, describe_tensors, explain_empty, select
+from pome.planning.selection import EDITABLE, explain_empty, find_tensor_layouts, select
 from pome.planning.units import STORED_NAMES, Plan, lay_out, split_units
-from pome.roles.roles import Layout
+from pome.roles.layout import Layout
 
 
 def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
@@ -37,7 +37,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
                 "unquantized model as BASE"
             )
     pairs = {name: name for name in base.tensors}
-    described = describe_tensors(base)
+    described = find_tensor_layouts(base)
     chosen = list(select(base, spec))
     if not chosen:
         raise SelectionError(explain_empty(base, spec))
@@ -61,7 +61,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
             f"{said}); choose of these with --layers"
         )
     if spec.out_format == "adapter":
-        return _plan_edited_adapter(base, ft, spec, changes, edits, kept, len(chosen))
+        return _plan_edited_adapter(base, ft, spec, changes, edits, kept)
     out_dtypes = {} if spec.dtype == "keep" else dict.fromkeys(edits, STORED_NAMES[spec.dtype])
     layouts = lay_out(base, out_dtypes)
     units = []
@@ -74,10 +74,10 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
         if name not in edits or set(layout.parts) != set(whole.parts):
             merged.append(name)
     units.sort(key=lambda unit: (unit.file, unit.start))
-    return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(base.tensors), layouts, tuple(sorted(merged)))
+    return Plan(tuple(units), tuple(kept), len(base.tensors), layouts, tuple(sorted(merged)))
 
 
-def _find_obstacle_in_adapter(change: Change, ft: Checkpoint) -> str | None:
+def _find_obstacle_in_adapter(change: AdapterChange, ft: Checkpoint) -> str | None:
     """Why a selected change cannot be edited inside the adapter, or None; an error where the user must decide."""
     if change.low is None or change.whole is not None:
         return "the adapter holds it whole, and it is copied so"
@@ -93,10 +93,9 @@ def _plan_edited_adapter(
     base: Checkpoint,
     ft: Checkpoint,
     spec: EditSpec,
-    changes: dict[str, Change],
+    changes: dict[str, AdapterChange],
     edits: dict[str, Layout],
     kept: list[KeptRecord],
-    matched: int,
 ) -> Plan:
     """The plan for an adapter as the output: units of the LoRAs with a selected matrix, in the adapter's own order."""
     edited = {change.low.a for name in edits if (change := changes[name]).low is not None}
@@ -116,4 +115,4 @@ def _plan_edited_adapter(
             )
     order = {name: at for at, name in enumerate(sorted(edited, key=lambda name: ft.tensors[name][1].start))}
     units.sort(key=lambda unit: order[unit.change.low.a] if unit.change and unit.change.low else 0)
-    return Plan(tuple(units), tuple(kept), {name: name for name in base.tensors}, matched, len(base.tensors), {})
+    return Plan(tuple(units), tuple(kept), len(base.tensors), {})

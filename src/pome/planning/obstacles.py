@@ -8,7 +8,8 @@ from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, printable
 from pome.planning.selection import EDITABLE
-from pome.roles.roles import Layout, describe
+from pome.roles.layout import Layout
+from pome.roles.roles import find_layout
 
 
 def find_obstacle(
@@ -48,8 +49,8 @@ def find_obstacle(
             f"{printable(base.source)} the model it was trained from? leave it out with --exclude to edit the others"
         )
     if base.config is not None and ft.config is not None:
-        cuts = [describe(name, entry.shape, ft.config), describe(pairs[name], base_entry.shape, base.config)]
-        if cuts[0] != cuts[1]:
+        other = find_layout(pairs[name], base_entry.shape, base.config)
+        if find_layout(name, entry.shape, ft.config) != other:
             models = [printable(str((side.config or {}).get("model_type"))) for side in (ft, base)]
             raise PairingError(
                 f"{where}: FT ({models[0]}) and BASE ({models[1]}) store it differently (orientation, heads, halves), "

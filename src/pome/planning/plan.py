@@ -14,8 +14,8 @@ from pome.planning.lora_plan import plan_adapter
 from pome.planning.obstacles import find_obstacle, refuse_doubtful_squares
 from pome.planning.selection import explain_empty, refuse_quantized, select
 from pome.planning.units import STORED_NAMES, Plan, lay_out, split_units
+from pome.roles.layout import Layout
 from pome.roles.pairing import pair_names
-from pome.roles.roles import Layout
 
 
 def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
@@ -37,8 +37,8 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     pairs = pair_names(base_shapes, ft_shapes)
     for side in (ft, base):
         refuse_quantized(side, spec)
-    unlike = {name for name, other in pairs.items() if ft_shapes[name] != base_shapes[other]}
-    chosen = list(select(ft, spec, unlike))
+    reshaped = {name for name, other in pairs.items() if ft_shapes[name] != base_shapes[other]}
+    chosen = list(select(ft, spec, reshaped))
     if not chosen:
         raise SelectionError(explain_empty(ft, spec))
     kept: list[KeptRecord] = []
@@ -64,7 +64,7 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     layouts = lay_out(ft, out_dtypes)
     units = [unit for name, layout in edits for unit in split_units(name, layout, pairs[name], base, ft, layouts)]
     units.sort(key=lambda unit: (unit.file, unit.start))
-    return Plan(tuple(units), tuple(kept), pairs, len(chosen), len(ft.tensors), layouts)
+    return Plan(tuple(units), tuple(kept), len(ft.tensors), layouts)
 
 
 def _share_config(side: Checkpoint, other: Checkpoint) -> Checkpoint:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.quantization import find_quantized
 from pome.checkpoint.source import Checkpoint
+from pome.choices import GROUPS
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, printable
-from pome.roles.roles import GROUPS, Layout, describe, describe_all
+from pome.roles.layout import Layout
+from pome.roles.roles import find_layout, find_layouts
 
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
@@ -35,32 +37,32 @@ class Selection:
         return Layout(parts, layout.transposed, layout.stacked) if parts and len(shape) >= 2 else None
 
 
-def select(ft: Checkpoint, spec: EditSpec, apart: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
+def select(ft: Checkpoint, spec: EditSpec, reshaped: Container[str] = ()) -> Iterator[tuple[str, Layout]]:
     """Tensors that hold a selected matrix, each with the layout that has only its selected parts.
 
-    What is `apart` has a shape of its own, which is to say nothing of its neighbours' roles.
+    The shape of a tensor that was `reshaped` (a resized vocabulary, say) tells nothing of its neighbours' roles.
     """
     selection = Selection(spec)
-    layouts = describe_tensors(ft, apart)
+    layouts = find_tensor_layouts(ft, reshaped)
     for name, (_, entry) in ft.tensors.items():
         layout = selection.match(name, entry.shape, layouts[name])
         if layout is not None:
             yield name, layout
 
 
-def describe_tensors(side: Checkpoint, apart: Container[str] = ()) -> dict[str, Layout]:
+def find_tensor_layouts(side: Checkpoint, reshaped: Container[str] = ()) -> dict[str, Layout]:
     """The layout of every tensor; one stored as something else than floats shows no shape of a matrix."""
     shapes = {name: entry.shape for name, (_, entry) in side.tensors.items()}
-    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in apart}
-    alone = {n: describe(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
-    return describe_all(plain, side.config) | alone
+    plain = {n: shape for n, shape in shapes.items() if side.tensors[n][1].dtype in EDITABLE and n not in reshaped}
+    alone = {n: find_layout(n, shape, side.config) for n, shape in shapes.items() if n not in plain}
+    return find_layouts(plain, side.config) | alone
 
 
 def refuse_quantized(side: Checkpoint, spec: EditSpec) -> None:
     """Raise PairingError if a selected weight of a checkpoint is stored quantized, naming format and way out."""
     selection = Selection(spec)
     for found in find_quantized(side.tensors, side.config):
-        layout = describe(found.weight, found.shape, side.config)
+        layout = find_layout(found.weight, found.shape, side.config)
         if selection.match(found.weight, found.shape, layout) is not None:
             raise PairingError(
                 f"{side.where(found.stored)}: quantized as {found.format}, which cannot be edited; {found.next_step}, "
@@ -86,7 +88,7 @@ def group_candidates(ft: Checkpoint) -> list[Group]:
             pattern = re.sub(r"(?<![A-Za-z])\d+(?=\\\.|$)", r"\\d+", re.escape(name))
             members.setdefault(pattern, []).append(entry)
     groups = []
-    layouts = describe_tensors(ft)
+    layouts = find_tensor_layouts(ft)
     for pattern, entries in members.items():
         roles = dict.fromkeys(part.role for part in layouts[entries[0].name].parts)
         groups.append(Group(pattern, entries[0], len(entries), "+".join(roles)))

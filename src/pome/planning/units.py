@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
-from pome.checkpoint.lora import Change
+from pome.checkpoint.lora import AdapterChange
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
-from pome.roles.roles import Layout, Part, matrix_shape
+from pome.roles.layout import Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
@@ -41,7 +41,7 @@ class Unit:
     out_dtype: str
     out_start: int
     out_nbytes: int
-    change: Change | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
 
     @property
     def key(self) -> str:
@@ -59,8 +59,6 @@ class Plan:
 
     units: tuple[Unit, ...]
     kept: tuple[KeptRecord, ...]
-    pairs: dict[str, str]
-    matched: int
     tensor_count: int
     layouts: dict[str, tuple[bytes, Header]]
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited

@@ -1,4 +1,4 @@
-"""The report as static plots: PNG for slides, SVG for print. The only room that knows matplotlib."""
+"""Plots of a report, PNG for slides and SVG for print. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pome.errors import OutputError, printable
-from pome.reports.sheet import HeatMap, Row, Sheet, shade
+from pome.reports.sheet import Row, Sheet
+from pome.reports.sweep_data import HeatMap, rank_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def _draw_heat(heat: HeatMap, minimize: bool) -> Figure:
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if math.isfinite(value):
-                ink = "w" if shade(value, shown, minimize) > 0.6 else "k"
+                ink = "w" if rank_score(value, shown, minimize) > 0.6 else "k"
                 axes.text(x, y, f"{value:.4g}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, label=f"score ({'lower' if minimize else 'higher'} is better)")
     return figure

@@ -1,4 +1,4 @@
-"""One sheet of rows, from a survey or from a manifest: what tables, plots and the page are drawn from. No torch."""
+"""Rows of a report, one for each matrix, made from a survey or from a manifest. No torch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.choices import ROLES
 from pome.errors import VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
 from pome.manifest import Manifest, TensorRecord
-from pome.roles.roles import ROLES
+from pome.reports.quantities import EDITED, SURVEYED, Quantity
 
 POINTS, FEW_POINTS, MANY = 96, 24, 4000  # points kept of a spectrum; with more matrices than MANY, the few
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """One number that every matrix has: its key in CSV, what it is called, and what it tells."""
-
-    key: str
-    label: str
-    help: str
-    log: bool = False  # shown on a logarithmic scale
-
-
-@dataclass(frozen=True)
 class Row:
-    """One matrix. `points` are (index from 1, singular value); `cuts` k by rule; `after` (k, alpha) of an edit."""
+    """One matrix.
+
+    points: (index from 1, singular value of the delta), by index. floor: largest singular value of storage rounding.
+    k: what each rank rule would keep, by the rule's name. after: (k, alpha) of an edit.
+    """
 
     name: str
     part: str | None
@@ -39,7 +34,7 @@ class Row:
     values: dict[str, float | None]
     points: list[tuple[int, float]]
     floor: float
-    cuts: dict[str, int]
+    k: dict[str, int]
     after: tuple[int, float] | None = None
 
     @property
@@ -49,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A survey or an edit, ready to be drawn: every row has a value for every quantity, or None."""
+    """What a survey found or an edit did, ready to be shown: every row has a value for every quantity, or None."""
 
     kind: str  # "survey" or "edit"
     base: str
@@ -69,51 +64,6 @@ class Sheet:
     def roles(self) -> list[str]:
         present = {row.role for row in self.rows}
         return [role for role in ROLES if role in present]
-
-
-SURVEYED = (
-    Quantity("relative_norm", "‖Δ‖ / ‖W‖", "How far training moved the matrix, beside its own size.", log=True),
-    Quantity("stable_rank", "stable rank", "‖Δ‖² / s₁²: 1 when one direction is all.", log=True),
-    Quantity("effective_share", "effective rank / size", "exp(entropy of the spectrum): 1 is flat, noise-like."),
-    Quantity("energy_25", "energy at K = 0.25", "Share of ‖Δ‖² in the leading quarter of the directions."),
-    Quantity("energy_50", "energy at K = 0.5", "Share of ‖Δ‖² in the leading half of the directions."),
-    Quantity("energy_75", "energy at K = 0.75", "Share of ‖Δ‖² in the leading three quarters of the directions."),
-    Quantity("rank", "rank", "Singular values that are not zero to the precision of the method.", log=True),
-    Quantity("above_noise", "directions above noise", "Directions that storage rounding does not explain.", log=True),
-    Quantity("noise_share", "noise share", "Energy that storage rounding alone would have, beside ‖Δ‖².", log=True),
-    Quantity("changed", "entries changed", "Share of the entries that differ between the two checkpoints."),
-    Quantity("k_ratio", "k: ratio", "What --rank-rule ratio would keep.", log=True),
-    Quantity("k_energy", "k: energy", "What --rank-rule energy would keep.", log=True),
-    Quantity("k_noise-floor", "k: noise-floor", "What --rank-rule noise-floor would keep.", log=True),
-    Quantity("k_gavish-donoho", "k: gavish-donoho", "What --rank-rule gavish-donoho would keep.", log=True),
-    Quantity("k_effective", "k: effective", "What --rank-rule effective would keep.", log=True),
-    Quantity("alpha_frobenius", "α: frobenius", "alpha_0 of --scale frobenius, at the k of ratio.", log=True),
-    Quantity("alpha_mean", "α: mean", "alpha_0 of --scale mean, at the k of ratio.", log=True),
-    Quantity("alpha_spectral", "α: spectral", "alpha_0 of --scale spectral, at the k of ratio.", log=True),
-    Quantity("alpha_rms", "α: rms", "alpha_0 of --scale rms.", log=True),
-    Quantity("alpha_unit", "α: unit", "alpha_0 of --scale unit.", log=True),
-    Quantity("edit_mean", "norm ratio: mean", "‖edit‖ / ‖Δ‖ of --scale mean with --beta 1.", log=True),
-    Quantity("edit_spectral", "norm ratio: spectral", "‖edit‖ / ‖Δ‖ of --scale spectral with --beta 1.", log=True),
-    Quantity("edit_rms", "norm ratio: rms", "‖edit‖ / ‖Δ‖ of --scale rms with --beta 1.", log=True),
-    Quantity("edit_unit", "norm ratio: unit", "‖edit‖ / ‖Δ‖ of --scale unit with --beta 1.", log=True),
-    Quantity("rounding", "lost to rounding", "ESTIMATE: share of the edit that FT's dtype would destroy.", log=True),
-    Quantity("align_left", "alignment, outputs", "Share of ‖Δ‖² in the base's leading output directions."),
-    Quantity("align_right", "alignment, inputs", "Share of ‖Δ‖² in the base's leading input directions."),
-    Quantity("drift", "spectral drift", "Relative change of the base's leading singular values.", log=True),
-)
-
-EDITED = (
-    Quantity("delta_norm", "‖Δ‖", "Norm of what training changed.", log=True),
-    Quantity("rank", "rank", "Singular values that are not zero to the precision of the method.", log=True),
-    Quantity("k", "k kept", "Directions that the edit kept.", log=True),
-    Quantity("energy_kept", "energy kept", "Share of ‖Δ‖² in the directions kept."),
-    Quantity("alpha", "α", "What every kept singular value became.", log=True),
-    Quantity("edit_ratio", "‖edit‖ / ‖Δ‖", "Norm of the edit beside that of what training changed.", log=True),
-    Quantity("rounding", "lost to rounding", "Share of the edit that the output dtype destroyed, measured.", log=True),
-    Quantity("cut_gap", "gap at the cut", "(s_k - s_k+1) / s_k: how clearly the data say where to cut.", log=True),
-    Quantity("sigma_max", "s₁ before", "Largest singular value of the delta.", log=True),
-    Quantity("noise_floor", "noise floor", "Largest singular value that storage rounding leaves in a delta.", log=True),
-)
 
 
 def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestion) -> Sheet:
@@ -174,8 +124,8 @@ def _make_edited_row(record: TensorRecord) -> Row:
         points[record.k + 1] = record.sigma_next
     place, after = find_place(record.name), (record.k, record.alpha)
     name, part, floor = record.name, record.part, record.noise_floor
-    cuts, shape = {"kept": record.k}, record.shape
-    return Row(name, part, record.role, place, shape, values, list(points.items()), floor, cuts, after)
+    k, shape = {"kept": record.k}, record.shape
+    return Row(name, part, record.role, place, shape, values, list(points.items()), floor, k, after)
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -211,22 +161,3 @@ def _summarise(rows: Sequence[Row], keys: Sequence[str]) -> tuple[int, dict[str,
         known = [value for row in rows if (value := row.values.get(key)) is not None]
         medians[key] = statistics.median(known) if known else math.nan
     return len(rows), medians
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """Scores of the candidates that share layers and scale: a row for each way to choose k, a column for each beta."""
-
-    title: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[float | None, ...], ...]
-
-
-def shade(value: float, values: Sequence[float], minimize: bool) -> float:
-    """Where a score stands among all, from 0, the worst, to 1, the best."""
-    low, high = min(values), max(values)
-    if low == high:
-        return 0.5
-    place = (value - low) / (high - low)
-    return 1.0 - place if minimize else place

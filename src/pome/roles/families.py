@@ -1,184 +1,153 @@
-"""What `config.json` says of one tensor: which part of it applies, its sizes, and what its model type implies.
+"""What is known of single architectures: one row for each that stores its matrices in a way no general rule tells.
 
-The facts about single architectures live here and nowhere else.
+A row's key is `model_type` in `config.json`. No other module names an architecture.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pome.roles.layout import Part, cut_runs
+from pome.roles.layout import Part, split_runs
+from pome.roles.model_config import Config, head_size_of, hidden_size_of, model_type_of, query_heads_of, size_of
+from pome.roles.names import words
 
-Config = Mapping[str, Any]
 
-# Linear maps written as GPT-2's Conv1D: stored (in, out).
-CONV1D = frozenset({"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
+@dataclass(frozen=True, slots=True)
+class FusedQkv:
+    """How a fused projection holds q, k and v: `groups` times the heads of each, in this order, after each other."""
 
-# Stacked experts stored (E, in, out).
-EXPERTS_IN_OUT = frozenset({"llama4_text", "gpt_oss", "openai_privacy_filter", "aria_text"})
-# Stacked experts stored (E, out, in). Only a tensor with equal sides asks: for any other the hidden size decides,
-# as it must for qwen3_vl_moe, whose checkpoints exist both ways.
-EXPERTS_OUT_IN = frozenset(
-    " ".join(
-        (
-            "afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1",
-            "ernie4_5_moe exaone_moe flex_olmo gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm_moe_dsa",
-            "granitemoe granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 jamba kimi_linear laguna lfm2_moe",
-            "mimo_v2_flash minimax minimax_m2 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe",
-            "qwen3_next qwen3_omni_moe_text solar_open",
-        )
-    ).split()
+    groups: int
+    heads: dict[str, int]  # role -> heads in one group
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What is known of one architecture. A field left at its default says that the general rules hold."""
+
+    conv1d: bool = False  # its linear maps are GPT-2's Conv1D, stored (in, out)
+    # Stacked experts: how each is stored where its two sides are equal (for any other the hidden size decides), how
+    # gate and up lie in experts stored (in, out), and whether the implementation marks them as (in, out).
+    experts: Literal["out_in", "in_out"] | None = None
+    in_out_halves: Literal["side by side", "interleaved"] | None = None
+    marked_in_out: bool = False
+    expert_names: Mapping[str, str] = field(default_factory=dict)  # leaves of stacked experts: "gate_up" or "down"
+    # All experts of a layer below each other in one matrix: leaf -> role.
+    experts_below_each_other: Mapping[str, str] = field(default_factory=dict)
+    ffn_names: Mapping[str, str] = field(default_factory=dict)  # leaves in an FFN that mean something else elsewhere
+    # One matrix that holds gate and up, in this order, under the name of an up projection (such as `fc1`): where it
+    # has twice the rows of the FFN's width, or always where the config's width counts both halves.
+    fused_up: tuple[str, str] | None = None
+    width_counts_both: bool = False
+    fused_names: Mapping[str, str] = field(default_factory=dict)  # leaves of its own: "gate_up" or "down"
+    qkv: Callable[[Config, int], FusedQkv] | None = None  # of the config and the number of query heads
+
+
+def _per_head(config: Config, heads: int) -> FusedQkv:
+    """q, k, v of one head after each other, head by head."""
+    return FusedQkv(heads, {"q": 1, "k": 1, "v": 1})
+
+
+def _in_a_row(config: Config, heads: int) -> FusedQkv:
+    """All of q, then all of k, then all of v; fewer key and value heads than query heads are allowed."""
+    attention = config.get("attn_config")
+    inner = size_of(attention, "kv_n_heads") if isinstance(attention, Mapping) else None
+    few = inner or size_of(config, "num_key_value_heads") or heads
+    return FusedQkv(1, {"q": heads, "k": few, "v": few})
+
+
+def _multi_query_or_per_head(config: Config, heads: int) -> FusedQkv:
+    """One key and value head for all queries, unless the config says otherwise."""
+    return FusedQkv(1, {"q": heads, "k": 1, "v": 1}) if config.get("multi_query", True) else _per_head(config, heads)
+
+
+def _falcon(config: Config, heads: int, new: bool = False) -> FusedQkv:
+    """Groups of query heads with their key and value head (the newer decoder), or one of the older two ways."""
+    if not config.get("new_decoder_architecture", new):
+        return _multi_query_or_per_head(config, heads)
+    groups = size_of(config, "num_kv_heads", "n_head_kv") or heads
+    return FusedQkv(groups, {"q": heads // groups, "k": 1, "v": 1})
+
+
+def _four_cores(config: Config, heads: int) -> FusedQkv:
+    """Four groups, a trace of the four accelerator cores it was trained on; values come before keys."""
+    return FusedQkv(4, {"q": heads // 4, "v": heads // 4, "k": heads // 4})
+
+
+_FUSED_WI = Family(fused_names={"Wi": "gate_up", "Wo": "down"}, qkv=_in_a_row)
+_MOONSHINE = Family(fused_up=("up", "gate"))
+_QWEN3_VL_MOE = Family(in_out_halves="side by side")  # its checkpoints exist both ways
+
+# Experts stored (E, out, in), and nothing else to tell.
+_PLAIN_EXPERTS = words(
+    "afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
+    "ernie4_5_moe exaone_moe flex_olmo gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm_moe_dsa granitemoe "
+    "granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 jamba kimi_linear laguna lfm2_moe mimo_v2_flash "
+    "minimax_m2 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_text "
+    "solar_open"
 )
-# Of those stored (E, in, out), the ones of which it is known how gate and up lie: side by side, if not interleaved.
-EXPERTS_IN_OUT_HALVES = EXPERTS_IN_OUT | {"qwen3_vl_moe", "qwen3_vl_moe_text"}
-# Gate and up alternate column by column instead of lying side by side.
-EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
 
-# One fused matrix under a name that elsewhere is the up projection: `fc1` (only where it has twice the rows of
-# the FFN's width, but for moshi, whose config counts both halves) and the order of its halves.
-FUSED_FC1 = {
-    "moshi": ("gate", "up"),
-    "moonshine": ("up", "gate"),
-    "moonshine_streaming": ("up", "gate"),
-}
-FUSED_FC1_COUNTS_BOTH = frozenset({"moshi"})
-# Names inside an FFN that mean something else everywhere else.
-OWN_FFN_NAMES = {"rwkv": {"key": "up", "value": "down"}, "ctrl": {"0": "up", "2": "down"}}
-DBRX_EXPERTS = {"w1": "gate", "v1": "up", "w2": "down"}
-# `Wi` holds gate and up.
-FUSED_WI = frozenset({"modernbert", "modernbert-decoder"})
-# Stacked experts with `fc1` for gate and up, and `fc2` for down.
-EXPERTS_FC = frozenset({"aria_text"})
-
-# q, k, v of one head after each other, head by head.
-QKV_PER_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "fuyu", "minimax"})
-# All of q, then all of k, then all of v; fewer key and value heads than query heads are allowed.
-QKV_IN_A_ROW = frozenset({"phi3", "phi4_multimodal", "mpt", "dbrx", "modernbert", "modernbert-decoder"})
-
-_TOWERS = (
-    (re.compile(r"talker"), ("talker_config",)),
-    (re.compile(r"vision|visual|image|(^|_)vit(_|$)|pixel"), ("vision_config", "vit_config")),
-    (
-        re.compile(r"audio|speech|sound|wav2vec|whisper"),
-        ("audio_config", "speech_config", "sound_config", "audio_encoder_config"),
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(_PLAIN_EXPERTS, Family(experts="out_in")),
+    "aria_text": Family(
+        experts="in_out",
+        in_out_halves="side by side",
+        marked_in_out=True,
+        expert_names={"fc1": "gate_up", "fc2": "down"},
     ),
-    (re.compile(r"qformer"), ("qformer_config",)),
-)
-_TEXT = ("thinker_config", "text_config", "llm_config", "language_config", "llm", "decoder_config")
+    "bloom": Family(qkv=_per_head),
+    "clvp_decoder": Family(conv1d=True),
+    "codegen": Family(qkv=_four_cores),
+    "ctrl": Family(ffn_names={"0": "up", "2": "down"}),
+    "dbrx": Family(experts_below_each_other={"w1": "gate", "v1": "up", "w2": "down"}, qkv=_in_a_row),
+    "decision_transformer": Family(conv1d=True),
+    "falcon": Family(qkv=_falcon),
+    "fuyu": Family(qkv=_per_head),
+    "gpt-sw3": Family(conv1d=True),
+    "gpt2": Family(conv1d=True),
+    "gpt_bigcode": Family(qkv=_multi_query_or_per_head),
+    "gpt_neox": Family(qkv=_per_head),
+    "gpt_neox_japanese": Family(qkv=_per_head),
+    "gpt_oss": Family(experts="in_out", in_out_halves="interleaved", marked_in_out=True),
+    "imagegpt": Family(conv1d=True),
+    "llama4_text": Family(experts="in_out", in_out_halves="side by side"),
+    "minimax": Family(experts="out_in", qkv=_per_head),
+    "modernbert": _FUSED_WI,
+    "modernbert-decoder": _FUSED_WI,
+    "moonshine": _MOONSHINE,
+    "moonshine_streaming": _MOONSHINE,
+    "moshi": Family(fused_up=("gate", "up"), width_counts_both=True),
+    "mpt": Family(qkv=_in_a_row),
+    "openai-gpt": Family(conv1d=True),
+    "openai_privacy_filter": Family(experts="in_out", in_out_halves="side by side", marked_in_out=True),
+    "persimmon": Family(qkv=_per_head),
+    "phi3": Family(qkv=_in_a_row),
+    "phi4_multimodal": Family(qkv=_in_a_row),
+    "qwen3_vl_moe": _QWEN3_VL_MOE,
+    "qwen3_vl_moe_text": _QWEN3_VL_MOE,
+    "RefinedWeb": Family(qkv=lambda config, heads: _falcon(config, heads, new=True)),
+    "RefinedWebModel": Family(qkv=_falcon),
+    "rwkv": Family(ffn_names={"key": "up", "value": "down"}),
+}
+_UNKNOWN = Family()
 
 
-def config_of(name: str, config: Config | None) -> Config | None:
-    """The part of a (possibly multimodal) config about the tower in which `name` lies; None: not known."""
-    tokens = name.split(".")
-    while config is not None:
-        for pattern, keys in _TOWERS:
-            if any(pattern.search(token) for token in tokens):
-                found = next((config[key] for key in keys if isinstance(config.get(key), Mapping)), None)
-                if found is not None:
-                    return config_of_text(found)
-                if any(isinstance(config.get(key), Mapping) for key in _TEXT):
-                    return None  # a tower beside a language model, of which the config says nothing we know
-        sides = [token for token in tokens[:2] if token in ("encoder", "decoder")]
-        side = next((side for side in sides if isinstance(config.get(side), Mapping)), None)
-        if side is None:
-            return config_of_text(config)
-        config, tokens = config[side], tokens[tokens.index(side) + 1 :]
-    return None
-
-
-def config_of_text(config: Config) -> Config:
-    """The language model's own config inside a multimodal one, of the outer model type where it names none."""
-    while True:
-        inner = next((config[key] for key in _TEXT if isinstance(config.get(key), Mapping)), None)
-        if inner is None:
-            return config
-        config = {"model_type": config.get("model_type"), **inner}
-
-
-def model_type_of(config: Config | None) -> str | None:
-    """`model_type` of a config, None where it is absent."""
-    value = None if config is None else config.get("model_type")
-    return value if isinstance(value, str) else None
-
-
-def size_of(config: Config | None, *keys: str) -> int | None:
-    """The first of `keys` that the config gives as a positive integer."""
-    for key in keys if config is not None else ():
-        value = config.get(key) if config is not None else None
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def hidden_size_of(config: Config | None) -> int | None:
-    """Width of the residual stream."""
-    return size_of(config, "hidden_size", "n_embd", "d_model", "dim", "embed_dim")
-
-
-def intermediate_size_of(config: Config | None) -> int | None:
-    """Width inside the dense FFN."""
-    return size_of(config, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "inner_dim")
-
-
-def query_heads_of(config: Config | None) -> int | None:
-    """Number of query heads."""
-    return size_of(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
-
-
-def head_size_of(config: Config | None) -> int | None:
-    """Entries of one query head."""
-    given = size_of(config, "head_dim")
-    hidden, heads = hidden_size_of(config), query_heads_of(config)
-    if given is not None or hidden is None or heads is None:
-        return given
-    return hidden // heads
-
-
-def expert_count_of(config: Config | None) -> int | None:
-    """Number of routed experts of one layer."""
-    ffn = config.get("ffn_config") if config is not None else None
-    inner = size_of(ffn, "moe_num_experts") if isinstance(ffn, Mapping) else None
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-    return inner or size_of(config, *keys)
+def family_of(config: Config | None) -> Family:
+    """The row of a config's `model_type`, or one that knows nothing."""
+    return FAMILIES.get(model_type_of(config) or "", _UNKNOWN)
 
 
 def split_qkv(config: Config | None, fused: int, axis: int) -> tuple[Part, ...]:
     """q, k and v of a fused projection with `fused` outputs along the stored `axis`; empty: not known."""
-    model_type, heads, size = model_type_of(config), query_heads_of(config), head_size_of(config)
-    if config is None or model_type is None or heads is None or size is None:
+    rule, heads, size = family_of(config).qkv, query_heads_of(config), head_size_of(config)
+    if config is None or rule is None or heads is None or size is None:
         return ()
-    groups, q_heads, kv_heads, order = 1, heads, heads, ("q", "k", "v")
-    if model_type in QKV_PER_HEAD:
-        groups, q_heads, kv_heads = heads, 1, 1
-    elif model_type in QKV_IN_A_ROW:
-        attention = config.get("attn_config")
-        inner = size_of(attention, "kv_n_heads") if isinstance(attention, Mapping) else None
-        kv_heads = inner or size_of(config, "num_key_value_heads") or heads
-    elif model_type == "gpt_bigcode":
-        if config.get("multi_query", True):
-            kv_heads = 1
-        else:
-            groups, q_heads, kv_heads = heads, 1, 1
-    elif model_type in ("falcon", "RefinedWeb", "RefinedWebModel"):
-        if config.get("new_decoder_architecture", model_type == "RefinedWeb"):
-            groups = size_of(config, "num_kv_heads", "n_head_kv") or heads
-            q_heads, kv_heads = heads // groups, 1
-        elif config.get("multi_query", True):
-            kv_heads = 1
-        else:
-            groups, q_heads, kv_heads = heads, 1, 1
-    elif model_type == "codegen":
-        # Four groups, a trace of the four accelerator cores it was trained on; values come before keys.
-        groups, order = 4, ("q", "v", "k")
-        q_heads = kv_heads = heads // 4
-    else:
+    found = rule(config, heads)
+    entries = {role: count * size for role, count in found.heads.items()}
+    if found.groups * sum(entries.values()) != fused:
         return ()
-    entries = {"q": q_heads * size, "k": kv_heads * size, "v": kv_heads * size}
-    if groups * sum(entries.values()) != fused:
-        return ()
-    return cut_runs(axis, groups, {role: entries[role] for role in order}, "qkv")
+    return split_runs(axis, found.groups, entries, "qkv")
 
 
 def is_stored_in_out(role: str, shape: tuple[int, int], config: Config | None) -> bool:
@@ -187,7 +156,6 @@ def is_stored_in_out(role: str, shape: tuple[int, int], config: Config | None) -
     hidden = hidden_size_of(config)
     if hidden is not None and (rows == hidden) != (columns == hidden):
         return (columns if role in ("down", "o") else rows) == hidden
-    model_type = model_type_of(config)
-    if model_type is not None:
-        return model_type in CONV1D
+    if model_type_of(config) is not None:
+        return family_of(config).conv1d
     return rows > columns if role in ("down", "o") else rows < columns

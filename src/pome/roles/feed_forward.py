@@ -1,28 +1,14 @@
-"""The feed-forward part of the role rules: which tensors of an FFN, dense or of experts, are gate, up and down."""
+"""Feed-forward matrices: which 2-D tensors of an FFN, or of one expert, are gate, up and down. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from pome.roles import families as arch
-from pome.roles.layout import Block, Layout, Part, cut_runs, matrix_shape
-
-Path = tuple[str, ...]
-Shape = tuple[int, int]
-
-OTHER = Layout((Part("other"),))
-
-
-def words(*lines: str) -> frozenset[str]:
-    """Names, written with blanks between them."""
-    return frozenset(" ".join(lines).split())
-
-
-def invert(leaves: dict[str, str]) -> dict[str, str]:
-    """Name -> role from role -> names."""
-    return {leaf: role for role, names in leaves.items() for leaf in names.split()}
-
+from pome.roles.families import family_of, is_stored_in_out
+from pome.roles.layout import OTHER, Block, Layout, Part, matrix_shape, split_runs
+from pome.roles.model_config import Config, expert_count_of, hidden_size_of, intermediate_size_of
+from pome.roles.names import Path, Shape, invert, words
 
 FFN_MODULE = re.compile(
     r"mlps?|ffn[s12]?|ff|\w*feed_?forward\w*|\w*_mlp|mlp_block|block_sparse_moe|\w*moe|mixer|\w*experts?|"
@@ -56,9 +42,7 @@ _W123_MODULE = re.compile(r"\w*experts?|feed_forward|ffn|block_sparse_moe")
 _VISION = re.compile(r"vision|visual|image|(^|_)vit(_|$)")
 
 
-def describe_feed_forward(
-    path: Path, leaves: tuple[str, str], ffn: int, shape: Shape, facts: arch.Config | None
-) -> Layout | None:
+def find_ffn_layout(path: Path, leaves: tuple[str, str], ffn: int, shape: Shape, facts: Config | None) -> Layout | None:
     """The layout of a 2-D tensor at `path` whose last FFN module is token `ffn` of it; None: it is none of an FFN.
 
     `leaves` are its last two names together and its last name alone.
@@ -73,8 +57,8 @@ def describe_feed_forward(
     bare = leaf in _BARE_ANYWHERE and (in_layer or not around) or leaf in _BARE_IN_LAYER and in_layer
     if not (in_ffn or bare or leaf.startswith(("ff.", "feed_forward."))):
         return None
-    model_type = arch.model_type_of(facts) or ""
-    own = arch.OWN_FFN_NAMES.get(model_type, {}).get(leaf)
+    family = family_of(facts)
+    own = family.ffn_names.get(leaf)
     if own is not None:
         return Layout((Part(own),))
     if (
@@ -87,25 +71,26 @@ def describe_feed_forward(
         return _split_halves(order, shape)
     if leaf == "output_linear" and around[-1] == "shared_mlp" or leaf == "weights_out":
         return Layout((Part("down"),))
-    if leaf in ("Wi", "Wo") and model_type in arch.FUSED_WI:
-        return _split_halves(("gate", "up"), shape) if leaf == "Wi" else Layout((Part("down"),))
-    if model_type == "dbrx" and leaf in arch.DBRX_EXPERTS:
-        return _split_dbrx_experts(leaf, shape, arch.expert_count_of(facts))
+    if leaf in family.fused_names:
+        fused = family.fused_names[leaf] == "gate_up"
+        return _split_halves(("gate", "up"), shape) if fused else Layout((Part("down"),))
+    if leaf in family.experts_below_each_other:
+        return _split_experts(family.experts_below_each_other[leaf], shape, expert_count_of(facts))
     if leaf in _W123:
         if not _W123_MODULE.fullmatch(around[-1]) or any(_VISION.search(token) for token in path):
             return OTHER
-        return _describe_w123(leaf, shape, facts)
+        return _find_w123_layout(leaf, shape, facts)
     role = _FFN_ROLE.get(leaf)
     if role is None:
         return None
-    inside = arch.intermediate_size_of(facts)
+    inside = intermediate_size_of(facts)
     twice = inside is not None and shape[0] == 2 * inside
-    if leaf in _MAYBE_FUSED and (twice or model_type in arch.FUSED_FC1_COUNTS_BOTH):
+    if leaf in _MAYBE_FUSED and (twice or family.width_counts_both):
         # Two halves under one name, in an order that only the architecture knows.
-        return _split_halves(arch.FUSED_FC1[model_type], shape) if model_type in arch.FUSED_FC1 else OTHER
-    if leaf in _MAYBE_FUSED and leaf != "c_fc" and _runs_backwards(shape, arch.hidden_size_of(facts)):
+        return _split_halves(family.fused_up, shape) if family.fused_up else OTHER
+    if leaf in _MAYBE_FUSED and leaf != "c_fc" and _runs_backwards(shape, hidden_size_of(facts)):
         return OTHER
-    return Layout((Part(role),), leaf in ("c_fc", "c_proj") and arch.is_stored_in_out(role, shape, facts))
+    return Layout((Part(role),), leaf in ("c_fc", "c_proj") and is_stored_in_out(role, shape, facts))
 
 
 def _runs_backwards(shape: Shape, hidden: int | None) -> bool:
@@ -114,20 +99,20 @@ def _runs_backwards(shape: Shape, hidden: int | None) -> bool:
     return columns != hidden if hidden in shape and rows != columns else rows < columns
 
 
-def _split_dbrx_experts(leaf: str, shape: Shape, experts: int | None) -> Layout:
-    """DBRX keeps all experts of a layer below each other in one matrix."""
+def _split_experts(role: str, shape: Shape, experts: int | None) -> Layout:
+    """All experts of a layer below each other in one matrix."""
     if experts is None or shape[0] % experts:
         return OTHER
-    role, rows = arch.DBRX_EXPERTS[leaf], shape[0] // experts
+    rows = shape[0] // experts
     blocks = [Block(0, 1, shape[0], expert * rows, rows) for expert in range(experts)]
     parts = tuple(Part(role, f"expert={expert}", block) for expert, block in enumerate(blocks))
     return Layout(parts, transposed=role == "down")
 
 
-def _describe_w123(leaf: str, shape: Shape, facts: arch.Config | None) -> Layout:
+def _find_w123_layout(leaf: str, shape: Shape, facts: Config | None) -> Layout:
     """Meta's names: w1 is the gate, w3 the up and w2 the down projection, if the sizes agree."""
     role = _W123[leaf]
-    hidden = arch.hidden_size_of(facts)
+    hidden = hidden_size_of(facts)
     if hidden is not None and shape[0 if role == "down" else 1] != hidden:
         return OTHER
     return Layout((Part(role),))
@@ -136,7 +121,7 @@ def _describe_w123(leaf: str, shape: Shape, facts: arch.Config | None) -> Layout
 def _split_halves(order: tuple[str, str], shape: Shape) -> Layout | None:
     if shape[0] % 2:
         return None
-    return Layout(cut_runs(0, 1, dict.fromkeys(order, shape[0] // 2), "half"))
+    return Layout(split_runs(0, 1, dict.fromkeys(order, shape[0] // 2), "half"))
 
 
 def module_of(path: Path) -> Path:
@@ -168,47 +153,3 @@ def find_refuted(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, 
         for name, layout in layouts.items()
         if layout.parts[0].block is None and not _PLAIN.search(name)  # halves are so by their name
     ]
-
-
-def describe_experts(path: Path, shape: Shape, facts: arch.Config | None) -> Layout:
-    """Stacked experts, each stored as a `shape` slice of a 3-D tensor."""
-    leaf, around = path[-1], path[:-1]
-    if not around:
-        return OTHER
-    if leaf in ("input_linear", "output_linear"):
-        fused, role, known = leaf == "input_linear", "down", around[-1] in ("block_sparse_moe", "mlp")
-    else:
-        fused, known = leaf in ("gate_up_proj", "w13_weight"), "expert" in around[-1] or around[-1] == "moe"
-        role = "down" if leaf == "w2_weight" else leaf.removesuffix("_proj")
-        if arch.model_type_of(facts) in arch.EXPERTS_FC and leaf in ("fc1", "fc2"):
-            fused, role = leaf == "fc1", "down"
-    if not known or not (fused or role in ("gate", "up", "down")):
-        return OTHER
-    transposed = _are_experts_in_out("down" if not fused and role == "down" else "up", shape, facts)
-    if transposed is None:
-        return OTHER
-    if not fused:
-        return Layout((Part(role),), transposed, stacked=True)
-    axis = 1 if transposed else 0
-    if shape[axis] % 2 or transposed and arch.model_type_of(facts) not in arch.EXPERTS_IN_OUT_HALVES:
-        return OTHER  # how (in, out) experts lay out their halves differs from one architecture to the next
-    half = shape[axis] // 2
-    interleaved = leaf.startswith("w13") or arch.model_type_of(facts) in arch.EXPERTS_INTERLEAVED
-    if interleaved:
-        parts = cut_runs(axis, half, {"gate": 1, "up": 1}, "half")
-    else:
-        parts = cut_runs(axis, 1, {"gate": half, "up": half}, "half")
-    return Layout(parts, transposed, stacked=True)
-
-
-def _are_experts_in_out(role: str, shape: Shape, facts: arch.Config | None) -> bool | None:
-    """Whether stacked experts are stored (E, in, out); None where neither the sizes nor the model type tell."""
-    model_type, hidden = arch.model_type_of(facts), arch.hidden_size_of(facts)
-    rows, columns = shape
-    if hidden is None or hidden not in shape:
-        return None
-    if rows != columns:
-        return (columns if role == "down" else rows) == hidden
-    if model_type in arch.EXPERTS_IN_OUT:
-        return True
-    return False if model_type in arch.EXPERTS_OUT_IN else None

@@ -1,4 +1,4 @@
-"""What a stored tensor holds: its matrices, as parts of it. No torch, no I/O.
+"""The matrices of a stored tensor: rows, columns, orientation and stacking. No torch, no I/O.
 
 For a stored 2-D tensor `t` (or one expert of a stacked 3-D one), the matrix of a part is
 
@@ -43,7 +43,7 @@ class Part:
 class Layout:
     """How one stored tensor splits into matrices.
 
-    Two layouts of the same tensor are equal exactly when both sides cut it the same way, so a base and a
+    Two layouts of the same tensor are equal exactly when both sides split it the same way, so a base and a
     fine-tuned checkpoint whose configs disagree (a square weight stored (in, out) on one side and (out, in) on
     the other, other head counts, other halves) are told apart by `base_layout != ft_layout`.
     """
@@ -51,6 +51,9 @@ class Layout:
     parts: tuple[Part, ...]
     transposed: bool = False  # stored (in, out): the matrix is the transpose of what is stored
     stacked: bool = False  # 3-D, experts first: every expert holds these parts
+
+
+OTHER = Layout((Part("other"),))  # what no rule knows
 
 
 def matrix_shape(layout: Layout, part: Part, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -62,7 +65,7 @@ def matrix_shape(layout: Layout, part: Part, shape: tuple[int, ...]) -> tuple[in
     return (columns, rows) if layout.transposed else (rows, columns)
 
 
-def cut_runs(axis: int, count: int, sizes: dict[str, int], key: str) -> tuple[Part, ...]:
+def split_runs(axis: int, count: int, sizes: dict[str, int], key: str) -> tuple[Part, ...]:
     """Parts that follow each other in each of `count` groups along `axis`; `sizes` is role -> entries a group."""
     period, start, parts = sum(sizes.values()), 0, []
     for role, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Is a difference more than noise? Paired bootstrap over examples, and the order of the candidates."""
+"""Paired bootstrap over examples: confidence intervals of differences in score, alone and for the best of many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from pome.sweeping.scorers.command import Scored
+from pome.sweeping.scorers.base import Scored
 
 DRAWS = 4000  # resamples: the ends of a 95 % interval are then known to 2 % of its length
 LEVEL = 0.95
@@ -19,25 +19,28 @@ BLOCK = 1 << 22  # indices drawn at a time
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of a candidate to the fine-tuned model, in the scorer's own units. `interval` holds the true difference in 95 %
-    of cases, for this candidate alone; `best_interval` does so for all candidates at once, so that the best of many
-    may be judged by it. None where there are no examples to resample."""
+class MeanDifference:
+    """Difference in mean score of a candidate to the fine-tuned model, in the scorer's own units.
+
+    interval: a 95 % confidence interval for this candidate alone. best_interval: 95 % for all candidates at once, by
+    which the best of many may be judged. Both are None where there are no examples to resample.
+    """
 
     delta: float
     interval: tuple[float, float] | None = None
     best_interval: tuple[float, float] | None = None
 
 
-def compare(candidates: Sequence[Scored], reference: Scored) -> list[Difference]:
-    """The differences of all candidates to one reference, from one set of resamples.
+def compare(candidates: Sequence[Scored], reference: Scored) -> list[MeanDifference]:
+    """Differences of all candidates to one reference, from one set of resamples.
 
-    Examples are resampled in pairs, the same ones for every candidate and the reference, so what all find hard cancels.
-    A candidate whose examples are not those of the reference (another number, other weights) has no interval.
+    Examples are resampled in pairs, the same ones for every candidate and the reference, so that the difficulty of an
+    example cancels. A candidate whose examples are not those of the reference (another number, other weights) has no
+    interval.
     """
     deltas = [candidate.value - reference.value for candidate in candidates]
     usable = [i for i, candidate in enumerate(candidates) if _match(candidate, reference)]
-    found = [Difference(delta) for delta in deltas]
+    found = [MeanDifference(delta) for delta in deltas]
     if not usable or reference.examples is None:
         return found
     base = torch.tensor(reference.examples, dtype=torch.float64)
@@ -54,7 +57,7 @@ def compare(candidates: Sequence[Scored], reference: Scored) -> list[Difference]
         ends = torch.quantile(means[:, at], torch.tensor([low, high], dtype=torch.float64)).tolist()
         reach = most * float(spread[at])
         best = (float(center[at]) - reach, float(center[at]) + reach)
-        found[i] = Difference(deltas[i], (ends[0], ends[1]), best)
+        found[i] = MeanDifference(deltas[i], (ends[0], ends[1]), best)
     return found
 
 
@@ -99,7 +102,7 @@ def spread_levels(n: int) -> tuple[float, float]:
     return 1.0 - high, high
 
 
-def beats(difference: Difference, minimize: bool) -> bool:
+def beats(difference: MeanDifference, minimize: bool) -> bool:
     """Whether a candidate is better beyond noise: by the interval that allows for the choice among all of them, or,
     where there are no examples, by its score alone."""
     sign = -1.0 if minimize else 1.0

@@ -1,147 +1,28 @@
-"""Candidates of a sweep made one after the other out of one copy: what differs is patched, nothing else moves."""
+"""Candidate models of a sweep, made one after the other out of one copy: only the units that differ are written."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterator, MutableMapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import Data, make_patch, read_unit, see_ft
 from pome.editing.session import Opened
-from pome.editing.unit import FLOAT64_ENTRIES, TORCH_DTYPES
+from pome.editing.unit import TORCH_DTYPES
 from pome.engines.local import map_units
-from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
-from pome.output.durable import as_output_error
-from pome.planning.units import Plan, Unit, fan_out_in
-from pome.roles.roles import Part
+from pome.planning.units import Plan, Unit
+from pome.sweeping.cache import DecompositionFolder
 
 Write = Callable[[Unit, bytes | bytearray], None]
 
 
-class DecompositionFolder:
-    """The decompositions of a sweep's matrices, in files of one folder: found once, whatever k and alpha follow."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def find_cache(self, unit: Unit, part: Part) -> DecompositionCache:
-        """What is known of one matrix; may be asked from several threads, for different matrices."""
-        name = f"{unit.key}\n{unit.label(part)}"
-        return _FileCache(self.folder, hashlib.sha256(name.encode()).hexdigest()[:32])
-
-
-class _FileCache(MutableMapping[str, Decomposition | Undecided]):
-    """The files of one matrix, one for each solver. A file that a crash left torn counts as absent."""
-
-    def __init__(self, folder: Path, stem: str) -> None:
-        self.folder = folder
-        self.stem = stem
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{self.stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
-
-    def __getitem__(self, key: str) -> Decomposition | Undecided:
-        device = key.rpartition("@")[2]
-        try:
-            with safe_open(self._path(key), framework="pt") as file:
-                said = file.metadata()
-                # Clones: tensors in a mapped file lie at odd addresses, where products take other paths and round
-                # differently.
-                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
-            raise KeyError(key) from None
-        if "undecided" in said:
-            return Undecided(said["undecided"])
-        tensors = {name.removesuffix(".T"): t.mT if name.endswith(".T") else t for name, t in found.items()}
-        fields: dict[str, Any] = {name: t if name == "sigma" else t.to(device) for name, t in tensors.items()}
-        fields |= {name: int(said[name]) for name in ("rank", "strong", "tail")}
-        return Decomposition(**fields, noise=float.fromhex(said["noise"]))
-
-    def __setitem__(self, key: str, decomposition: Decomposition | Undecided) -> None:
-        tensors: dict[str, Tensor] = {}
-        if isinstance(decomposition, Undecided):
-            said = {"undecided": str(decomposition)}
-        else:
-            for name in ("sigma", "V", "U", "residual"):
-                tensor = getattr(decomposition, name)
-                # Rows or columns first, as it was: a product's rounding depends on that.
-                if tensor is not None and tensor.is_contiguous():
-                    tensors[name] = tensor.cpu()
-                elif tensor is not None:
-                    tensors[f"{name}.T"] = tensor.cpu().mT.contiguous()
-            said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
-            said["noise"] = decomposition.noise.hex()
-        path = self._path(key)
-        made = path.with_suffix(".new")
-        save_file(tensors, made, said)
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())
-        made.rename(path)
-
-    def __delitem__(self, key: str) -> None:
-        self._path(key).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        raise TypeError("the files know only hashes of their keys")
-
-    def __len__(self) -> int:
-        return len(list(self.folder.glob(f"{self.stem}-*.safetensors")))
-
-
-def count_bytes(plans: list[Plan]) -> int:
-    """Bytes that the decompositions of these plans' matrices take: the short side squared, and its residual."""
-    sizes: dict[tuple[str, str | None], int] = {}
-    for plan in plans:
-        for unit, part in plan.matrices():
-            m, n = fan_out_in(unit, part)
-            short, low = min(m, n), unit.change.low if unit.change else None
-            if low is not None:
-                sizes[unit.key, unit.label(part)] = 8 * low.rank * (m + n)
-            else:
-                sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
-    return sum(sizes.values())
-
-
-Marks = dict[str, tuple[int, int, int]]  # path below a folder -> inode, size and time of the file
-
-
-def mark_files(folder: Path) -> Marks:
-    """What tells of each file below a folder whether somebody writes or replaces it."""
-    marks = {}
-    for root, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        for path in (Path(root, name) for name in (*names, *links)):
-            info = path.lstat()
-            marks[str(path.relative_to(folder))] = info.st_ino, info.st_size, info.st_mtime_ns
-    return marks
-
-
-def keep_marked(folder: Path, marks: Marks) -> set[str]:
-    """Remove what is not as it was marked; the names of the marked files that are gone now. Raises OutputError."""
-    with as_output_error(folder):
-        now = mark_files(folder)
-        same = {name for name, mark in now.items() if marks.get(name) == mark}
-        for name in now.keys() - same:
-            (folder / name).unlink()
-        for root, _, _ in os.walk(folder, topdown=False):
-            if root != str(folder) and not os.listdir(root):
-                os.rmdir(root)
-    return marks.keys() - same
-
-
 class Maker:
-    """Makes one candidate after the other by `write`, which takes all bytes of a unit.
+    """Editor of the one copy that a sweep scores, on disk or in memory. `write` takes all bytes of a unit.
 
-    What the target holds is known only after it was written: at first every unit of `plans` counts as dirty.
+    A unit is dirty when it is not known to hold FT's bytes: at first every unit of `plans` is.
     """
 
     def __init__(
@@ -151,11 +32,13 @@ class Maker:
         self.devices = devices
         self.caches = caches
         self.write = write
-        self.dirty = {unit.key: unit for plan in plans for unit in plan.units}  # not known to hold FT's bytes
+        self.dirty = {unit.key: unit for plan in plans for unit in plan.units}
 
     def make(self, plan: Plan, spec: EditSpec) -> None:
-        """The candidate of a spec and its plan. Raises NumericalError; the target is then neither, and is mended by
-        the next call."""
+        """Make the copy the candidate of a spec and its plan. Raises NumericalError.
+
+        After an error some units are edited and some are not; the next call sets all of them.
+        """
         wanted = {unit.key for unit in plan.units}
         self._restore([unit for key, unit in self.dirty.items() if key not in wanted])
         units = list(plan.units)

@@ -7,15 +7,19 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pome.config.spec import EditSpec, check_count, check_text, merge_options, nearest, read_float, show
+from pome.choices import RANK_RULES, SEARCHES, SearchName
+from pome.config.options import RUN, Option, check_choice, check_count, check_text, documented, read_float, show
+from pome.config.spec import EDIT_OPTIONS, RANK_OPTIONS, EditSpec, merge_options
 from pome.errors import SpecError
 
-SEARCHES = ("grid", "coordinate")
-AXES = ("layers", "rank_ratio", "rank", "rank_rule", "energy", "scale", "beta")  # options that take a list
+LISTED = tuple(name for name, option in EDIT_OPTIONS.items() if option.axis)  # options of which a sweep takes a list
+# The options that choose k are one axis together, named as in the manifest. A coordinate search begins with these.
+RANK_AXIS = "cuts"
+FIRST_AXES = ("beta", RANK_AXIS, "layers")
 FINE_TUNED, BASE = "fine-tuned", "base"  # scored beside the candidates, always
 
 
@@ -31,118 +35,148 @@ class Candidate:
         return json.dumps(self.params, sort_keys=True)
 
     @property
-    def cut(self) -> str:
-        return name_cut(self.params)
+    def rank_choice(self) -> str:
+        return describe_rank_choice(self.params)
 
     @property
     def label(self) -> str:
-        return f"{'+'.join(self.params['layers'])} {self.cut} {self.params['scale']} beta={self.params['beta']:g}"
+        rest = [name for name in self.params if name != "layers" and name not in RANK_OPTIONS]
+        words = [self.params[name] if EDIT_OPTIONS[name].choices else f"{name}={self.params[name]:g}" for name in rest]
+        return " ".join(["+".join(self.params["layers"]), self.rank_choice, *words])
 
 
-def name_cut(params: Mapping[str, Any]) -> str:
+def describe_rank_choice(params: Mapping[str, Any]) -> str:
     """How options choose k, in a word."""
-    if "rank" in params:
-        return f"k={params['rank']}"
-    if "rank_ratio" in params:
-        return f"K={params['rank_ratio']:g}"
-    rule: str = params["rank_rule"]
-    return f"energy={params['energy']:g}" if rule == "energy" else rule
+    rule = RANK_RULES[params.get("rank_rule") or ("fixed" if "rank" in params else "ratio")]
+    return rule.describe(params[rule.number] if rule.number else None)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the lists, and the options that all candidates share. Raises SpecError.
+    """Every combination of the alternatives on each axis, and the options that all candidates share. Raises SpecError.
 
-    layers: alternatives, each a tuple as in EditSpec. cuts: alternatives for choosing k, as options by name.
+    axes: the alternatives of each axis, by name, in the order in which they are nested. Those of `layers` are tuples as
+    in EditSpec, those of RANK_AXIS options by name, all others values of the option that the axis is named for.
     """
 
-    layers: tuple[tuple[str, ...], ...]
-    cuts: tuple[dict[str, Any], ...]
-    scales: tuple[str, ...]
-    betas: tuple[float, ...]
+    axes: dict[str, tuple[Any, ...]]
     shared: EditSpec
     search: str = "grid"
 
     def __post_init__(self) -> None:
-        if check_text("search", self.search) not in SEARCHES:
-            raise SpecError(
-                f"search: {show(self.search)} is not one of {', '.join(SEARCHES)}{nearest(self.search, SEARCHES)}"
-            )
-        for layers, cut, scale, beta in itertools.product(self.layers, self.cuts, self.scales, self.betas):
-            self.make(layers, cut, scale, beta)  # each is checked now, before hours of scoring
+        check_choice("search", self.search, SEARCHES)
+        for at in self.combine():
+            self.make(at)  # each is checked now, before hours of scoring
 
-    def make(self, layers: tuple[str, ...], cut: Mapping[str, Any], scale: str, beta: float) -> Candidate:
-        params = {"layers": list(layers), **cut, "scale": scale, "beta": beta}
+    def combine(self) -> Generator[dict[str, Any], None, None]:
+        """Every combination, as one alternative by axis; the last axis changes first."""
+        for values in itertools.product(*self.axes.values()):
+            yield dict(zip(self.axes, values, strict=True))
+
+    def make(self, at: Mapping[str, Any]) -> Candidate:
+        """The candidate at one alternative of each axis."""
+        params: dict[str, Any] = {}
+        for name, value in at.items():
+            params |= value if name == RANK_AXIS else {name: list(value) if isinstance(value, tuple) else value}
         values = {field.name: getattr(self.shared, field.name) for field in dataclasses.fields(EditSpec)}
-        spec = EditSpec.from_mapping(merge_options(values, {**params, "layers": layers}))
-        return Candidate(params, spec)
+        return Candidate(params, EditSpec.from_mapping(merge_options(values, params)))
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        return self.axes["layers"]
 
     @property
     def size(self) -> int:
         """The most candidates that the search will ask for."""
-        axes = [len(self.layers), len(self.cuts), len(self.scales), len(self.betas)]
-        return math.prod(axes) if self.search == "grid" else 1 + sum(axis - 1 for axis in axes)
+        counts = [len(values) for values in self.axes.values()]
+        return math.prod(counts) if self.search == "grid" else 1 + sum(count - 1 for count in counts)
 
     def to_mapping(self) -> dict[str, Any]:
         """For the manifest and for people."""
-        return {
-            "layers": [list(item) for item in self.layers],
-            "cuts": [dict(item) for item in self.cuts],
-            "scale": list(self.scales),
-            "beta": list(self.betas),
-            "search": self.search,
+        axes = {
+            name: [list(value) if isinstance(value, tuple) else value for value in values]
+            for name, values in self.axes.items()
         }
+        return {**axes, "search": self.search}
 
 
-def make_grid(options: Mapping[str, Any], search: str = "grid") -> Grid:
-    """A grid from options by name, in which those of AXES may be lists. Raises SpecError.
+@documented
+def make_grid(
+    options: Mapping[str, Any],
+    search: Annotated[
+        SearchName,
+        Option(
+            "Which candidates are scored, and in which order.",
+            metavar="NAME",
+            group=RUN,
+            choices=SEARCHES,
+            everyday=False,
+        ),
+    ] = "grid",
+) -> Grid:  # fmt: skip
+    """A grid from options of edit by name, in which those that are axes may be lists. Raises SpecError.
 
     `layers` lists alternatives; one of several roles is itself a list, or joins them with `+`. What chooses k is one
     list made of several options: every rank_ratio, every rank, every energy, and every other rank_rule.
     """
     given = dict(options)
-    layers = tuple(_read_layers(item) for item in _listed(given.pop("layers", ["up"])))
-    scales = tuple(check_text("scale", item) for item in _listed(given.pop("scale", ["frobenius"])))
-    betas = tuple(_read_number("beta", item) for item in _listed(given.pop("beta", [1.0])))
-    cuts = tuple(_list_cuts({name: given.pop(name) for name in AXES if name in given}))
-    combinations = [frozenset(item) for item in layers]  # gate+up is up+gate
-    axes: tuple[tuple[str, Sequence[Any]], ...] = (("layers", combinations), ("scale", scales), ("beta", betas))
-    for name, axis in axes:
-        if not axis:
-            raise SpecError(f"{name}: an empty list; give at least one value")
-        if len(set(axis)) < len(axis):
-            raise SpecError(f"{name}: a value stands twice in the list")
+    lists = {name: _split(given.pop(name)) for name in LISTED if name in given}
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name in LISTED:
+        if name in RANK_OPTIONS:
+            axes.setdefault(RANK_AXIS, tuple(_list_rank_choices(lists)))
+        else:
+            default = EDIT_OPTIONS[name].default
+            items = lists.get(name, list(default) if name == "layers" else [default])
+            axes[name] = tuple(_read_value(name, item) for item in items)
+            _check_axis(name, axes[name])
     shared = EditSpec.from_mapping(given)
-    if shared.dtype != "keep" or shared.out_format != "full":
-        name = "dtype" if shared.dtype != "keep" else "out_format"
-        raise SpecError(
-            f"{name}: a sweep scores candidates in the fine-tuned model's own layout; leave it out, and give it to "
-            "`pome edit` with the options that win"
-        )
-    return Grid(layers, cuts, scales, betas, shared, search)
+    for name, option in EDIT_OPTIONS.items():
+        if "sweep" in option.hidden_in and getattr(shared, name) != option.default:
+            raise SpecError(
+                f"{name}: a sweep scores candidates in the fine-tuned model's own layout; leave it out, and give it to "
+                "`pome edit` with the options that win",
+                options=[name],
+            )
+    return Grid(axes, shared, search)
 
 
-def _list_cuts(given: dict[str, Any]) -> list[dict[str, Any]]:
-    rules = [check_text("rank_rule", item) for item in _listed(given.get("rank_rule", []))]
-    ratios = [_read_number("rank_ratio", item) for item in _listed(given.get("rank_ratio", []))]
-    energies = [_read_number("energy", item) for item in _listed(given.get("energy", []))]
-    ranks = [_read_whole(item) for item in _listed([] if given.get("rank") is None else given["rank"])]
-    if "ratio" in rules or not (ratios or ranks or energies or rules):
-        ratios = ratios or [0.5]
-    if "energy" in rules:
-        energies = energies or [0.9]
-    if "fixed" in rules and not ranks:
-        raise SpecError("rank_rule: 'fixed' needs rank, the numbers of directions to keep")
-    cuts: list[dict[str, Any]] = [{"rank_ratio": ratio} for ratio in ratios]
-    cuts += [{"rank": rank} for rank in ranks]
-    cuts += [{"rank_rule": "energy", "energy": energy} for energy in energies]
-    cuts += [{"rank_rule": rule} for rule in rules if rule not in ("ratio", "fixed", "energy")]
-    if len({json.dumps(cut) for cut in cuts}) < len(cuts):
-        raise SpecError("rank_ratio, rank, energy, rank_rule: a value stands twice in the lists")
-    return cuts
+def _list_rank_choices(lists: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every alternative for choosing k, as options by name."""
+    named = [_read_value("rank_rule", item) for item in lists.get("rank_rule", [])]
+    numbers = {
+        rule.name: [_read_value(rule.number, item) for item in lists.get(rule.number, []) if item is not None]
+        for rule in RANK_RULES.values()
+        if rule.number
+    }
+    if not named and not any(numbers.values()):
+        named = [EDIT_OPTIONS["rank_rule"].default]
+    choices: list[dict[str, Any]] = []
+    for name, values in numbers.items():
+        number = str(RANK_RULES[name].number)
+        if name in named and not values:
+            if EDIT_OPTIONS[number].default is None:
+                said = f"rank_rule: {name!r} needs {number}, the numbers of directions to keep"
+                raise SpecError(said, options=["rank_rule", number])
+            values = [EDIT_OPTIONS[number].default]
+        # A number without a rule stands for the rule `ratio` or `fixed`.
+        rule = {} if name in ("ratio", "fixed") else {"rank_rule": name}
+        choices += [{**rule, number: value} for value in values]
+    choices += [{"rank_rule": name} for name in named if name not in numbers]
+    if len({json.dumps(choice) for choice in choices}) < len(choices):
+        raise SpecError("rank_ratio, rank, energy, rank_rule: a value stands twice in the lists", options=RANK_OPTIONS)
+    return choices
 
 
-def _listed(value: Any) -> list[Any]:
+def _check_axis(name: str, values: tuple[Any, ...]) -> None:
+    if not values:
+        raise SpecError(f"{name}: an empty list; give at least one value", options=[name])
+    # gate+up is up+gate
+    if len({frozenset(value) if isinstance(value, tuple) else value for value in values}) < len(values):
+        raise SpecError(f"{name}: a value stands twice in the list", options=[name])
+
+
+def _split(value: Any) -> list[Any]:
     """A list, from a list, from one value, or from a text with commas; a pattern may hold commas and stays whole."""
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     found: list[Any] = []
@@ -154,16 +188,31 @@ def _listed(value: Any) -> list[Any]:
     return found
 
 
+def _read_value(name: str, item: Any) -> Any:
+    """One alternative of an axis, from YAML, Python or a text of the command line."""
+    if name == "layers":
+        return _read_layers(item)
+    kind = EDIT_OPTIONS[name].plain_type
+    if kind is float:
+        return _read_number(name, item)
+    if kind is int:
+        # Ten digits are more than any rank has; of thousands Python would make no number.
+        whole = isinstance(item, str) and re.fullmatch(r"[0-9]{1,10}", item)
+        return check_count(name, int(item) if whole else item)
+    return check_text(name, item)
+
+
 def _read_layers(item: Any) -> tuple[str, ...]:
     """The names that one alternative joins, each once."""
     names = item if isinstance(item, (list, tuple)) else [item]
     if not names or not all(isinstance(name, str) for name in names):
-        raise SpecError(f"layers: {show(item)} is neither a role nor a list of them")
+        raise SpecError(f"layers: {show(item)} is neither a role nor a list of them", options=["layers"])
     pieces: list[str] = []
     for name in names:
         pieces += [name] if name.startswith("re:") else [piece.strip() for piece in re.split(r"[+,]", name)]
     if not all(pieces):
-        raise SpecError(f"layers: {show(item)}: nothing beside a '+'; join roles as in gate+up")
+        said = f"layers: {show(item)}: nothing beside a '+'; join roles as in gate+up"
+        raise SpecError(said, options=["layers"])
     return tuple(dict.fromkeys(pieces))
 
 
@@ -173,33 +222,25 @@ def _read_number(name: str, item: Any) -> float:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise SpecError(f"{name}: {show(item)} is not a number; a list is written 0.25,0.5")
+        raise SpecError(f"{name}: {show(item)} is not a number; a list is written 0.25,0.5", options=[name])
     return number
-
-
-def _read_whole(item: Any) -> int:
-    # Ten digits are more than any rank has; of thousands Python would make no number.
-    return check_count("rank", int(item) if isinstance(item, str) and re.fullmatch(r"[0-9]{1,10}", item) else item)
 
 
 def walk(grid: Grid) -> Generator[Candidate, float | None, None]:
     """The candidates in the order of the search; each is answered with its score, higher being better, or None.
 
-    `coordinate` goes along one axis at a time from the first value of each: beta, how k is chosen, the layers, the
-    scale. It asks for some candidates again, whose scores the caller knows.
+    `coordinate` goes along one axis at a time from the first value of each: beta, how k is chosen, the layers, then
+    every other axis. It asks for some candidates again, whose scores the caller knows.
     """
     if grid.search == "grid":
-        for layers, cut, scale, beta in itertools.product(grid.layers, grid.cuts, grid.scales, grid.betas):
-            yield grid.make(layers, cut, scale, beta)
+        for at in grid.combine():
+            yield grid.make(at)
         return
-    axes: dict[str, tuple[Any, ...]] = {
-        "beta": grid.betas, "cut": grid.cuts, "layers": grid.layers, "scale": grid.scales
-    }  # fmt: skip
-    at = {name: values[0] for name, values in axes.items()}
-    for name, values in axes.items():
+    at = {name: values[0] for name, values in grid.axes.items()}
+    for name in [*FIRST_AXES, *(name for name in grid.axes if name not in FIRST_AXES)]:
         best: tuple[float, Any] | None = None
-        for value in values:
-            score = yield grid.make(**{**at, name: value})
+        for value in grid.axes[name]:
+            score = yield grid.make({**at, name: value})
             if score is not None and (best is None or score > best[0]):
                 best = (score, value)
         if best is not None:

@@ -1,4 +1,4 @@
-"""The scores of a sweep on disk: what is scored stays scored, whatever ends the run. No torch."""
+"""Journal of a sweep: its scores on disk, where the next run finds them. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pome.output.durable import as_output_error
-from pome.sweeping.scorers.command import Score, Scored
+from pome.sweeping.scorers.base import Score, Scored
 from pome.sweeping.trials import Trial
 
 

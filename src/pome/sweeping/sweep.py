@@ -1,4 +1,4 @@
-"""`pome sweep`: score candidates of one pair, keep the scores, and write the best where it is better beyond noise."""
+"""Sweep over options of an edit: score the candidates of one pair, and write the best if it is better beyond noise."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
 from pome.config.spec import EditSpec
-from pome.editing.edit import edit
-from pome.editing.session import Opened, Progress, Source, copy_files, count_space, describe_command, open_pair
+from pome.editing.edit import edit_pair
+from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.manifest import Manifest, read_manifest
+from pome.output.copying import Template, copy_files, count_space
+from pome.output.progress import Progress
 from pome.output.staging import Staging
 from pome.output.target import SWEEP_SUFFIX, check_target
 from pome.planning.plan import check_overrides, make_plan
 from pome.planning.units import Plan
+from pome.sweeping.fingerprints import Fingerprints, remove_changed, take_fingerprints
 from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
 from pome.sweeping.journal import Journal
-from pome.sweeping.scorers.command import FolderScorer, ModelScorer, Score, Scored
+from pome.sweeping.scorers.base import FolderScorer, ModelScorer, Score
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener, Outcome, Trial
 
 if TYPE_CHECKING:
-    from pome.sweeping.candidates import Maker, Marks
+    from pome.sweeping.candidates import Maker
 
 
 def sweep(
@@ -46,12 +49,26 @@ def sweep(
     retry_failed: bool = False,
     card: bool = False,
 ) -> Outcome:
-    """Score every candidate of `grid`, the fine-tuned model and BASE; write the best to `out`.
+    """Scores of every candidate of `grid`, of the fine-tuned model and of BASE; the best is written to `out`.
 
-    `out` is written only if the best is better than the fine-tuned model beyond noise (`write_best`: in any case). What
-    is scored is kept in `OUT.pome-sweep`, where the same call, also with other lists in its grid, goes on; a sweep
-    that ends without an output keeps its scores there. A candidate that cannot be made or scored is marked and passed
-    over. Raises ScoreError when the fine-tuned model, or every candidate, has no score; PomeError as `edit` does.
+    A candidate that cannot be made or scored is recorded as failed, and the sweep goes on. Scores are kept in
+    `OUT.pome-sweep`, where the same call goes on, also with other lists in its grid. A sweep that ends without an
+    output keeps them there.
+
+    Args:
+        base, ft, out: as in `edit`.
+        grid: the candidates, from `make_grid`.
+        scorer: from `make_scorer`, or any object with the methods of `FolderScorer` or `ModelScorer`.
+        listener: is told of every model that is scored; a subclass of `Listener`.
+        progress: is told of the edit that writes `out`; a subclass of `Progress`.
+        overwrite, fresh, card: as in `edit`; `fresh` drops the scores as well.
+        write_best: write the best candidate also where it is no better than FT beyond noise, by the 95 % interval
+            that allows for the choice (max-T bootstrap over the examples, `bootstrap.py`).
+        retry_failed: score again what an earlier run recorded as failed.
+
+    Raises:
+        ScoreError: FT has no score, or no candidate has one.
+        PomeError: whatever `edit` raises.
     """
     with open_pair(base, ft, _shared_spec(grid), whole=True, whole_base=True) as opened:
         plans = _make_plans(opened, grid)
@@ -61,27 +78,26 @@ def sweep(
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
         with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:
             journal = Journal(staging.folder / "scores.jsonl", command, retry_failed)
-            search = _Search(opened, plans, grid, scorer, staging, journal, listener or Listener())
+            run = _SweepRun(opened, plans, grid, scorer, staging, journal, listener or Listener())
             try:
-                outcome = search.run()
+                outcome = run.score_all()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
                     f"interrupted; {len(journal.entries)} scores are safe in {staging.folder}; run the same command "
                     "again to go on"
                 ) from None
-            search.forget_model()
+            run.forget_model()
             if written is not None:
                 outcome = dataclasses.replace(outcome, manifest=written)
                 staging.discard()
             elif outcome.best is not None and (outcome.beats or write_best):
-                from pome.sweeping.candidates import DecompositionFolder
+                from pome.sweeping.cache import DecompositionFolder
 
                 best = cast(Candidate, outcome.best.candidate)
-                caches = DecompositionFolder(staging.folder / "decompositions").find_cache
-                record = outcome.describe()
-                manifest = edit(
-                    base, ft, out, best.spec, progress,
-                    overwrite=overwrite, fresh=fresh, card=card, caches=caches, sweep=record,
+                cache = DecompositionFolder(staging.folder / "decompositions")
+                manifest = edit_pair(
+                    base, ft, out, best.spec, progress, overwrite=overwrite, fresh=fresh, card=card,
+                    find_cache=cache.find_cache, sweep=outcome.describe(),
                 )  # fmt: skip
                 outcome = dataclasses.replace(outcome, manifest=manifest)
                 staging.discard()
@@ -119,13 +135,18 @@ def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
     return plans
 
 
+def _make_base_template(opened: Opened) -> Template:
+    """The files of BASE, as it is scored."""
+    return Template(opened.base, {}, list_side_files(opened.base)[0])
+
+
 def _measure_peak() -> int:
     """Resident memory of this process at its most, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
-class _Search:
-    """The state of one sweep: what is scored, and the target that candidates are made in."""
+class _SweepRun:
+    """The state of one sweep: the trials so far, and the copy in which candidates are made."""
 
     def __init__(
         self,
@@ -150,11 +171,12 @@ class _Search:
         self.trials: dict[str, Trial] = {}
         self.count = grid.size + 2
         self._maker: Maker | None = None
-        self._marks: Marks = {}  # of the copy as it was given to a command
+        self._fingerprints: Fingerprints = {}  # of the copy as it was given to a command
         self._model: tuple[Any, Any] | None = None
 
-    def run(self) -> Outcome:
-        from pome.sweeping.candidates import count_bytes
+    def score_all(self) -> Outcome:
+        from pome.sweeping.cache import count_bytes
+        from pome.sweeping.ranking import rank_trials
 
         # A copy that an earlier run left holds one of its candidates, perhaps of other layers: it is made anew.
         self.staging.clear_output()
@@ -169,16 +191,26 @@ class _Search:
             candidate = next(search)
             while True:
                 trial = self._try(candidate.key, candidate)
-                candidate = search.send(None if trial.score is None else sign * _chosen_by(trial.score).value)
+                candidate = search.send(None if trial.score is None else sign * trial.score.deciding.value)
         except StopIteration:
             pass
         self.opened.check_unchanged()
-        return self._judge(reference.score)
+        trials, beats = rank_trials(list(self.trials.values()), reference.score, self.scorer.minimize)
+        return Outcome(
+            trials=trials,
+            best=trials[0],
+            beats=beats,
+            minimize=self.scorer.minimize,
+            scorer=self.scorer.describe(),
+            grid=self.grid.to_mapping(),
+            manifest=None,
+            peak_bytes=0,
+        )
 
     def _check_space(self, decomposition_bytes: int) -> None:
-        copies = [count_space(self.opened, self.staging)] if self._needs_copy() else []
+        copies = [count_space(self.opened.template, self.staging)] if self._needs_copy() else []
         if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
-            copies.append(count_space(self._see_base(), self.staging))
+            copies.append(count_space(_make_base_template(self.opened), self.staging))
         copy_bytes = sum(size for size, _ in copies)
         self.listener.begin(self.opened, self.count, decomposition_bytes, copy_bytes, self.staging.folder)
         self.staging.check_space(decomposition_bytes, None)
@@ -214,8 +246,6 @@ class _Search:
 
     def _score(self, key: str, candidate: Candidate | None) -> Score:
         """Make a model and score it. Raises ScoreError and NumericalError."""
-        from pome.sweeping.candidates import mark_files
-
         if key == BASE:
             return self._score_base()
         if _in_memory(self.scorer) and self._load():
@@ -225,7 +255,7 @@ class _Search:
         self._make(candidate)
         if _in_memory(self.scorer):
             return self._score_model(*load_model(self.staging.output, self.devices[0]))
-        self._marks = mark_files(self.staging.output)
+        self._fingerprints = take_fingerprints(self.staging.output)
         return cast(FolderScorer, self.scorer).score_folder(self.staging.output)
 
     def _score_base(self) -> Score:
@@ -234,31 +264,24 @@ class _Search:
             self.forget_model()  # one model at a time; what is loaded again costs seconds
             return self._score_model(*load_model(base.folder or Path(os.path.expanduser(base.source)), self.devices[0]))
         # What a command writes or removes beside a model must not be BASE's.
-        opened = self._see_base()
+        template = _make_base_template(self.opened)
         with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:
             try:
-                copy.check_space(*count_space(opened, copy))
-                copy_files(opened, copy, Progress())
+                copy.check_space(*count_space(template, copy))
+                copy_files(template, copy, Progress())
                 return cast(FolderScorer, self.scorer).score_folder(copy.output)
             finally:
                 copy.discard()
 
-    def _see_base(self) -> Opened:
-        """The pair with BASE in the place of what is copied."""
-        base = self.opened.base
-        plan = dataclasses.replace(self.opened.plan, layouts={})
-        return dataclasses.replace(self.opened, plan=plan, template=base, side_files=list_side_files(base)[0])
-
     def _tidy(self) -> None:
         """Undo what a command did to the copy, so that no candidate finds what was left beside another."""
-        from pome.sweeping.candidates import keep_marked
-
-        gone = keep_marked(self.staging.output, self._marks)
-        if gone & self.opened.template.files.keys():
+        gone = remove_changed(self.staging.output, self._fingerprints)
+        self._fingerprints = {}
+        if gone & self.opened.template.weights.files.keys():
             self.staging.clear_output()
             self._maker = None
         elif gone:
-            copy_files(self.opened, self.staging, Progress())
+            copy_files(self.opened.template, self.staging, Progress())
 
     def _score_model(self, model: Any, tokenizer: Any) -> Score:
         try:
@@ -270,7 +293,8 @@ class _Search:
 
     def _load(self) -> bool:
         """Load FT into memory once, if the candidates can be made there."""
-        from pome.sweeping.candidates import DecompositionFolder, Maker, find_targets, write_into
+        from pome.sweeping.cache import DecompositionFolder
+        from pome.sweeping.candidates import Maker, find_targets, write_into
 
         if self._maker is None:
             plans = list(self.plans.values())
@@ -286,14 +310,14 @@ class _Search:
         return self._model is not None
 
     def _make(self, candidate: Candidate | None) -> None:
-        from pome.sweeping.candidates import DecompositionFolder, Maker
+        from pome.sweeping.cache import DecompositionFolder
+        from pome.sweeping.candidates import Maker
 
-        if self._marks:
+        if self._fingerprints:
             self._tidy()
-            self._marks = {}
         if self._maker is None:
-            self.staging.check_space(*count_space(self.opened, self.staging))
-            copy_files(self.opened, self.staging, Progress())
+            self.staging.check_space(*count_space(self.opened.template, self.staging))
+            copy_files(self.opened.template, self.staging, Progress())
             caches = DecompositionFolder(self.staging.folder / "decompositions")
 
             def write(unit: Any, data: bytes | bytearray) -> None:
@@ -307,37 +331,6 @@ class _Search:
         else:
             self._maker.make(self.plans[candidate.spec.layers], candidate.spec)
 
-    def _judge(self, reference: Score) -> Outcome:
-        """Rank, compare with the fine-tuned model, and pick the best."""
-        from pome.sweeping.bootstrap import beats, compare
-
-        sign = -1.0 if self.scorer.minimize else 1.0
-        edited = [t for t in self.trials.values() if t.candidate is not None and t.score is not None]
-        if not edited:
-            reasons = [trial.failed for trial in self.trials.values() if trial.candidate is not None]
-            raise ScoreError(
-                f"no candidate has a score ({reasons[0]}); mend that and give --retry-failed to score them again"
-            )
-        edited.sort(key=lambda trial: -sign * _chosen_by(cast(Score, trial.score)).value)
-        others = [trial for trial in self.trials.values() if trial not in edited]
-        # On training data the choice is made before the held-out examples are looked at, so the best stands alone.
-        judged = edited[:1] if reference.train is not None else edited
-        alone = compare([cast(Score, trial.score).scored for trial in judged], reference.scored)
-        rest = [*edited[len(judged) :], *(trial for trial in others if trial.score is not None)]
-        listed = compare([cast(Score, trial.score).scored for trial in rest], reference.scored)
-        known = dict(zip([trial.key for trial in (*judged, *rest)], (*alone, *listed), strict=True))
-        trials = [dataclasses.replace(trial, difference=known.get(trial.key)) for trial in (*edited, *others)]
-        return Outcome(
-            trials=tuple(trials),
-            best=trials[0],
-            beats=beats(known[trials[0].key], self.scorer.minimize),
-            minimize=self.scorer.minimize,
-            scorer=self.scorer.describe(),
-            grid=self.grid.to_mapping(),
-            manifest=None,
-            peak_bytes=0,
-        )
-
     def forget_model(self) -> None:
         """Give its memory back."""
         self._maker = self._model = None
@@ -345,7 +338,3 @@ class _Search:
 
 def _in_memory(scorer: FolderScorer | ModelScorer) -> bool:
     return hasattr(scorer, "score_model")
-
-
-def _chosen_by(score: Score) -> Scored:
-    return score.train or score.scored

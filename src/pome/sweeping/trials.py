@@ -1,4 +1,4 @@
-"""What a sweep finds, as data: one model and its score, and all of them. No torch."""
+"""Trials and outcome of a sweep, as data. No torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pome.editing.session import Opened
 from pome.manifest import Manifest
 from pome.sweeping.grid import Candidate
-from pome.sweeping.scorers.command import Score
+from pome.sweeping.scorers.base import Score
 
 if TYPE_CHECKING:
-    from pome.sweeping.bootstrap import Difference
+    from pome.sweeping.bootstrap import MeanDifference
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trial:
     failed: str | None
     seconds: float
     earlier: bool = False  # scored by an earlier run
-    difference: Difference | None = None
+    difference: MeanDifference | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """As in `--json` and in the manifest; the same in every run."""

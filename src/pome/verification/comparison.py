@@ -1,4 +1,4 @@
-"""An output's bytes beside those of its inputs: what an edit must have left alone."""
+"""Comparison of an output's bytes with those of its inputs, outside the edited matrices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pome.checkpoint.files import File, read_range
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
 from pome.manifest import FileRecord, SideRecord
-from pome.output.clone import hash_file
 from pome.planning.units import Plan
 
 CHUNK = 8 << 20
@@ -21,7 +21,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as the manifest says."""
+    """One thing in an output that is not as its manifest or its inputs say.
+
+    file: its name below the output. tensor: its name, where one tensor is meant. what: in words.
+    """
 
     file: str
     tensor: str | None

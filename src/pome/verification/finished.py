@@ -1,4 +1,4 @@
-"""Whether an output is there already, so that a batch need not make it again."""
+"""Outputs that an earlier run finished, which a batch need not make again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Mani
             side.close()
             if side.revision != record.revision or any(sizes[n] != record.files[n].bytes for n in sizes):
                 return None
-            if side.revision is None and any(path and path.stat().st_mtime > created for path in paths.values()):
+            if not side.on_hub and any(path and path.stat().st_mtime > created for path in paths.values()):
                 return None
     except (PomeError, OSError, KeyError, ValueError):
         return None  # whatever is wrong with it, it is not finished; making it again says what

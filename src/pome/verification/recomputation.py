@@ -1,4 +1,4 @@
-"""An output's edits made again from BASE and FT, and held against its bytes and its manifest."""
+"""Recomputation of an output's edits from BASE and FT, compared with its bytes and its manifest."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Itera
 
 
 def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
-    """What a record says otherwise than a recomputation, or None."""
+    """The first field in which a record differs from a recomputed one, in words; None if they agree."""
     if recorded is None:
         return "has no record, though its delta is not zero"
     for field in ("file", "role", "shape", "dtype", "rank", "k"):

@@ -1,4 +1,4 @@
-"""Prove an output: its files are those of its manifest, its other bytes are FT's, its edits are the method's."""
+"""Verification of an output: hashes of its files, bytes outside its edits, and its edits computed again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.output.card import CARD_NAME
-from pome.output.clone import hash_file
 from pome.planning.plan import make_plan
 from pome.verification.comparison import (
     Advance,
@@ -33,12 +33,17 @@ STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was checked, and every difference found."""
+    """Result of a verification.
+
+    differences: all that is not as it must be; empty for an intact output. files: how many were hashed.
+    bytes_compared: bytes of OUT held against FT's, outside the edited matrices. edits: how many matrices were computed
+    again from BASE and FT.
+    """
 
     differences: tuple[Difference, ...]
-    files: int  # hashed against the manifest
-    bytes_compared: int  # of OUT with FT, outside the edited matrices
-    edits: int  # matrices recomputed from BASE and FT
+    files: int
+    bytes_compared: int
+    edits: int
 
     @property
     def ok(self) -> bool:
@@ -53,10 +58,20 @@ def verify(
     full: bool = False,
     advance: Advance = lambda _: None,
 ) -> Verdict:
-    """Check an output against its manifest; with FT also its untouched bytes, with BASE and FT also its edits.
+    """Check of an output against its manifest, and against the inputs that are given.
 
-    Of the edits a sample is recomputed, or all of them when `full`. Raises PomeError when something cannot be read at
-    all; whatever can be read and differs is a Difference.
+    The hashes of all files are compared with the manifest's. With `ft`, every byte outside the edited matrices is
+    compared with FT's. With `base` and `ft`, edits are computed again and compared with the stored ones.
+
+    Args:
+        out: the folder that `edit` or `sweep` made, or a Hub repository to which it was uploaded.
+        base, ft: the inputs of that run, as in `edit`.
+        full: compute every edit again, and not a sample of 4 units spread over the model.
+        advance: is told of the number of bytes of each piece that was hashed or compared.
+
+    Raises:
+        VerificationError: no readable manifest, or `base` without `ft`.
+        PomeError: an input that cannot be read at all. What can be read and differs is a Difference.
     """
     if base is not None and ft is None:
         raise VerificationError("--base needs --ft: an edit is recomputed from both")
@@ -141,7 +156,7 @@ def _check_against_inputs(
         template = sides[2] if merged else tuned
         found += compare_headers(made, template, kept=spec.dtype == "keep" and merged == adapted)
         beside = None
-        if all(side.folder is not None or side.revision is None for side in sides[1:]):
+        if all(side.is_local for side in sides[1:]):
             side_files, _ = list_adapted_side_files(sides[2], tuned) if merged else list_side_files(tuned)
             beside = {file.name: file.path for file in side_files}
             if template.index is not None and template.folder is not None:

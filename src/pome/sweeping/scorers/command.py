@@ -1,26 +1,22 @@
-"""Scores and what gives them; here, a command of the user's. language.py has those that need a model in memory.
-
-A scorer sees a model, never a candidate: it does not know what was edited. ScoreError says why there is no score.
-"""
+"""Scorer that runs a command of the user's: `--score-cmd 'CMD {model}'`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from pome.config.spec import read_float
 from pome.errors import ScoreError, SpecError, printable
+from pome.sweeping.scorers.base import Score, Scored, is_mean, read_finite
 
 # A number is a whole run of letters, digits and dots; the sign of an exponent parts two runs. Each pattern can match in
 # one way only, so that reading takes no longer than the output is long.
@@ -30,45 +26,6 @@ MANTISSA = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)e", re.I | re.A)
 EXPONENT = re.compile(r"(\d+)\.*", re.A)
 MOST_OUTPUT = 64 << 20  # bytes of a command's output that are looked at, from the end
 LAST_OUTPUT = 1 << 20  # characters of it in which a number is looked for that is not in JSON
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One number and, where the scorer gives them, what it is the weighted mean of: an entry for each example."""
-
-    value: float
-    examples: tuple[float, ...] | None = None
-    weights: tuple[float, ...] | None = None  # None: all alike
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one model got. `train` is the same on the training data, where the choice is made by that."""
-
-    scored: Scored
-    train: Scored | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Scorer(Protocol):
-    """minimize: less is better. describe: what two sweeps must share for their scores to be the same."""
-
-    @property
-    def minimize(self) -> bool: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-
-class FolderScorer(Scorer, Protocol):
-    """Scores a checkpoint on disk."""
-
-    def score_folder(self, path: Path) -> Score: ...
-
-
-class ModelScorer(Scorer, Protocol):
-    """Scores a transformers model in memory."""
-
-    def score_model(self, model: Any, tokenizer: Any) -> Score: ...
 
 
 @dataclass(frozen=True)
@@ -178,18 +135,3 @@ def _as_list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
         raise ScoreError(f"the command printed {what!r} that are no list")
     return value
-
-
-def read_finite(value: Any, what: str) -> float:
-    number = read_float(value)
-    if not math.isfinite(number):
-        raise ScoreError(f"{printable(what)} is {printable(str(value))}, not a finite number")
-    return number
-
-
-def is_mean(value: float, examples: Sequence[float], weights: Sequence[float] | None) -> bool:
-    weights = weights or [1.0] * len(examples)
-    if not examples or len(weights) != len(examples) or min(weights) < 0.0 or sum(weights) <= 0.0:
-        return False
-    mean = sum(w * x for w, x in zip(weights, examples, strict=True)) / sum(weights)
-    return math.isclose(value, mean, rel_tol=1e-4, abs_tol=1e-9)

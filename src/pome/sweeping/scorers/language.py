@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pome.checkpoint.hashing import hash_file
 from pome.errors import ScoreError, SpecError, printable
-from pome.output.clone import hash_file
-from pome.sweeping.scorers.command import Score, Scored, is_mean, read_finite
+from pome.sweeping.scorers.base import Score, Scored, is_mean, read_finite
 
 MAX_TOKENS = 2048  # of one record; what is longer is cut, as in most training
 LOGIT_BYTES = 256 << 20  # of one batch's logits in float32: the bound on memory beyond the model's own
@@ -57,7 +57,7 @@ class LossScorer:
 
     def describe(self) -> dict[str, Any]:
         named = {"loss": self.file, "train_data": self.train_data}
-        return {key: hash_file(path, lambda _: None)[1] if path else None for key, path in named.items()}
+        return {key: hash_file(path)[1] if path else None for key, path in named.items()}
 
     def score_model(self, model: Any, tokenizer: Any) -> Score:
         scored = measure_loss(model, tokenizer, self.file, self.batch_size)
@@ -151,7 +151,7 @@ class HarnessScorer:
     minimize: bool = False
 
     def describe(self) -> dict[str, Any]:
-        files = {task: hash_file(Path(task), lambda _: None)[1] for task in self.tasks if Path(task).is_file()}
+        files = {task: hash_file(Path(task))[1] for task in self.tasks if Path(task).is_file()}
         return {"lm_eval": list(self.tasks), "task_files": files, "limit": self.limit}
 
     def score_model(self, model: Any, tokenizer: Any) -> Score:

@@ -1,4 +1,4 @@
-"""The report: a page that a browser opens without errors and without a network, tables, and plots."""
+"""The page of an inspection in a browser: drawn without errors, without a network, names as plain text."""
 
 from __future__ import annotations
 
@@ -7,59 +7,20 @@ import dataclasses
 import html
 import io
 import json
-import os
 import re
-import sys
-from array import array
-from unittest.mock import Mock
 
 import pytest
-from rich.console import Console
 
 from pome import EditSpec, edit
 from pome.cli.app import run_command
-from pome.cli.tables import Columns, make_survey_tables
-from pome.config.outputs import Reports
-from pome.errors import OutputError
 from pome.inspection.records import Survey
-from pome.inspection.suggest import list_warnings, suggest
 from pome.inspection.survey import survey
-from pome.reports.inspection import check_targets, make_csv, make_page, write_texts
-from pome.reports.sheet import make_edit_sheet, make_sheet, spread_indices, summarise_roles
+from pome.reports.inspection import make_csv, make_page
 from support.browser import open_page, read_attribute
 from support.checkpoints import llama_pair, run_python
+from support.surveys import draw_sheet
 
 EVIL = "</script><script>window.errors.push('pwned')</script><img src=x onerror=\"errors.push('img')\">'\"&"
-
-
-def draw_sheet(found):
-    return make_sheet(found, list_warnings(found.matrices), suggest(found.base, found.fine_tuned, found.matrices))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return survey(*llama_pair(tmp_path_factory.mktemp("pair"), layers=3))
-
-
-@pytest.fixture(scope="module")
-def large(small):
-    """61 layers of 256 experts: names and spectra made up, as many as a model of 671 B parameters has."""
-    model = small.matrices[0]
-    sigma = array("f", (0.3 / (i + 1) for i in range(2048)))
-    made = []
-    for layer in range(61):
-        stem = f"model.layers.{layer}."
-        experts = [(f"{stem}mlp.experts.{e}", role) for e in range(256) for role in ("gate", "up", "down")]
-        names = [(f"{expert}.{role}_proj.weight", role) for expert, role in experts]
-        names += [(f"{stem}self_attn.{role}_proj.weight", role) for role in "qkvo"]
-        for i, (name, role) in enumerate(names):
-            place, share = f"model.layers.{layer}", 0.01 + 0.0001 * layer + 1e-6 * i
-            made.append(
-                dataclasses.replace(
-                    model, name=name, role=role, place=place, shape=(2048, 7168), sigma=sigma, relative_norm=share
-                )
-            )
-    return Survey("base", "ft", tuple(made), ())
 
 
 def assert_drawn(dom, count):
@@ -198,131 +159,6 @@ def test_the_csv_is_read_back_by_its_own_names_and_runs_no_formula(small):
         row = by_name[m.name]
         assert (int(row["fan_out"]), int(row["fan_in"]), int(row["k_ratio"])) == (*m.shape, m.k["ratio"])
         assert float(row["drift"]) == m.drift
-
-
-def test_roles_are_summarised_by_medians(small):
-    sheet = draw_sheet(small)
-    found = {role: (count, medians) for role, count, medians in summarise_roles(sheet, ["drift"])}
-    drifts = sorted(m.drift for m in small.matrices if m.role == "up")
-    assert found["up"] == (3, {"drift": drifts[1]})
-
-
-@pytest.mark.parametrize("n", [1, 2, 95, 96, 97, 100, 4096])
-def test_a_sampled_spectrum_keeps_both_ends(n):
-    indices = spread_indices(n, 96)
-    assert (indices[0], indices[-1]) == (1, n) and len(indices) <= 96
-    assert indices == sorted(set(indices))
-
-
-def test_plots_are_pictures_of_every_role(tmp_path, small):
-    from pome.reports.plots import write_plots
-
-    made = write_plots(draw_sheet(small), tmp_path / "plots")
-    names = {path.name for path in made}
-    assert {"heat_relative_norm.png", "heat_energy_50.svg", "spectra_up.png", "spectra_embed.svg"} <= names
-    for path in made:
-        head = path.read_bytes()[:200]
-        assert head.startswith(b"\x89PNG") or b"<?xml" in head
-
-
-def test_plots_of_an_edit_and_of_odd_names(tmp_path, small):
-    from pome.reports.plots import write_plots
-
-    odd = dataclasses.replace(small.matrices[0], name="$x$_{", place="$\\frac{", role="up")
-    write_plots(draw_sheet(Survey("b", "f", (odd,), ())), tmp_path / "odd")
-    base, ft = llama_pair(tmp_path)
-    made = write_plots(make_edit_sheet(edit(base, ft, tmp_path / "out")), tmp_path / "edit")
-    assert (tmp_path / "edit" / "heat_energy_kept.png") in made
-
-
-def test_without_matplotlib_the_error_names_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OutputError, match=r"pip install 'pome-edit\[plot\]'"):
-        check_targets(Reports(plots=str(tmp_path / "plots")), ())
-
-
-@pytest.mark.parametrize(
-    ("reports", "said"),
-    [
-        ({"html": "nowhere/report.html"}, "nowhere/report.html: its folder does not exist"),
-        ({"csv": "ft"}, "ft: lies in ft, which is an input or OUT"),
-        ({"csv": "ft/model.safetensors"}, "lies in ft"),
-        ({"html": "ft/more/page.html"}, "lies in ft"),
-        ({"html": "link/config.json"}, "link/config.json: lies in ft"),
-        ({"csv": "out/table.csv"}, "lies in out"),
-        ({"plots": "base/plots"}, "lies in base"),
-        ({"html": "other/config.json"}, "other holds a checkpoint"),
-        ({"csv": "made/README.md"}, "made holds a checkpoint"),
-        ({"plots": "other"}, "other holds a checkpoint"),
-        ({"html": "x", "csv": "./x"}, "./x: two reports would be written there"),
-        ({"html": "free"}, "free: a folder; name the file"),
-        ({"plots": "free/file"}, "free/file: a file; name the folder"),
-        ({"csv": "free/fifo"}, "free/fifo: no regular file"),
-        ({"csv": "/proc/self/table.csv"}, "/proc/self/table.csv: cannot be written"),
-    ],
-)
-def test_no_report_is_written_over_a_checkpoint_or_where_it_cannot_be(tmp_path, monkeypatch, reports, said):
-    monkeypatch.chdir(tmp_path)
-    for folder, file in (("ft", "config.json"), ("other", "model.safetensors"), ("made", "pome_manifest.json")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).write_text("{}")
-    (tmp_path / "ft/more").mkdir()
-    (tmp_path / "link").symlink_to("ft")
-    (tmp_path / "free").mkdir()
-    (tmp_path / "free/file").write_text("kept")
-    os.mkfifo(tmp_path / "free/fifo")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputError, match=said):
-        check_targets(Reports(**reports), ("base", "ft", "out"))
-    check_targets(Reports(html="free/file", csv="free/table.csv", plots="free"), ("base", "ft", "out"))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_report_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
-    target, link = tmp_path / "page.html", tmp_path / "link.html"
-    target.write_text("old")
-    link.symlink_to("page.html")
-    with (
-        pytest.raises(OutputError, match="page.html: cannot be written: No space left"),
-        monkeypatch.context() as patch,
-    ):
-        patch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
-        write_texts(Reports(html=str(target)), lambda: "new", lambda: "")
-    assert (target.read_text(), len(list(tmp_path.iterdir()))) == ("old", 2)
-    write_texts(Reports(html=str(link)), lambda: "new", lambda: "")
-    assert (target.read_text(), link.is_symlink(), len(list(tmp_path.iterdir()))) == ("new", True, 2)
-
-
-def show_at(width, *tables):
-    console = Console(width=width, file=io.StringIO())
-    for table in tables:
-        console.print(table)
-    return console.file.getvalue()
-
-
-@pytest.mark.parametrize("width", [200, 140, 80, 45, 12])
-def test_no_number_is_cut_or_folded_where_width_is_short(small, width):
-    matrices = [dataclasses.replace(m, noise_share=1.71e-07, drift=6.66e-05) for m in small.matrices]
-    tables = make_survey_tables(draw_sheet(Survey("b", "f", tuple(matrices), ())))
-    drawn = show_at(width, *tables)
-    assert max(map(len, drawn.splitlines())) <= width
-    for whole, part in (("1.71e-07", "1.71"), ("6.66e-05", "6.66")):
-        assert drawn.replace(whole, "").count(part) == 0
-    heads = tables[0].heads
-    first = drawn.splitlines()[0].rstrip()
-    count = next(n for n in range(len(heads), 0, -1) if first.endswith(heads[n - 1]))
-    dropped = " ".join(drawn.split()).partition("not shown for want of width: ")[2]
-    assert dropped.startswith(f"{', '.join(heads[count:])}; --csv has them") if count < len(heads) else not dropped
-
-
-def test_long_names_give_way_to_numbers():
-    table = Columns("name", "k", where="")
-    table.add_row("x" * 100, "1234567890")
-    table.add_row("[red]y[/red]", "2")
-    lines = show_at(40, table).splitlines()
-    assert [line.split()[-1] for line in lines[:2]] == ["k", "1234567890"]
-    assert "".join(line.split()[0] for line in lines[1:-1]) == "x" * 100
-    assert lines[-1].split() == ["[red]y[/red]", "2"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""adapter_config.json of a LoRA, as PEFT reads it: what kind it is, and the rank and scaling of every module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pome.checkpoint.source import Checkpoint
+from pome.errors import CheckpointError, printable
+
+MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"
+
+# Options of a LoRA that change nothing in what it computes, or that are followed here. Any other may change it.
+_KNOWN = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora",
+    "qalora_group_size", "runtime_config", "lora_bias", "target_parameters",
+})  # fmt: skip
+_SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
+# Initialisations that leave no trace once the weights are trained, and those that also change BASE's weights when the
+# adapter is loaded.
+_INIT_WITHOUT_TRACE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class LoraConfig:
+    """The settings of one LoRA adapter. Raises CheckpointError for a kind of adapter that is not known here."""
+
+    def __init__(self, ft: Checkpoint) -> None:
+        self.values: Mapping[str, Any] = ft.adapter_config or {}
+        self.where = f"{printable(ft.source)}/adapter_config.json"
+        self._refuse_unknown_kinds()
+        self.targets = [str(target) for target in self.values.get("target_parameters") or ()]
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def resolve_rank(self, key: str) -> int:
+        """The rank of the module or parameter `key`."""
+        rank = self._choose("rank_pattern", key, "r")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise CheckpointError(f"{self.where}: r {rank!r} is not a whole number")
+        return rank
+
+    def resolve(self, key: str) -> tuple[int, float]:
+        """(rank, scaling) of the module or parameter `key`: scaling is alpha / rank, or alpha / sqrt(rank) (rsLoRA)."""
+        rank = self.resolve_rank(key)
+        alpha = self._choose("alpha_pattern", key, "lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise CheckpointError(f"{self.where}: lora_alpha {alpha!r} is not a number")
+        return rank, alpha / math.sqrt(rank) if self.get("use_rslora") else alpha / rank
+
+    def list_targets(self, module: str) -> list[str]:
+        """The parameters of `module` that `target_parameters` names."""
+        found = []
+        for target in self.targets:
+            around, _, leaf = target.rpartition(".")
+            if not around or module == around or module.endswith("." + around):
+                found.append(f"{module}.{leaf}")
+        return list(dict.fromkeys(found))
+
+    def is_target(self, parameter: str) -> bool:
+        """Whether `target_parameters` names the parameter."""
+        return any(parameter == target or parameter.endswith("." + target) for target in self.targets)
+
+    def _choose(self, patterns_key: str, key: str, default_key: str) -> Any:
+        """The value of the first pattern, a regular expression for the end of a name, that matches, as PEFT chooses."""
+        patterns = self.get(patterns_key)
+        for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", key):
+                    return value
+            except (re.error, RecursionError, OverflowError):
+                raise CheckpointError(
+                    f"{self.where}: {printable(str(pattern))} is not a regular expression; mend the pattern"
+                ) from None
+        return self.get(default_key)
+
+    def _refuse_unknown_kinds(self) -> None:
+        kind = str(self.get("peft_type"))
+        if kind.upper() != "LORA":
+            raise CheckpointError(f"{self.where}: peft_type {printable(kind)}, not LORA; {MERGE_FIRST}")
+        for key, value in self.values.items():
+            if value and key not in _KNOWN:
+                raise CheckpointError(
+                    f"{self.where}: {printable(key)} is set, a LoRA of a kind not known here; {MERGE_FIRST}"
+                )
+        for key in _SWITCHES:
+            if self.get(key) is not None and not isinstance(self.get(key), bool):
+                raise CheckpointError(
+                    f"{self.where}: {key} is {printable(repr(self.get(key)))}, neither true nor false; correct it as "
+                    "the adapter was trained"
+                )
+        start = str(self.get("init_lora_weights"))
+        if start.lower().startswith(_INIT_CHANGES_BASE):
+            raise CheckpointError(
+                f"{self.where}: init_lora_weights {printable(start)}, which changes BASE's weights too; save the "
+                f"adapter again with save_pretrained(..., path_initial_model_for_weight_conversion=...), {MERGE_FIRST}"
+            )
+        if start.lower() not in _INIT_WITHOUT_TRACE:
+            raise CheckpointError(
+                f"{self.where}: init_lora_weights {printable(start)}, a LoRA of a kind not known here; {MERGE_FIRST}"
+            )

@@ -1,0 +1,94 @@
+"""Streams of the command line: what people read on stderr, the one document on stdout, errors as messages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from pome.config.options import as_flag
+from pome.errors import OutputError, PomeError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pome.output.progress import Progress
+
+LOG_WIDTH = 140
+
+
+def make_console(quiet: bool) -> Console:
+    """Everything for people goes to stderr; stdout is for `--json`."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
+    # The Hub's library, not loaded yet, draws bars of its own and tells of each request that it repeats.
+    if quiet or not console.is_terminal:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if quiet:
+        os.environ["HF_HUB_VERBOSITY"] = "error"
+    return console
+
+
+@contextlib.contextmanager
+def show_progress(console: Console) -> Iterator[Progress]:
+    """Bars on a terminal, plain lines in a log, nothing for --quiet."""
+    from pome.cli.progress import BarProgress, LineProgress
+    from pome.output.progress import Progress
+
+    if console.quiet:
+        yield Progress()
+    elif console.is_terminal:
+        with BarProgress(console) as bars:
+            yield bars
+    else:
+        yield LineProgress(console)
+
+
+def print_lines(console: Console, lines: Iterable[str], limit: int = 2000) -> None:
+    """Lines as they are: no markup, no colour for numbers, and not folded to the console's width."""
+    for line in lines:
+        console.print(printable(line, limit), highlight=False, markup=False, soft_wrap=True)
+
+
+def write_document(document: Iterable[str], done: str = "") -> None:
+    """The one document of `--json`; `done` says what stands all the same if it cannot be written."""
+    try:
+        sys.stdout.writelines(document)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{done}the document of --json could not be written: {error.strerror}") from None
+
+
+def complain(message: str) -> None:
+    """One error as a line on stderr."""
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def describe_error(error: BaseException) -> str:
+    """One error as a message for people, whatever raised it."""
+    if isinstance(error, MemoryError):
+        return "out of memory; use a machine with more, or --exclude the largest matrices (see --dry-run)"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
+def name_options(error: PomeError) -> str:
+    """The message of an error, with the options that it speaks of named as on the command line.
+
+    What stands in quotes is the user's text and stays.
+    """
+    if not error.options:
+        return str(error)
+    names = "|".join(map(re.escape, sorted(error.options, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w'`-])({names})(?![\w'`-])", lambda match: as_flag(match[1]), str(error))

@@ -1,0 +1,64 @@
+"""What is told and done of an output once it is written: the closing table, the upload, a job that is done already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pome.cli.console import print_lines
+from pome.config.outputs import Publication, Reports
+from pome.errors import OutputError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pome.manifest import Manifest
+
+
+def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
+    """Tell what was edited, what was kept, and what OUT is now."""
+    from pome.checkpoint.sidefiles import MANIFEST_NAME
+    from pome.cli.tables.edit import describe_kept, describe_warnings, make_closing_table
+    from pome.cli.tables.text import show_bytes
+
+    if manifest.tensors:
+        console.print(make_closing_table(manifest))
+    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not manifest.tensors:
+        console.print("warning: no matrix was edited; OUT equals FT", highlight=False)
+    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
+    merged = len(manifest.merged)
+    rest = f"{merged} merged, every other byte as in BASE" if merged else "every other byte as in FT"
+    line = (
+        f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
+        f"manifest: {printable(str(out / MANIFEST_NAME))}"
+    )
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def push(out: Path, publication: Publication, console: Console) -> None:
+    """Upload OUT, if that was asked for."""
+    if publication.push_to_hub is not None:
+        from pome.output.upload import push_output
+
+        address = push_output(out, publication.push_to_hub, private=publication.private)
+        print_lines(console, [f"uploaded to {address}"])
+
+
+def accept_finished(
+    find: Callable[[], Manifest | None], out: Path, publication: Publication, reports: Reports, console: Console
+) -> dict[str, Any] | None:
+    """The result of a job whose output an earlier run made, whole and as it is asked for now; else None."""
+    manifest = find()
+    if manifest is None:
+        return None
+    missing = [path for path in reports.paths if not os.path.exists(os.path.expanduser(path))]
+    if missing:  # they need every score again, which are gone with OUT written
+        said = f"made by an earlier run, but {printable(missing[0])} is not there; 'overwrite: true' runs it all again"
+        raise OutputError(f"{printable(str(out))}: {said}")
+    console.print("done by an earlier run", highlight=False)
+    push(out, publication, console)
+    return {"status": "done", "matrices": len(manifest.tensors)}

@@ -1,0 +1,47 @@
+"""What `pome inspect` shows: what is looked at, medians for each role and layer, warnings."""
+
+from __future__ import annotations
+
+import math
+
+from pome.cli.tables.fitted import FittedTable
+from pome.cli.tables.text import name_side, show_bytes
+from pome.editing.session import Opened
+from pome.errors import printable
+from pome.reports.sheet import Sheet, summarise_places, summarise_roles
+
+
+def describe_survey(opened: Opened) -> str:
+    """One line: what is held against what, how many tensors, how many bytes."""
+    plan = opened.plan
+    roles = dict.fromkeys(part.role for _, part in plan.matrices())
+    looked = len({unit.name for unit in plan.units if unit.parts})
+    return (
+        f"{name_side(opened.base)} -> {name_side(opened.ft)}   {looked} of {plan.tensor_count} tensors to look at "
+        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
+    )
+
+
+def make_survey_tables(sheet: Sheet) -> list[FittedTable]:
+    """Medians for each role, and for each layer."""
+    columns = {quantity.key: quantity.column for quantity in sheet.quantities if quantity.column}
+    keys, tables = list(columns), []
+    for first, summary in (("role", summarise_roles(sheet, keys)), ("layer", summarise_places(sheet, keys))):
+        table = FittedTable(first, "matrices", *columns.values(), where="--csv has them")
+        for name, count, medians in summary:
+            table.add_row(name, str(count), *(_show_median(medians[key]) for key in keys))
+        tables.append(table)
+    return tables
+
+
+def _show_median(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def describe_notices(sheet: Sheet) -> list[str]:
+    """The warnings of a sheet, each with the option that answers it."""
+    lines = []
+    for notice in sheet.warnings:
+        answer = f" Answer: {notice.option}" if notice.option else ""
+        lines.append(f"warning: {notice.count} of {len(sheet.rows)}: {printable(notice.text, 400)}{answer}")
+    return lines

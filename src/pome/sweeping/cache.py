@@ -1,0 +1,103 @@
+"""Decompositions of a sweep's matrices, cached in files: each is computed once, whatever k and alpha follow."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pome.editing.unit import FLOAT64_ENTRIES
+from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
+from pome.planning.units import Plan, Unit, fan_out_in
+from pome.roles.layout import Part
+
+
+class DecompositionFolder:
+    """Cache of decompositions in one folder, which is made if it is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def find_cache(self, unit: Unit, part: Part) -> DecompositionCache:
+        """The cache of one matrix. Several threads may ask, each for another matrix."""
+        name = f"{unit.key}\n{unit.label(part)}"
+        return _FileCache(self.folder, hashlib.sha256(name.encode()).hexdigest()[:32])
+
+
+class _FileCache(MutableMapping[str, Decomposition | Undecided]):
+    """Cache of one matrix: a file for each solver. A file that a crash left torn counts as absent."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder = folder
+        self.stem = stem
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{self.stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
+
+    def __getitem__(self, key: str) -> Decomposition | Undecided:
+        device = key.rpartition("@")[2]
+        try:
+            with safe_open(self._path(key), framework="pt") as file:
+                said = file.metadata()
+                # Clones: tensors in a mapped file lie at odd addresses, where products take other paths and round
+                # differently.
+                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
+            raise KeyError(key) from None
+        if "undecided" in said:
+            return Undecided(said["undecided"])
+        tensors = {name.removesuffix(".T"): t.mT if name.endswith(".T") else t for name, t in found.items()}
+        fields: dict[str, Any] = {name: t if name == "sigma" else t.to(device) for name, t in tensors.items()}
+        fields |= {name: int(said[name]) for name in ("rank", "strong", "tail")}
+        return Decomposition(**fields, noise=float.fromhex(said["noise"]))
+
+    def __setitem__(self, key: str, decomposition: Decomposition | Undecided) -> None:
+        tensors: dict[str, Tensor] = {}
+        if isinstance(decomposition, Undecided):
+            said = {"undecided": str(decomposition)}
+        else:
+            for name in ("sigma", "V", "U", "residual"):
+                tensor = getattr(decomposition, name)
+                # Rows or columns first, as it was: a product's rounding depends on that.
+                if tensor is not None and tensor.is_contiguous():
+                    tensors[name] = tensor.cpu()
+                elif tensor is not None:
+                    tensors[f"{name}.T"] = tensor.cpu().mT.contiguous()
+            said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
+            said["noise"] = decomposition.noise.hex()
+        path = self._path(key)
+        made = path.with_suffix(".new")
+        save_file(tensors, made, said)
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        made.rename(path)
+
+    def __delitem__(self, key: str) -> None:
+        self._path(key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("the names of the files are hashes of the keys")
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob(f"{self.stem}-*.safetensors")))
+
+
+def count_bytes(plans: list[Plan]) -> int:
+    """Disk space in bytes that the decompositions of these plans' matrices take: short side squared, and residual."""
+    sizes: dict[tuple[str, str | None], int] = {}
+    for plan in plans:
+        for unit, part in plan.matrices():
+            m, n = fan_out_in(unit, part)
+            short, low = min(m, n), unit.change.low if unit.change else None
+            if low is not None:
+                sizes[unit.key, unit.label(part)] = 8 * low.rank * (m + n)
+            else:
+                sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
+    return sum(sizes.values())
