@@ -64,6 +64,7 @@ class TensorRecord:
     rounding: float
     objective: float
     orthogonality: float
+    power_residual: float | None  # None in the manifests of releases that did not measure it
     solver: str
     warnings: tuple[str, ...]
 
@@ -163,6 +164,7 @@ _Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
 }
@@ -179,7 +181,8 @@ def _read(record: type[_Record], raw: dict[str, Any]) -> _Record:
 
 def _read_tensor(raw: dict[str, Any]) -> TensorRecord:
     rows, columns = raw["shape"]
-    return _read(TensorRecord, {**raw, "shape": (rows, columns), "warnings": _read_texts(raw["warnings"])})
+    warnings = _read_texts(raw["warnings"])
+    return _read(TensorRecord, {"power_residual": None, **raw, "shape": (rows, columns), "warnings": warnings})
 
 
 def _read_texts(raw: list[Any]) -> tuple[str, ...]:
