@@ -93,17 +93,9 @@ class TensorRecord:
     def from_mapping(cls, raw: dict[str, Any]) -> TensorRecord:
         """A record from JSON's types. Raises TypeError, ValueError or KeyError for what is no record."""
         rows, columns = raw["shape"]
-        texts = _read_texts(raw["warnings"])
-        return _read(
-            cls,
-            {
-                "power_residual": None,
-                **raw,
-                "shape": (rows, columns),
-                "warnings": texts,
-                "spectrum": _read_points(raw["spectrum"]),
-            },
-        )
+        texts, points = _read_texts(raw["warnings"]), _read_points(raw["spectrum"])
+        read = {"shape": (rows, columns), "warnings": texts, "spectrum": points}
+        return _read(cls, {"power_residual": None, **raw, **read})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pome.sweeping.trials import Outcome, Trial
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Trials of the candidates that share layers, scale and power: a row for each way to choose k, a column for each beta."""
+    """Trials that share layers, scale and power: a row for each way to choose k, a column for each beta."""
 
     title: str
     rows: tuple[str, ...]
