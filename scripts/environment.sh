@@ -48,6 +48,6 @@ make_environment() {
     echo "making $ROOT/.venv with $("$python" --version)" >&2
     "$python" -m venv --clear "$ROOT/.venv"
     install "$(grep '^torch==' "$ROOT/constraints.txt")"
-    install --editable "$ROOT[test,lint]"
+    install --editable "$ROOT[test,lint,docs]"
     echo "$wanted" >"$stamp"
 }

@@ -5,7 +5,7 @@
 
 makes FOLDER/base, the published model dequantised from 4 bits (scripts/real_weights.py), and FOLDER/ft, fine-tuned with
 AdamW in float32 on the text of this repository's README and stored in bfloat16, as training jobs do. The loss before
-each step is printed. A pair to try the tool on, not a better model: the README is some four thousand tokens.
+each step is printed. A pair to try the tool on, not a better model: the README is some two thousand tokens.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of options in README.md, made from the declarations.
+"""The tables of options in docs/reference/options.md, made from the declarations.
 
 scripts/option_tables.py             # writes them anew between their marks
 scripts/option_tables.py edit        # prints one
@@ -17,7 +17,7 @@ from pome.cli.help import name_option, show_default
 from pome.cli.options import find_flag, list_command_options
 from pome.config.options import Option, describe
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
 MARKED = re.compile(r"(<!-- options of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = ["| option | meaning | default |", "|---|---|---|"]
 
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         print(make_table(sys.argv[1]) if sys.argv[1] in COMMANDS else f"none of {', '.join(COMMANDS)}", end="")
     else:
-        README.write_text(fill_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(fill_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -81,3 +81,12 @@ def printable(text: str, limit: int = 200) -> str:
         for character in text[: limit + 1]
     )
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+
+
+def show_bytes(count: float) -> str:
+    """`2.9 GB`, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

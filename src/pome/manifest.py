@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
+# Entries of `timing` that are no times. They stand there because they may differ between two runs.
 CHECKSUM = "manifest_sha256"
 SPECTRUM_POINTS = 24
+INPUTS = "inputs_stat"  # what the system said of the inputs' files: while it says the same they need not be hashed
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class TensorRecord:
     rounding: float
     objective: float
     orthogonality: float
+    power_residual: float | None  # None in the manifests of releases that did not measure it
     solver: str
     warnings: tuple[str, ...]
     spectrum: tuple[tuple[int, float], ...]
@@ -92,7 +95,14 @@ class TensorRecord:
         rows, columns = raw["shape"]
         texts = _read_texts(raw["warnings"])
         return _read(
-            cls, {**raw, "shape": (rows, columns), "warnings": texts, "spectrum": _read_points(raw["spectrum"])}
+            cls,
+            {
+                "power_residual": None,
+                **raw,
+                "shape": (rows, columns),
+                "warnings": texts,
+                "spectrum": _read_points(raw["spectrum"]),
+            },
         )
 
 
@@ -122,7 +132,13 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
-    notes: tuple[str, ...] = ()  # what was said of the inputs; left out of the file where nothing was
+    notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+
+    @property
+    def template(self) -> str:
+        """Whose bytes an output has where it was not edited: `FT`, or `BASE` where FT is an adapter merged into it."""
+        adapter = "adapter_model.safetensors" in self.fine_tuned.files
+        return "BASE" if adapter and self.spec.get("out_format") == "full" else "FT"
 
     def checksum(self) -> str:
         """SHA-256 over all that the manifest says, but for the checksum itself, which stands among the timings."""
@@ -138,7 +154,7 @@ class Manifest:
         """The manifest in JSON's types, but for tuples in the records of matrices, which JSON writes as lists."""
         others = dataclasses.asdict(dataclasses.replace(self, tensors=()))
         mapping = {**others, "tensors": [record.to_mapping() for record in self.tensors]}
-        return mapping if self.notes else {key: value for key, value in mapping.items() if key != "notes"}
+        return mapping if self.notices else {key: value for key, value in mapping.items() if key != "notices"}
 
     def to_json(self) -> str:
         """The file: indented, but for the records of matrices, one line each."""
@@ -171,7 +187,7 @@ class Manifest:
                     "kept": tuple(_read(KeptRecord, item) for item in raw["kept"]),
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
-                    "notes": _read_texts(raw.get("notes", [])),
+                    "notices": _read_texts(raw.get("notices", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -213,6 +229,7 @@ _Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
 }

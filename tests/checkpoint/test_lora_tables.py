@@ -73,7 +73,7 @@ def test_a_head_of_the_adapters_own_arrives_in_both_forms(task: str, shards: boo
     assert not torch.allclose(one, load_task(task, pair.base, pair.dtype), atol=1e-3)
     added = read_tensors(tmp_path / "full").keys() - read_tensors(pair.base).keys()
     assert added and added <= set(full.merged) and {name.split(".")[0] for name in added} == {"score"}
-    assert all(any(name in note and "is added from the adapter" in note for note in full.notes) for name in added)
+    assert all(any(name in note and "is added from the adapter" in note for note in full.notices) for name in added)
     for out in ("full", "out"):
         assert pome.verify(tmp_path / out, pair.base, pair.adapter, full=True).ok
     if shards:

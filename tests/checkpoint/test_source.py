@@ -72,15 +72,6 @@ def test_shards_need_no_index_when_their_names_say_that_all_are_here(tmp_path: P
     assert "1 of 2 shards are here and there is no index" in refuse(folder)
 
 
-def test_the_plain_name_goes_before_shards_and_says_what_it_leaves_out(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", random_llama(), shards=2)
-    save_file(SMALL, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder)
-    checkpoint.close()
-    assert set(checkpoint.tensors) == {"a", "b"}
-    assert INDEX in checkpoint.unused and "model-00001-of-00002.safetensors" in checkpoint.unused
-
-
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", random_llama(), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -98,20 +89,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, cut: int) -> None:
     assert "model.safetensors" in message and "truncated" in message
 
 
-def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", random_llama(), shards=2)
-    index = json.loads((folder / INDEX).read_text())
-    name = next(iter(index["weight_map"]))
-    moved = json.loads(json.dumps(index))
-    moved["weight_map"][name] = "model-00002-of-00002.safetensors"
-    (folder / INDEX).write_text(json.dumps(moved))
-    assert f"says that {name} is in model-00002-of-00002.safetensors, but it is not there" in refuse(folder)
-    del index["weight_map"][name]
-    (folder / INDEX).write_text(json.dumps(index))
-    assert f"does not name {name}" in refuse(folder)
-
-
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors", "a\\b.safetensors"]
+)
 def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path / "m", random_llama(), shards=2)
     index = json.loads((folder / INDEX).read_text())

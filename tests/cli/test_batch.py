@@ -69,6 +69,21 @@ def test_a_failed_job_stops_no_other_and_the_batch_fails(capsys: pytest.CaptureF
     ]  # fmt: skip
 
 
+def test_the_title_of_a_job_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, JOBS)
+    titles = [line for line in err.splitlines() if line.startswith("[")]
+    assert titles == ["[1/3] first", "[2/3] second", "[3/3] third"]
+
+
+def test_all_variables_without_a_value_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "variables: {tuned: null, out: null, k: 0.5, base: null}\njobs:\n"
+    text += "  - {base: base, fine_tuned: '${tuned}', out: '${out}', rank_ratio: '${k}'}\n"
+    said = "error: jobs.yaml:3: the variables 'tuned' and 'out' have no value; give --set tuned=VALUE --set out=VALUE\n"
+    assert run(capsys, text) == (2, "", said)
+    said = "error: jobs.yaml:3: the variable 'out' has no value; give --set out=VALUE\n"
+    assert run(capsys, text, "--set", "tuned=ft") == (2, "", said)
+
+
 def test_only_runs_the_named_jobs_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, JOBS, "--only", "third", "--only", "first", "--quiet")
     assert (status, out) == (0, "")

@@ -68,7 +68,7 @@ def test_an_edit_from_end_to_end(pair: tuple[str, str], capsys: pytest.CaptureFi
     assert_only_edited(Path("ft"), Path("out"), UP)
     lines = err.splitlines()
     assert lines[0] == (
-        "base -> ft   2 of 11 tensors to edit (up), 9 kept   10.2 kB to read, 5.1 kB to write"
+        "base (pretrained) -> ft (fine-tuned)   2 of 11 tensors to edit (up), 9 kept   10.2 kB to read, 5.1 kB to write"
     )  # 2 sides x 2 matrices x 40 x 16 float32
     assert lines[1].startswith("device ")
     assert re.fullmatch(r"copying \d+\.\d kB: done in \d+\.\d s", lines[2])
@@ -100,7 +100,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     status, out, err = run(capsys, "edit", *pair, "out", "--dry-run", "--layers", "ffn", "--dtype", "bfloat16")
     assert (status, out) == (0, "")
     assert err.splitlines()[:5] == [
-        "base -> ft   6 of 11 tensors to edit (down, gate, up), 5 kept   30.7 kB to read, 7.7 kB to write",
+        "base (pretrained) -> ft (fine-tuned)   6 of 11 tensors to edit (down, gate, up), 5 kept   "
+        "30.7 kB to read, 7.7 kB to write",
         "role  matrices    shape        dtype     read   write",
         "down         2  16 x 40  F32 -> BF16  10.2 kB  2.6 kB",
         "gate         2  40 x 16  F32 -> BF16  10.2 kB  2.6 kB",
@@ -197,7 +198,8 @@ ERRORS: dict[str, tuple[Callable[[], None], str, int, str]] = {
                     r"bad.yaml:2: unknown key 'rank_ration'; did you mean 'rank_ratio'\?"),
     "no config": (nothing, "base ft out --config none.yaml", 2, "none.yaml: cannot be read: No such file"),
     "in ft": (nothing, "base ft ft/out", 1, "ft/out: OUT lies inside ft"),
-    "is ft": (nothing, "base ft ft", 1, "ft: OUT lies inside ft"),
+    "is ft": (nothing, "base ft ft", 1, "ft: OUT is ft; choose a folder outside the inputs"),
+    "is base": (nothing, "base ft base --overwrite", 1, "base: OUT is base; choose a folder outside the inputs"),
     "around ft": (nothing, "base ft .", 1, "OUT holds base"),
     "exists": (write_oddities, "base ft adapter", 1, "adapter: exists; choose another OUT or give --overwrite"),
     "pickled": (write_oddities, "base pickled out", 1, "pytorch_model.bin: pickled weights are never unpickled"),
@@ -291,6 +293,25 @@ def test_what_could_not_be_done_is_a_usage_error(
     status, out, err = run(capsys, *shlex.split(arguments))
     assert (status, out) == (2, "")
     assert re.match(f"error: {said}", err) and err.count("\n") == 1
+
+
+def test_an_inspection_hears_the_numbers_of_the_rules(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 16 singular values; both numbers count at once, because an inspection shows every rule.
+    status, out, _ = run(capsys, "inspect", *pair, "--layers", "up", "--rank-ratio", "0.25", "--energy", "1", "--json")
+    assert status == 0
+    assert {(item["k"]["ratio"], item["k"]["energy"]) for item in json.loads(out)["tensors"]} == {(4, 16)}
+
+
+def test_a_sweep_uploads_only_where_somebody_is_logged_in(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = hash_tree(tmp_path)
+    status, _, err = run(capsys, "sweep", *pair, "out", "--score-cmd", "echo 1 {model}", "--push-to-hub", "me/it")
+    assert status == 1 and err.startswith("error: me/it: ")
+    assert hash_tree(tmp_path) == before
 
 
 def test_overwrite_and_fresh_are_heard(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

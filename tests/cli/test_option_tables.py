@@ -1,14 +1,14 @@
-"""README's tables of options are those that are declared."""
+"""The tables of options on their page are those that are declared."""
 
 from __future__ import annotations
 
-from option_tables import MARKED, README, fill_tables, make_table
+from option_tables import MARKED, PAGE, fill_tables, make_table
 from pome.config.spec import EDIT_OPTIONS
 
 
-def test_the_tables_in_the_readme_are_the_declared_ones() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert [match[2] for match in MARKED.finditer(text)] == ["edit", "sweep"]
+def test_the_tables_on_the_page_are_the_declared_ones() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert [match[2] for match in MARKED.finditer(text)] == ["edit", "inspect", "sweep", "verify", "batch"]
     assert fill_tables(text) == text, "run scripts/option_tables.py"
 
 

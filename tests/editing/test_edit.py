@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,13 +18,16 @@ from torch import Tensor
 import pome
 from pome import EditSpec, NumericalError
 from pome.editing.unit import measure_norm
+from pome.manifest import FileRecord
 from support.checkpoints import (
     LLAMA,
     assert_only_edited,
     count_ulps,
     llama_pair,
+    perturb,
     random_llama,
     read_manifest,
+    read_ranges,
     read_tensors,
     write_checkpoint,
 )
@@ -309,6 +314,76 @@ def test_a_dtype_that_is_the_tensors_own_changes_no_byte_more(tmp_path: Path) ->
     base, ft = llama_pair(tmp_path, shards=2)
     pome.edit(base, ft, tmp_path / "out", EditSpec(dtype="float32"))
     assert_only_edited(ft, tmp_path / "out", [up(0), up(1)])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("source", "wanted"), [("bfloat16", "float32"), ("float32", "float16"), ("float32", "bfloat16")]
+)
+def test_a_new_layout_is_the_one_that_safetensors_writes(tmp_path: Path, source: str, wanted: str, shards: int) -> None:
+    """Also with an odd number of 16-bit items: every tensor begins at a multiple of its item's size."""
+    dtype = getattr(torch, source)
+    base = {"odd": torch.ones(3, dtype=dtype), **random_llama(dtype=dtype), "flags": torch.ones(3, dtype=torch.uint8)}
+    tuned = {n: t if t.dtype == torch.uint8 else perturb({n: t})[n] for n, t in base.items()}
+    paths = [write_checkpoint(tmp_path / n, t, shards=shards) for n, t in (("base", base), ("ft", tuned))]
+    pome.edit(*paths, tmp_path / "out", EditSpec(dtype=wanted))
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, (start, _) in read_ranges(path).items():
+            assert start % tensors[name].element_size() == 0
+        save_file(tensors, tmp_path / "reference.safetensors", {"format": "pt"})
+        assert path.read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+    assert pome.verify(tmp_path / "out", *paths, full=True).ok
+
+
+@pytest.mark.parametrize(
+    ("declared", "wanted", "said"),
+    [
+        ({"dtype": "bfloat16"}, "float32", {"dtype": "float32"}),
+        ({"torch_dtype": "float16", "a": 1}, "float32", {"torch_dtype": "float32", "a": 1}),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, "float32", {"text_config": {"torch_dtype": "float32"}}),
+        ({"dtype": "bfloat16"}, "float16", {"dtype": "float32"}),  # of the two neither holds the other
+        ({"dtype": "float32"}, "bfloat16", {"dtype": "float32"}),
+        ({"dtype": "float64"}, "float32", {"dtype": "float64"}),
+        ({"dtype": "auto"}, "float32", {"dtype": "auto"}),
+    ],
+)
+def test_the_dtype_that_a_config_declares_holds_the_edit(
+    tmp_path: Path, declared: dict[str, object], wanted: str, said: dict[str, object]
+) -> None:
+    source = torch.bfloat16 if wanted != "bfloat16" else torch.float32
+    base, ft = llama_pair(tmp_path, dtype=source)
+    for folder in (base, ft):
+        (folder / "config.json").write_text(json.dumps({**LLAMA, **declared}))
+    manifest = pome.edit(base, ft, tmp_path / "out", EditSpec(dtype=wanted))
+    written = tmp_path / "out/config.json"
+    assert json.loads(written.read_text()) == {**LLAMA, **said}
+    if said == declared:
+        assert written.read_bytes() == (ft / "config.json").read_bytes()
+    else:
+        assert any("dtype it declares" in notice for notice in manifest.notices)
+    assert pome.verify(tmp_path / "out", base, ft, full=True).ok
+    assert pome.verify(tmp_path / "out", ft=ft).ok
+
+
+def test_without_a_declared_dtype_the_notice_says_how_to_load(tmp_path: Path) -> None:
+    base, ft = llama_pair(tmp_path, dtype=torch.bfloat16)
+    manifest = pome.edit(base, ft, tmp_path / "out", EditSpec(dtype="float32"))
+    assert "dtype=torch.float32" in manifest.notices[0]
+    assert (tmp_path / "out/config.json").read_bytes() == (ft / "config.json").read_bytes()
+
+
+def test_another_config_than_the_one_that_was_written_is_found(tmp_path: Path) -> None:
+    base, ft = llama_pair(tmp_path, dtype=torch.bfloat16)
+    for folder in (base, ft):
+        (folder / "config.json").write_text(json.dumps({**LLAMA, "dtype": "bfloat16"}))
+    manifest = pome.edit(base, ft, tmp_path / "out", EditSpec(dtype="float32"))
+    path = tmp_path / "out/config.json"
+    path.write_text(path.read_text().replace('"float32"', '"float64"'))
+    record = FileRecord(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    sealed = dataclasses.replace(manifest, files={**manifest.files, "config.json": record}).sealed()
+    (tmp_path / "out/pome_manifest.json").write_text(sealed.to_json())
+    assert [item.file for item in pome.verify(tmp_path / "out", base, ft).differences] == ["config.json"]
 
 
 def test_two_runs_give_the_same_bytes_and_the_same_manifest(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -137,7 +138,7 @@ def test_an_unusable_out_is_refused_and_nothing_is_written(tmp_path: Path, monke
     (tmp_path / "link").symlink_to(tmp_path / "there")
     (tmp_path / "alias").symlink_to(ft)
     assert "OUT lies inside" in refuse(tmp_path, ft / "out")
-    assert "OUT lies inside" in refuse(tmp_path, ft)
+    assert f"OUT is {ft};" in refuse(tmp_path, ft)
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "base/deep/out", overwrite=True)
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "alias/out")
     assert "OUT holds" in refuse(tmp_path, tmp_path, overwrite=True)
@@ -182,7 +183,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
     real = pome.output.staging.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(pome.output.staging, "can_share", lambda *_: False)
     monkeypatch.setattr(pome.output.staging.shutil, "disk_usage", lambda _: real._replace(free=1000))
-    assert "bytes are needed and 1000 are free there; make room" in refuse(tmp_path, tmp_path / "out")
+    assert "are needed and 1.0 kB are free there; make room" in refuse(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite", "fsync", "write"])
@@ -226,6 +227,85 @@ def test_every_way_to_copy_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
             monkeypatch.setattr(os, "copy_file_range", fail_with(errno.EXDEV, lambda *_: True, os.copy_file_range))
     edit(base, ft, tmp_path / "out")
     assert_only_edited(ft, tmp_path / "out", UP)
+
+
+COPY_REFUSALS = (errno.EIO, errno.EACCES, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "ioctl"])
+@pytest.mark.parametrize("code", COPY_REFUSALS)
+def test_a_refused_way_of_copying_is_followed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    if call == "ioctl":
+        monkeypatch.setattr(fcntl, "ioctl", fail_with(code, lambda *_: True, fcntl.ioctl))
+    else:
+        monkeypatch.setattr(clone, "share_file", lambda *_: False)
+        monkeypatch.setattr(os, call, fail_with(code, lambda *_: True, getattr(os, call)))
+    edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
+
+
+def test_a_source_that_cannot_be_read_is_an_error_whatever_the_way_of_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(clone, "share_file", lambda *_: False)
+    for call in ("copy_file_range", "pread"):
+        monkeypatch.setattr(os, call, fail_with(errno.EIO, lambda *_: True, getattr(os, call)))
+    with pytest.raises(OutputError, match="Input/output error"):
+        edit(base, ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_copying_stops_at_once_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(clone, "share_file", lambda *_: False)
+    monkeypatch.setattr(os, "copy_file_range", fail_with(errno.ENOSPC, lambda *_: True, os.copy_file_range))
+    with pytest.raises(OutputError, match="make room"):
+        edit(base, ft, tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize(
+    ("call", "said"), [("fchmod", "keeps no permissions"), ("fsync", "does not sync"), ("fdatasync", None)]
+)
+def test_a_request_that_the_file_system_does_not_have_is_a_notice_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str | None, code: int
+) -> None:
+    base, ft = llama_pair(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail_with(code, lambda *_: True, getattr(os, call)))
+        manifest = edit(base, ft, tmp_path / "out")
+    assert_only_edited(ft, tmp_path / "out", UP)
+    assert bool(manifest.notices) == bool(said)
+    assert all(said in notice for notice in manifest.notices if said)
+
+
+@pytest.mark.parametrize("how", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    base, ft = llama_pair(tmp_path)
+
+    def is_folder(first: object, *rest: object) -> bool:
+        if how == "open":
+            return bool(rest) and isinstance(rest[0], int) and bool(rest[0] & os.O_DIRECTORY)
+        return isinstance(first, int) and stat.S_ISDIR(os.fstat(first).st_mode)
+
+    monkeypatch.setattr(os, how, fail_with(errno.EINVAL, is_folder, getattr(os, how)))
+    manifest = edit(base, ft, tmp_path / "out")
+    assert [notice.partition("the file system ")[2].partition(";")[0] for notice in manifest.notices] == [
+        "does not sync folders"
+    ]
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdatasync"])
+def test_a_sync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr(os, call, fail_with(errno.EIO, lambda *_: True, getattr(os, call)))
+    with pytest.raises(OutputError, match="Input/output error"):
+        edit(base, ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_short_reads_and_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

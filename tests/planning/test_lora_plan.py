@@ -36,7 +36,7 @@ def test_another_base_in_the_adapters_config_is_said_and_recorded(pair: Pair, na
     done = run_python("-m", "pome", "edit", str(pair.base), str(pair.adapter), str(tmp_path / "out"))
     assert done.returncode == 0 and f"the adapter was trained on {named} by its adapter_config.json" in done.stderr
     manifest = json.loads((tmp_path / "out/pome_manifest.json").read_text())
-    assert any(named in note for note in manifest["notes"])
+    assert any(named in note for note in manifest["notices"])
     assert pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True).ok
 
 
@@ -66,16 +66,23 @@ def test_the_name_that_bases_own_config_has_counts(pair: Pair) -> None:
 
 @pytest.mark.parametrize("form", ["full", "adapter"])
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "mm_projector.bin", "value_head.safetensors", "extra.pt"])
-def test_trained_weights_beside_an_adapter_are_warned_of(pair: Pair, name: str, form: str) -> None:
+def test_trained_weights_beside_an_adapter_are_copied_and_said(
+    pair: Pair, name: str, form: str, tmp_path: Path
+) -> None:
     (pair.adapter / name).write_bytes(b"x")
-    (note,) = find_notes(pair, out_format=form)
-    assert note.startswith(f"warning: {name} beside the adapter holds weights that were trained with it and are not")
+    manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format=form))
+    (notice,) = manifest.notices
+    assert f"{name}: was trained beside the adapter; it is copied as it is" in notice
+    assert (tmp_path / "out" / name).read_bytes() == b"x"
 
 
-def test_states_of_a_training_beside_an_adapter_are_no_weights_of_the_model(pair: Pair) -> None:
-    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state_0.pth", "adapter_model.bin"):
+def test_states_of_a_training_beside_an_adapter_are_left_out_and_named(pair: Pair, tmp_path: Path) -> None:
+    states = {"optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state_0.pth", "adapter_model.bin"}
+    for name in states:
         (pair.adapter / name).write_bytes(b"x")
-    assert find_notes(pair) == ()
+    manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    assert manifest.notices == ()
+    assert states <= manifest.not_copied.keys()
 
 
 def quantize(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

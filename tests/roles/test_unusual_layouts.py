@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pome.roles.families import FAMILIES
 from pome.roles.feed_forward import find_refuted
 from pome.roles.layout import Block, Layout, Part
 from pome.roles.model_config import (
@@ -19,7 +20,7 @@ from pome.roles.model_config import (
 )
 from pome.roles.names import module_path
 from pome.roles.pairing import CROWD, pair_names
-from pome.roles.roles import find_layout
+from pome.roles.roles import find_layout, find_layouts
 
 H, F = 24, 56  # hidden and intermediate size
 OTHER = Layout((Part("other"),))
@@ -309,7 +310,7 @@ def test_wrappers_of_a_linear_layer_are_no_part_of_its_path() -> None:
     assert module_path("a.b.weight") == module_path("a.b") == module_path("a.b.linear.weight") == ("a", "b")
     assert module_path("a.b.base_layer.weight") == ("a", "b")
     assert module_path("linear.weight") == ("linear",) and module_path("weight") == ()
-    assert module_path("a.linear.base_layer") == ("a", "linear")
+    assert module_path("a.linear.base_layer") == ("a",)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, True, "8", 8.0, [8]])
@@ -385,3 +386,58 @@ def test_an_ending_that_a_crowd_shares_pairs_with_nothing() -> None:
     for count, paired in ((CROWD, 1), (CROWD + 1, 0)):
         base = {f"{'a.' * at}b.0.w": (4, 4) if at == 3 else (5, 5) for at in range(count)}
         assert len(pair_names(base, {"z.b.0.w": (4, 4)})) == paired
+
+
+def test_a_shared_mlp_of_granite_is_fused_under_its_own_names() -> None:
+    assert list(blocks("layers.0.shared_mlp.input_linear.weight", (2 * F, H), None)) == ["gate", "up"]
+    assert find_layout("layers.0.shared_mlp.output_linear.weight", (H, F)) == Layout((Part("down"),))
+    assert find_layout("layers.0.mlp.input_linear.weight", (2 * F, H)) == OTHER
+    assert find_layout("layers.0.mlp.output_linear.weight", (H, F)) == OTHER
+    assert find_layout("layers.0.shared_mlp.experts.input_linear.weight", (2 * F, H)) == OTHER
+
+
+def test_phi4s_audio_tower_fuses_up_above_gate() -> None:
+    name = "layers.0.mlp.gate_up_proj.weight"
+    assert list(blocks(f"model.audio_embed.encoder.{name}", (2 * F, H), None)) == ["up", "gate"]
+    assert list(blocks(f"model.image_embed.encoder.{name}", (2 * F, H), None)) == ["gate", "up"]
+    assert list(blocks("audio_embed.layers.0.mlp.w12.weight", (2 * F, H), None)) == ["gate", "up"]
+
+
+def test_a_checkpoint_may_be_one_ffn() -> None:
+    for name, role in {"mlp.fc1": "up", "mlp.fc2": "down", "ffn.w_in.w_0": "gate", "mlp.gate": "other"}.items():
+        assert find_layout(f"{name}.weight", (H, H)) == Layout((Part(role),)), name
+
+
+def test_gpt_bigcodes_attention_stored_in_out_is_cut_along_its_columns() -> None:
+    config = {"model_type": "gpt_bigcode", "n_embd": H, "n_head": 3}
+    columns = H + 2 * 8
+    assert blocks("h.0.attn.c_attn.weight", (H, columns), config) == {
+        "q": (1, 1, columns, 0, H), "k": (1, 1, columns, H, 8), "v": (1, 1, columns, H + 8, 8)
+    }  # fmt: skip
+
+
+def test_a_plain_matrix_is_neither_turned_nor_stacked() -> None:
+    layout = find_layout("layers.0.mlp.up_proj.weight", (F, H))
+    assert (layout.transposed, layout.stacked) == (False, False)
+    assert (OTHER.transposed, OTHER.stacked) == (False, False)
+
+
+def test_matrices_are_compared_within_their_own_ffn() -> None:
+    """The second one's sizes would refute the first one's roles, and the first one's the second's."""
+    layer = "layers.0."
+    shapes = {"mlp.fc1": (F, H), "mlp.fc2": (H, F), "ffn.fc1": (H, H), "ffn.fc2": (F, H)}
+    found = find_layouts({f"{layer}{name}.weight": shape for name, shape in shapes.items()})
+    assert [layout.parts[0].role for layout in found.values()] == ["up", "down", "up", "down"]
+
+
+def test_berts_intermediate_and_output_are_one_ffn() -> None:
+    layer = "encoder.layer.0."
+    for rows, role in ((F, "up"), (2 * F, "other")):
+        shapes = {f"{layer}intermediate.dense.weight": (rows, H), f"{layer}output.dense.weight": (H, F)}
+        assert [layout.parts[0].role for layout in find_layouts(shapes).values()] == [role, "down"]
+
+
+def test_experts_that_their_code_marks_as_in_out() -> None:
+    """transformers sets `is_transposed` on these, and PEFT reads it."""
+    marked = {model_type for model_type, family in FAMILIES.items() if family.marked_in_out}
+    assert marked == {"aria_text", "gpt_oss", "openai_privacy_filter"}

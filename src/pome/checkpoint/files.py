@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,15 @@ class Listing(Protocol):
 
     def open(self, name: str) -> File: ...
 
+    def holds(self, name: str) -> bool:
+        """Whether it has a file of this name, which may lie in a folder below. CheckpointError if that leads out."""
+
+    def find_weights_below(self) -> list[str]:
+        """Folders below the top that hold `.safetensors` files."""
+
+    def find_newer(self, names: Sequence[str], than: Sequence[str]) -> list[str]:
+        """Those of `names` that were written later than all of `than`, where that can be known."""
+
 
 class LocalFile:
     """A file on disk, read with `pread`: any number of threads, no mmap, no page of it kept."""
@@ -139,6 +148,23 @@ class LocalListing:
 
     def open(self, name: str) -> LocalFile:
         return LocalFile(self.folder / name)
+
+    def holds(self, name: str) -> bool:
+        path = self.folder / name
+        above, top = path.parent.resolve(), self.folder.resolve()
+        if top not in (above, *above.parents):
+            raise CheckpointError(f"{self.label}/{printable(name)}: leads out of the folder; copy the checkpoint again")
+        return path.is_file() or path.is_symlink()
+
+    def find_weights_below(self) -> list[str]:
+        found = {
+            path.parent for pattern in ("*/*.safetensors", "*/*/*.safetensors") for path in self.folder.glob(pattern)
+        }
+        return sorted(str(path.relative_to(self.folder)) for path in found)
+
+    def find_newer(self, names: Sequence[str], than: Sequence[str]) -> list[str]:
+        last = max((os.stat(self.folder / name).st_mtime_ns for name in than), default=0)
+        return [name for name in names if os.stat(self.folder / name).st_mtime_ns > last]
 
 
 def read_range(file: File, start: int, nbytes: int, what: str) -> bytearray:

@@ -114,9 +114,18 @@ def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, data_start, file_size)
 
 
-def build_header(
-    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def order_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries of a new layout in the order in which safetensors writes: wider dtypes first, then by name.
+
+    So every tensor begins at a multiple of its item's size, which some readers need: the format allows no padding.
+    """
+    return sorted(entries, key=lambda entry: (-DTYPE_BITS[entry[1]], entry[0]))
+
+
+def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and padded JSON of a file that holds `entries` (name, dtype, shape) back to back in this order.
 
     Raises HeaderError for a table that the format cannot hold.
@@ -143,9 +152,9 @@ def build_header(
 
 
 def parse_index(raw: bytes, where: str) -> dict[str, str]:
-    """Tensor name -> shard file name, from the text of a `model.safetensors.index.json`.
+    """Tensor name -> path of its shard below the folder, from the text of a `model.safetensors.index.json`.
 
-    Raises HeaderError unless every shard is a plain file name that ends in `.safetensors`.
+    `./name` is `name`. Raises HeaderError unless every shard is a `.safetensors` file in the folder or below it.
     """
     if len(raw) > MAX_HEADER_BYTES:
         _refuse(where, f"an index of {len(raw)} bytes is over {MAX_HEADER_BYTES}")
@@ -169,16 +178,19 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
             raise Malformed(f"something follows its closing brace at character {at}")
         if weight_map is None:
             raise Malformed("it has no weight_map")
-        for shard in dict.fromkeys(weight_map.values()):
-            if not _is_plain_name(shard):
-                raise Malformed(f"weight_map names '{printable(shard)}', not a plain .safetensors file name")
+        paths = {shard: _read_path(shard) for shard in dict.fromkeys(weight_map.values())}
     except (ValueError, RecursionError) as error:
         _refuse(where, f"{_describe(error)}; download the index again", error)
-    return weight_map
+    return {name: paths[shard] for name, shard in weight_map.items()}
 
 
-def _is_plain_name(shard: str) -> bool:
-    return shard.endswith(".safetensors") and shard.isprintable() and not set(shard) & {"/", "\\"}
+def _read_path(shard: str) -> str:
+    """A shard's path without `.` in it. Raises Malformed where it is none, or leads out of the folder."""
+    parts = [part for part in shard.split("/") if part not in ("", ".")]
+    leads_out = shard.startswith("/") or "\\" in shard or ".." in parts or ":" in shard
+    if leads_out or not shard.endswith(".safetensors") or not shard.isprintable() or parts[-1] == ".safetensors":
+        raise Malformed(f"weight_map names '{printable(shard)}', not a .safetensors file in its folder")
+    return "/".join(parts)
 
 
 def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorEntry, int]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import glob
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ from urllib.parse import urlsplit
 
 from pome.checkpoint.files import File, LocalFile, LocalListing
 from pome.checkpoint.hub_calls import ask_hub, list_library_errors
+from pome.checkpoint.leftovers import find_leftover
 from pome.errors import HubError, printable
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # One request asks for at most this much: a server's or a proxy's limit on the time of one answer is then never met.
 _PIECE = 32 << 20
-# Of FT all files are fetched, but neither weights in other formats nor training state, which no output would hold.
-_TRAINING_STATE = ("checkpoint-[0-9]*/*", "*/checkpoint-[0-9]*/*", "global_step[0-9]*/*", "*/global_step[0-9]*/*")
-NOT_FETCHED = "weights in another format or training state; not downloaded"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PICKLED = (*PICKLED, ".bin.index.json")
-_OTHER_FORMATS = (*_PICKLED, ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot")
+NOT_FETCHED = "{reason}; not downloaded"
+# Offline, for releases of the library that know what the cache lacks: files that no output needs (find_leftover).
+_NOT_NEEDED = (
+    "pytorch_model*.bin*", "*/pytorch_model*.bin*", "tf_model*", "flax_model*", "rust_model.ot", "*.gguf", "*.onnx*",
+    "consolidated*", "original/*", "metal/*", "*checkpoint-[0-9]*/*", "global_step[0-9]*/*", "optimizer*",
+)  # fmt: skip
 
 
 def is_repository(text: str) -> bool:
@@ -39,29 +39,14 @@ def split_id(text: str) -> tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
-def holds_stale_weights(name: str, beside: Collection[str]) -> bool:
-    """Whether a file of a checkpoint holds the model's weights in another format, in which an edit changes nothing.
-
-    `name` is its path below the checkpoint, `beside` are the names in its folder. Pickled weights that stand alone
-    with a config in a folder below are another part of the model, such as 2_Dense of sentence-transformers.
-    """
-    own = "/" in name and any(other.endswith("config.json") for other in beside)
-    alone = own and not any(other.endswith(".safetensors") for other in beside)
-    return name.endswith(_OTHER_FORMATS) and not (alone and name.endswith(_PICKLED))
-
-
 def _leave_out(names: Iterable[str]) -> dict[str, str]:
     """Those of a repository's files that are not fetched as FT's, each with the reason."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
         folders.setdefault(folder, []).append(file)
-    return {
-        name: NOT_FETCHED
-        for name in names
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _TRAINING_STATE)
-        or holds_stale_weights(name, folders[name.rpartition("/")[0]])
-    }
+    reasons = {name: find_leftover(name, folders[name.rpartition("/")[0]]) for name in names}
+    return {name: NOT_FETCHED.format(reason=reason) for name, reason in reasons.items() if reason}
 
 
 def fetch_snapshot(text: str) -> Snapshot:
@@ -70,8 +55,7 @@ def fetch_snapshot(text: str) -> Snapshot:
 
     repo, revision = split_id(text)
     if constants.HF_HUB_OFFLINE:
-        # For releases of the library that know what the cache lacks: nobody needs these.
-        ignored = [*(f"*{ending}" for ending in _OTHER_FORMATS), *_TRAINING_STATE]
+        ignored = list(_NOT_NEEDED)
         folder = Path(ask_hub(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=ignored)))
         return Snapshot(folder, repo, {})
 
@@ -117,6 +101,11 @@ def _list_files(repo: str, revision: str | None) -> tuple[str, dict[str, _Listed
     return info.sha, files
 
 
+def show_commit(repo: str, revision: str) -> str:
+    """`org/name@1234567`, for messages."""
+    return f"{repo}@{revision[:7]}"
+
+
 @dataclass(frozen=True)
 class _Listed:
     size: int
@@ -129,12 +118,16 @@ class Snapshot(LocalListing):
     def __init__(self, folder: Path, repo: str, left_out: dict[str, str]) -> None:
         super().__init__(folder, folder.name)  # the cache names a snapshot's folder after its commit
         self.repo = repo
+        self.label = show_commit(repo, folder.name)
         self.left_out = left_out
         # A repository of pickled weights alone must be told from an empty one.
         self.names = sorted({*self.names, *(name for name in left_out if "/" not in name)})
 
     def open(self, name: str) -> CachedFile:
         return CachedFile(self.folder / name, [self.repo, self.revision, name])
+
+    def find_newer(self, names: Sequence[str], than: Sequence[str]) -> list[str]:
+        return []  # times in the cache are those of the download
 
 
 class CachedFile(LocalFile):
@@ -158,9 +151,18 @@ class HubListing:
     def __init__(self, repo: str, revision: str, files: dict[str, _Listed]) -> None:
         self.repo = repo
         self.revision = revision
-        self.label = f"{repo}@{revision[:7]}"
+        self.label = show_commit(repo, revision)
         self.files = files
         self.names = sorted(name for name in files if "/" not in name)
+
+    def holds(self, name: str) -> bool:
+        return name in self.files
+
+    def find_weights_below(self) -> list[str]:
+        return sorted({n.rpartition("/")[0] for n in self.files if "/" in n and n.endswith(".safetensors")})
+
+    def find_newer(self, names: Sequence[str], than: Sequence[str]) -> list[str]:
+        return []  # a commit says nothing of when its files were written
 
     def read(self, name: str) -> bytes:
         return self._download(name).read_bytes()

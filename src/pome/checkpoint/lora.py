@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
+from pome.checkpoint.choice import FUSE_MLX
 from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
-from pome.checkpoint.source import FUSE_MLX, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.layout import Part
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pome.checkpoint.source import FUSE_MLX, Checkpoint
+from pome.checkpoint.choice import FUSE_MLX
+from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, printable
 
 MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"

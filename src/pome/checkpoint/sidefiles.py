@@ -8,21 +8,19 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pome.checkpoint.hub import holds_stale_weights
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
-from pome.errors import OutputError, printable
+from pome.checkpoint.files import LocalFile, read_header
+from pome.checkpoint.leftovers import ADAPTER_CONFIG, PICKLED, TRAINING, find_leftover, is_training_folder
+from pome.checkpoint.source import Checkpoint
+from pome.errors import CheckpointError, OutputError, printable
 
 MANIFEST_NAME = "pome_manifest.json"
 
-_TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d+")
-_TRAINING_FILE = re.compile(
-    r"(optimizer|scheduler|rng_state|scaler).*\.(pt|pth|bin)|training_args\.bin|trainer_state\.json"
-)
 # What an adapter brings along that takes the place of BASE's.
 _TOKENIZER = re.compile(
     r"(.*/)?(tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.(model|tiktoken|jinja)|"
     r"spiece\..*|chat_template.*)"
 )
+_TRAINED = (*PICKLED, ".safetensors", ".npz")
 _NEVER = {".git": "version control", ".cache": "a download cache", MANIFEST_NAME: "the manifest of an earlier edit"}
 
 
@@ -47,6 +45,8 @@ def list_adapted_side_files(base: Checkpoint, adapter: Checkpoint) -> tuple[list
         own, left = [file for file in own if file.name == ADAPTER_CONFIG], {}
         copied = [file for file in copied if file.name not in (ADAPTER_CONFIG, *adapter.files)]
     chosen = {file.name: file for file in own if _TOKENIZER.fullmatch(file.name)}
+    # What was trained beside the adapter, such as a projector or a value head, is needed with the merged model too.
+    chosen |= {file.name: file for file in own if file.name.endswith(_TRAINED) and file.name not in chosen}
     for file in own:
         if file.name not in chosen:
             left[file.name] = (
@@ -80,8 +80,8 @@ def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
         below = here.relative_to(ft.folder)
         for folder in sorted(folders):
             reason = _NEVER.get(folder)
-            if _TRAINING_FOLDER.fullmatch(folder):
-                reason = "training state"
+            if is_training_folder(folder):
+                reason = TRAINING
             if (here / folder).is_symlink():
                 reason = "a symbolic link to a folder"
             if reason:
@@ -109,10 +109,9 @@ def _find_reason_to_skip(file: SideFile, beside: list[str]) -> tuple[str | None,
     name = file.path.name
     if name in _NEVER:
         return _NEVER[name], 0
-    if _TRAINING_FILE.fullmatch(name):
-        return "training state", 0
-    if holds_stale_weights(file.name, beside):
-        return "weights in another format, which this edit does not change", 0
+    leftover = find_leftover(file.name, beside)
+    if leftover:
+        return leftover, 0
     try:
         info = os.stat(file.path)
     except OSError as error:
@@ -120,3 +119,37 @@ def _find_reason_to_skip(file: SideFile, beside: list[str]) -> tuple[str | None,
             f"{printable(str(file.path))}: cannot be read: {error.strerror}; remove it or mend the link"
         ) from None
     return (None if stat.S_ISREG(info.st_mode) else "not a regular file"), info.st_size
+
+
+def describe_trained_beside(adapter: Checkpoint, copied: list[SideFile]) -> list[str]:
+    """Notices of weights beside an adapter, which its merge does not hold."""
+    if adapter.folder is None:
+        return []
+    names = [f.name for f in copied if f.path.is_relative_to(adapter.folder) and f.name.endswith(_TRAINED)]
+    return [
+        f"{printable(adapter.source)}/{printable(name)}: was trained beside the adapter; it is copied as it is, not "
+        "merged into the weights"
+        for name in names
+    ]
+
+
+def describe_repeats(weights: Checkpoint, copied: list[SideFile]) -> list[str]:
+    """Notices of files in folders below that hold tensors of the checkpoint's names once more, with their sizes."""
+    notices = []
+    for file in copied:
+        if not file.name.endswith(".safetensors") or "/" not in file.name:
+            continue
+        try:
+            opened = LocalFile(file.path)
+            try:
+                shared = len(read_header(opened).tensors.keys() & weights.tensors.keys())
+            finally:
+                opened.close()
+        except (CheckpointError, OSError):
+            continue  # whatever it is, it is copied
+        if shared:
+            notices.append(
+                f"{printable(weights.source)}/{printable(file.name)}: repeats {shared} tensors of the checkpoint in "
+                f"{file.size} bytes; it is copied as it is, not edited. Move it away if it is an older save"
+            )
+    return notices

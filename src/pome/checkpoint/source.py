@@ -8,41 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pome.checkpoint.files import File, Listing, LocalFile, LocalListing, read_header, read_json, read_range
-from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
-from pome.checkpoint.header import Header, TensorEntry, parse_index
-from pome.checkpoint.hub import PICKLED, is_repository, list_repository
-from pome.errors import CheckpointError, printable
-
-INDEX_SUFFIX = ".safetensors.index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
-MLX_WEIGHTS = "adapters.safetensors"
-FUSE_MLX = "fuse it into its model with mlx_lm.fuse (--dequantize for a quantized one) and give the fused model as FT"
-CONVERT = (
-    "pickled weights are never unpickled; convert them once with transformers: "
-    "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True), "
-    "or torch.load(FILE, weights_only=True) and safetensors.torch.save_file"
+from pome.checkpoint.choice import (
+    CONVERT,
+    INDEX_SUFFIX,
+    choose_weights,
+    describe_misplaced,
+    find_misplaced,
+    is_adapter,
+    judge_rest,
 )
-
+from pome.checkpoint.files import Listing, LocalFile, LocalListing, read_json, read_range
+from pome.checkpoint.fp8 import DequantizedFile, Stored, find_scaled, list_gone
+from pome.checkpoint.hub import is_repository, list_repository
+from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
+from pome.checkpoint.weights import Tensors, WeightFile, close_all, gather
+from pome.errors import CheckpointError, printable
 
 # Sources beyond this machine: what their names look like, and what lists their files (with True: all, in a folder).
 SOURCES: tuple[tuple[Callable[[str], bool], Callable[[str, bool], Listing]], ...] = ((is_repository, list_repository),)
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One `.safetensors` file of a checkpoint, open, with its header."""
-
-    name: str
-    file: File
-    header: Header
 
 
 @dataclass(frozen=True)
@@ -52,11 +40,14 @@ class Checkpoint:
     source: str  # as the user gave it
     folder: Path | None  # None for a lone file and for what is read from the Hub
     files: dict[str, WeightFile]
-    tensors: dict[str, tuple[str, TensorEntry]]
+    tensors: Tensors
     config: Mapping[str, Any] | None
     index: str | None
     revision: str | None = None  # the Hub commit; None for what does not come from the Hub
     unused: dict[str, str] = field(default_factory=dict)  # files beside the checkpoint that are not it, and why
+    notices: tuple[str, ...] = ()  # what a user should know of how it was read
+    misplaced: Mapping[str, str] = field(default_factory=dict)  # tensors of which the index is wrong, and what it says
+    adapter_beside: bool = False  # whether a PEFT adapter lies beside whole weights
     adapter_config: Mapping[str, Any] | None = None  # of a PEFT adapter, which has no weights of its own
     dequantized: frozenset[str] = frozenset()  # tensors that stand in the files and are not seen: scales of fp8 weights
     is_local: bool = True  # whether its files lie on this machine, as a folder, a file or a downloaded snapshot
@@ -112,7 +103,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequ
 def _see_dequantized(checkpoint: Checkpoint) -> Checkpoint:
     stored = {n: Stored(checkpoint.files[file].file, entry) for n, (file, entry) in checkpoint.tensors.items()}
     scaled = find_scaled(stored, checkpoint.config)
-    gone = {name + SUFFIX for name in scaled}
+    gone = {other for name in scaled for other in list_gone(name)} & checkpoint.tensors.keys()
     files = dict(checkpoint.files)
     for name, weights in checkpoint.files.items():
         if not weights.header.tensors.keys().isdisjoint(scaled.keys() | gone):
@@ -159,62 +150,32 @@ def _open_file(source: str, path: Path) -> Checkpoint:
         return _open_adapter(source, LocalListing(path.parent))
     beside = path.parent / "config.json"
     config = read_json(LocalListing(path.parent), beside.name) if beside.is_file() else None
-    files, tensors = _gather([(path.name, LocalFile(path))])
+    files, tensors = gather([(path.name, LocalFile(path))])
     return Checkpoint(source, None, files, tensors, config, None)
 
 
 def _open_listing(source: str, listing: Listing) -> Checkpoint:
     names, label = listing.names, listing.label
-    if ADAPTER_CONFIG in names and _is_adapter(names):
+    if is_adapter(names):
         return _open_adapter(source, listing)
-    found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if ADAPTER_CONFIG in names and MLX_WEIGHTS in names and "config.json" not in names:
-        raise CheckpointError(f"{label}/{MLX_WEIGHTS}: an adapter of MLX, not of PEFT; {FUSE_MLX}")
-    if ADAPTER_CONFIG in names and "config.json" not in names:
-        raise CheckpointError(
-            f"{label}: holds the config of a PEFT adapter beside weights that are not an adapter's; keep one of the two"
-        )
-    weight_map: dict[str, str] | None = None
-    index = None
-    # The order is that of transformers: the plain name, then the index, then whatever single reading is left.
-    if "model.safetensors" in found:
-        chosen = ["model.safetensors"]
-    elif indexes:
-        index = "model" + INDEX_SUFFIX if "model" + INDEX_SUFFIX in indexes else indexes[0]
-        if index != "model" + INDEX_SUFFIX and len(indexes) > 1:
-            raise CheckpointError(f"{label}: holds several indexes ({', '.join(map(printable, indexes))}); keep one")
-        weight_map = parse_index(listing.read(index), f"{label}/{index}")
-        chosen = sorted(set(weight_map.values()))
-    else:
-        chosen = _choose_without_index(label, found, names)
-    absent = [name for name in chosen if name not in names]
-    if absent:
-        raise CheckpointError(
-            f"{label}/{printable(absent[0])}: missing, but {index} names it ({len(absent)} of {len(chosen)} files are "
-            "missing); copy or download the checkpoint again"
-        )
-    unused = {
-        name: "weights outside the checkpoint that its index or model.safetensors names"
-        for name in [*found, *indexes]
-        if name not in chosen and name != index
-    } | dict(listing.left_out)
+    choice = choose_weights(listing)
     config = read_json(listing, "config.json") if "config.json" in names else None
-    files, tensors = _gather((name, listing.open(name)) for name in chosen)
-    if weight_map is not None:
-        try:
-            _compare_with_index(tensors, weight_map, f"{label}/{index}")
-        except BaseException:
-            _close_all(files)
-            raise
-    return Checkpoint(source, listing.folder, files, tensors, config, index, listing.revision, unused)
-
-
-def _is_adapter(names: list[str]) -> bool:
-    """Whether a folder with an adapter's config holds an adapter, and no model's weights beside it."""
-    others = [n for n in names if n.endswith((".safetensors", INDEX_SUFFIX)) and not n.startswith("adapter_model")]
-    alone = ADAPTER_WEIGHTS in names and "config.json" not in names  # perhaps beside a head in a file of its own
-    return not others or alone and not any(n.startswith("model") or SHARD.fullmatch(n) for n in others)
+    files, tensors = gather((name, listing.open(name)) for name in choice.names)
+    try:
+        unused, notices = judge_rest(listing, choice, tensors, config)
+        misplaced = find_misplaced(tensors, choice.weight_map) if choice.weight_map is not None else {}
+    except BaseException:
+        close_all(files)
+        raise
+    if misplaced:
+        notices.append(describe_misplaced(f"{label}/{choice.index}", misplaced))
+    return Checkpoint(
+        source, listing.folder, files, tensors, config, choice.index, listing.revision,
+        unused={**unused, **listing.left_out},
+        notices=tuple(notices),
+        misplaced=misplaced,
+        adapter_beside=ADAPTER_CONFIG in names,
+    )  # fmt: skip
 
 
 def _open_adapter(source: str, listing: Listing) -> Checkpoint:
@@ -227,74 +188,9 @@ def _open_adapter(source: str, listing: Listing) -> Checkpoint:
             )
         raise CheckpointError(f"{where}: has no {ADAPTER_WEIGHTS} beside it; save or download the adapter again")
     config = read_json(listing, ADAPTER_CONFIG)
-    files, tensors = _gather([(ADAPTER_WEIGHTS, listing.open(ADAPTER_WEIGHTS))])
-    unused = dict(listing.left_out)
-    return Checkpoint(source, listing.folder, files, tensors, None, None, listing.revision, unused, config)
-
-
-def _choose_without_index(label: str, found: list[str], names: list[str]) -> list[str]:
-    if len(found) == 1 and not SHARD.fullmatch(found[0]):
-        return found
-    if found:
-        parts = [m for m in map(SHARD.fullmatch, found) if m]
-        if len(parts) == len(found) and len({(m["stem"], m["total"]) for m in parts}) == 1:
-            total = int(parts[0]["total"])
-            if sorted(int(m["number"]) for m in parts) == list(range(1, total + 1)):
-                return found
-            raise CheckpointError(
-                f"{label}: {len(found)} of {total} shards are here and there is no index; copy the checkpoint again"
-            )
-        raise CheckpointError(
-            f"{label}: holds {len(found)} .safetensors files ({', '.join(map(printable, found[:3]))}, ...) and no "
-            "model.safetensors.index.json that says which belong together; give one file by its path"
-        )
-    pickled = [name for name in names if name.endswith(PICKLED)]
-    if pickled:
-        raise CheckpointError(f"{label}/{printable(pickled[0])}: {CONVERT}")
-    raise CheckpointError(f"{label}: holds no .safetensors file; is this the folder of a saved model?")
-
-
-Gathered = tuple[dict[str, WeightFile], dict[str, tuple[str, TensorEntry]]]
-
-
-def _gather(opened: Iterable[tuple[str, File]]) -> Gathered:
-    """Read the headers of freshly opened files and unite their tables; on an error all of them are closed again."""
-    files: dict[str, WeightFile] = {}
-    tensors: dict[str, tuple[str, TensorEntry]] = {}
-    try:
-        for name, file in opened:
-            try:
-                files[name] = WeightFile(name, file, read_header(file))
-            except BaseException:
-                file.close()
-                raise
-            for tensor, entry in files[name].header.tensors.items():
-                if tensor in tensors:
-                    raise CheckpointError(
-                        f"{file.where}: tensor {printable(tensor)} also stands in {tensors[tensor][0]}; remove one"
-                    )
-                tensors[tensor] = (name, entry)
-    except BaseException:
-        _close_all(files)
-        raise
-    return files, tensors
-
-
-def _close_all(files: dict[str, WeightFile]) -> None:
-    for weights in files.values():
-        weights.file.close()
-
-
-def _compare_with_index(tensors: dict[str, tuple[str, TensorEntry]], weight_map: dict[str, str], where: str) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name][0] != file:
-            raise CheckpointError(
-                f"{where}: says that {printable(name)} is in {printable(file)}, but it is not there; "
-                "copy or download the checkpoint again"
-            )
-    extra = next((name for name in tensors if name not in weight_map), None)
-    if extra is not None:
-        raise CheckpointError(
-            f"{where}: does not name {printable(extra)}, which stands in {tensors[extra][0]}; "
-            "copy or download the checkpoint again"
-        )
+    files, tensors = gather([(ADAPTER_WEIGHTS, listing.open(ADAPTER_WEIGHTS))])
+    return Checkpoint(
+        source, listing.folder, files, tensors, None, None, listing.revision,
+        unused=dict(listing.left_out),
+        adapter_config=config,
+    )  # fmt: skip

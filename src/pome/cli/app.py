@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -46,7 +47,6 @@ class _Command(TyperCommand):
 app = typer.Typer(
     name="pome",
     cls=_Commands,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -88,6 +88,9 @@ for _name in COMMANDS:
 
 def run_command(arguments: list[str]) -> int:
     """Run one command; returns its exit status. Errors go to stderr as one message, never as a traceback."""
+    if not arguments and "_POME_COMPLETE" not in os.environ:  # with which a shell asks what could come next
+        print(describe_commands(), end="", file=sys.stderr)
+        return 2
     try:
         status = app(arguments, standalone_mode=False, prog_name="pome")
         sys.stdout.flush()
@@ -96,7 +99,7 @@ def run_command(arguments: list[str]) -> int:
         complain("interrupted; run the same command again")
         return 130
     except USAGE_ERROR as error:
-        return describe_usage_error(error)
+        return describe_usage_error(error, arguments)
     except BrokenPipeError:  # the reader of our stdout went away: `pome ... | head`
         return 1
     except PomeError as error:

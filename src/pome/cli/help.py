@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pome.choices import COMMANDS
 from pome.cli.commands import load_command
 from pome.cli.options import find_flag, list_arguments, list_command_options
 from pome.config.options import GROUP_ORDER, LIST_COMMANDS, Option, nearest
+from pome.errors import printable
 
 MOST_WIDTH = 100  # longer lines are hard to read
 COLUMN = 28  # where the explanations begin
@@ -102,28 +104,32 @@ def show_default(option: Option) -> str:
     return "" if option.default is None or option.is_switch else str(option.default)
 
 
-def describe_usage_error(error: Any) -> int:
-    """Tell what is wrong with a command line, in our words where typer's are poorer; returns the exit status."""
-    words = getattr(error, "ctx", None)
-    name = words.info_name if words is not None and words.info_name in COMMANDS else None
+def describe_usage_error(error: Any, arguments: list[str]) -> int:
+    """Tell what is wrong with a command line, in words of our own where typer's are poorer; returns the exit status."""
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    command = name if name in COMMANDS else None
     kind, said = type(error).__name__, error.format_message()
-    if kind == "NoSuchOption":
-        flag = error.option_name
-        options = list_command_options(name, load_command(name)).values() if name else ()
-        known = [*map(find_flag, options), "--help", "--help-all", *(() if name else ("--version",))]
-        said = f"{flag}: no such option{nearest(flag, known)}"
+    if name is not None and command is None:
+        said = f"{printable(name)}: no such command{nearest(name, COMMANDS)}"
+    elif kind == "NoSuchOption":
+        flags = map(find_flag, list_command_options(command, load_command(command)).values()) if command else ()
+        known = [*flags, "--help", *(["--help-all"] if command else ["--version"])]
+        said = f"{printable(error.option_name)}: no such option{nearest(error.option_name, known)}"
     elif kind == "MissingParameter":
         said = f"{error.param.metavar or error.param.name}: missing"
-    elif name is None and said.startswith("No such command"):
-        given = said.partition("'")[2].rpartition("'")[0]
-        said = f"{given}: no such command{nearest(given, COMMANDS)}"
     elif "unexpected extra argument" in said:
         given = said.partition("(")[2].rpartition("(")[2].rstrip(").")
-        said = f"{given}: more arguments than {'pome ' + name if name else 'pome'} takes"
-    usage = find_usage(name) if name else f"Usage: pome {{{','.join(COMMANDS)}}} ..."
-    more = f"pome {name} --help" if name else "pome --help"
-    print(f"error: {said}\n{usage}\n{more} tells the rest", file=sys.stderr)
+        said = f"{given}: too many arguments"
+    else:
+        said = re.sub(r"^Option '(--?[\w-]+)' (.*?)\.?$", _reword_option, said)
+    usage = find_usage(command) if command else "Usage: pome COMMAND ..."
+    print(f"error: {said}\n{usage}\n`pome {f'{command} ' if command else ''}--help` tells more", file=sys.stderr)
     return int(error.exit_code)
+
+
+def _reword_option(match: re.Match[str]) -> str:
+    said = {"requires an argument": "needs a value", "does not take a value": "is a switch and takes no value"}
+    return f"{match[1]}: {said.get(match[2], match[2])}"
 
 
 def _width() -> int:

@@ -20,21 +20,19 @@ if TYPE_CHECKING:
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     """Tell what was edited, what was kept, and what OUT is now."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.checkpoint.source import ADAPTER_WEIGHTS
-    from pome.cli.tables.edit import describe_kept, describe_warnings, make_closing_table
+    from pome.cli.tables.edit import describe_kept, describe_left_out, describe_warnings, make_closing_table
     from pome.cli.tables.text import show_bytes
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))
-    for line in [*describe_kept(manifest.kept), *describe_warnings(manifest)]:
+    for line in [*describe_kept(manifest.kept), *describe_left_out(manifest.not_copied), *describe_warnings(manifest)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    into_base = manifest.spec["out_format"] == "full" and ADAPTER_WEIGHTS in manifest.fine_tuned.files
     if not manifest.tensors:
-        same = "OUT is BASE with the adapter merged" if into_base else "OUT equals FT"
+        same = "OUT is BASE with the adapter merged" if manifest.template == "BASE" else "OUT equals FT"
         console.print(f"warning: no matrix was edited; {same}", highlight=False)
     size = show_bytes(sum(file.bytes for file in manifest.files.values()))
     merged = f"{len(manifest.merged)} merged, " if manifest.merged else ""
-    rest = f"{merged}every other byte as in {'BASE' if into_base else 'FT'}"
+    rest = f"{merged}every other byte as in {manifest.template}"
     line = (
         f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
         f"manifest: {printable(str(out / MANIFEST_NAME))}"

@@ -93,6 +93,8 @@ class SweepLines(Listener):
         line = f"{name_side(opened.base)} -> {name_side(opened.ft)}   {count} models to score   "
         place = f"in {printable(str(folder))}: decompositions of up to {show_bytes(basis_bytes)}"
         self._say(line + place + copy)
+        for notice in opened.notices:
+            self._say(f"warning: {printable(notice, 2000)}")
 
     def tell(self, trial: Trial, number: int, count: int) -> None:
         said = f"no score: {trial.failed}" if trial.score is None else show_number(trial.score.scored.value)

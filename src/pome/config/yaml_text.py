@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pome.config.options import nearest
-from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable, merge_options
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20
@@ -123,6 +123,7 @@ def read_config(path: Path, check: Check = check_alone) -> dict[str, Any]:
 def make_spec(config: Path | None, given: Mapping[str, Any]) -> EditSpec:
     """The options of a command line over those of its config file. Raises SpecError."""
     spec = EditSpec.from_given(given)
+    check_rank_options(given, defaults_count=True)
     if config is None:
         return spec
     options = merge_options(read_config(config), given)
@@ -139,7 +140,11 @@ def fill_in_variables(
 
     Raises SpecError, for all variables without a value at once.
     """
-    variables = {**_read_variables(declared, path), **given}
+    known = _read_variables(declared, path)
+    for name in given:
+        if name not in known:
+            raise SpecError(f"{path}: no variable is named {printable(name)!r}{nearest(name, known)}")
+    variables = {**known, **given}
     missing: dict[str, str] = {}
     for node in _walk(root):
         at = f"{path}:{node.start_mark.line + 1}"

@@ -18,7 +18,7 @@ from pome.planning.units import Plan, Unit
 SAMPLE = 8  # units looked at, spread over the depth
 ALIKE = 0.3  # cosine of W_base and W_ft below which they are not one model before and after training
 FAR = 0.3  # norm of the delta beside the base's, above which BASE is in doubt
-LARGEST = 1 << 24  # entries read of one unit: of larger ones the first rows
+LARGEST = 1 << 22  # entries compared of one matrix: of larger ones the first rows
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,9 @@ def _compare(unit: Unit, base: Checkpoint, ft: Checkpoint) -> Likeness | None:
 
     rows, columns = unit.shape
     if rows * columns > LARGEST and not unit.base_parts and all(part.block is None for part in unit.parts):
-        fewer = max(1, LARGEST // columns)
-        unit = dataclasses.replace(
-            unit,
-            shape=(fewer, columns),
-            nbytes=unit.nbytes // rows * fewer,
-            base_nbytes=unit.base_nbytes // rows * fewer,
-        )
+        few = max(1, LARGEST // columns)
+        sizes = unit.nbytes // rows * few, unit.base_nbytes // rows * few
+        unit = dataclasses.replace(unit, shape=(few, columns), nbytes=sizes[0], base_nbytes=sizes[1])
     mine, theirs = read_unit(unit, ft, base)
     if isinstance(mine, dict):
         return None
@@ -95,7 +91,8 @@ def _compare(unit: Unit, base: Checkpoint, ft: Checkpoint) -> Likeness | None:
     base_stored = torch.frombuffer(theirs, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     inner = old = new = moved = 0.0
     for part in unit.parts:
-        W, W_base = take(stored, part).double(), take(base_stored, part).double()
+        few = max(1, LARGEST // stored.shape[1])
+        W, W_base = take(stored, part)[:few].double(), take(base_stored, part)[:few].double()
         inner += float((W * W_base).sum())
         old, new = old + float(W_base.square().sum()), new + float(W.square().sum())
         moved += float((W - W_base).square().sum())

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pome
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import ADAPTER_CONFIG
 from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
+from pome.editing.ties import check_copies
 from pome.engines.local import map_units
 from pome.errors import NumericalError
-from pome.manifest import FORMAT_VERSION, FileRecord, KeptRecord, Manifest, SideRecord, TensorRecord, read_manifest
+from pome.manifest import (
+    FORMAT_VERSION,
+    INPUTS,
+    FileRecord,
+    KeptRecord,
+    Manifest,
+    SideRecord,
+    TensorRecord,
+    read_manifest,
+)
 from pome.output.card import CARD_NAME, make_card
 from pome.output.copying import copy_files, count_space
 from pome.output.progress import Progress, advance_bytes
@@ -120,6 +130,7 @@ class _Run:
         self.sweep = sweep
         self.kernel_seconds = 0.0
         self.hashes = Hashes(opened)
+        self.fingerprint = opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         from pome.editing.unit import list_devices
@@ -168,8 +179,7 @@ class _Run:
         notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
         for note in notes:
             self.progress.note(note)
-        plan = dataclasses.replace(self.opened.plan, notes=(*self.opened.plan.notes, *notes))
-        self.opened = dataclasses.replace(self.opened, plan=plan)
+        self.opened = dataclasses.replace(self.opened, notices=(*self.opened.notices, *notes))
 
     def _edit_adapter(self, staging: Staging, device: str) -> None:
         """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
@@ -215,10 +225,12 @@ class _Run:
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> Patch:
+            check_copies(unit, opened.template.weights)
             patch = make_patch(unit, data, self.spec, device, self.find_cache)
-            if patch.data is not None:
-                staging.write(unit.file, patch.data, unit.out_start)
-            watermark.mark_written(unit.file, unit.out_start)
+            for file, start in unit.places:
+                if patch.data is not None:
+                    staging.write(file, patch.data, start)
+                watermark.mark_written(file, start)
             return dataclasses.replace(patch, data=None)
 
         def commit() -> None:
@@ -235,6 +247,7 @@ class _Run:
                     {
                         "unit": patch.unit.key,
                         "file": patch.unit.file,
+                        "copies": [copy.file for copy in patch.unit.copies],
                         "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
@@ -269,7 +282,7 @@ class _Run:
             not_copied=self.opened.not_copied,
             files={},
             sweep=dict(self.sweep) if self.sweep is not None else None,
-            notes=plan.notes,
+            notices=(*self.opened.notices, *staging.notices),
         )
 
     def _read_ft_card(self) -> str | None:
@@ -283,5 +296,6 @@ class _Run:
         timing: dict[str, float | str] = {
             "total_seconds": round(time.perf_counter() - self.begun, 3),
             "kernel_seconds": round(self.kernel_seconds, 3),
+            INPUTS: self.fingerprint,
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()

@@ -10,8 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from pome.checkpoint.hashing import hash_file
-from pome.checkpoint.sidefiles import MANIFEST_NAME, SideFile
-from pome.checkpoint.source import Checkpoint
+from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.editing.session import Opened
 from pome.errors import CheckpointError
 from pome.manifest import FileRecord, SideRecord
@@ -36,23 +35,12 @@ class Hashes:
     @contextlib.contextmanager
     def of_inputs(self) -> Iterator[None]:
         """Hash what was read or copied of BASE and FT on one thread; at the end of the block all are hashed."""
-        opened = self.opened
-        with ThreadPoolExecutor(1, thread_name_prefix=_THREADS) as pool:
-
-            def submit(side: Checkpoint, extra: list[SideFile]) -> dict[str, Future[Hash]]:
-                paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
-                paths |= {path.name: path for path in side.companions}
-                paths |= {file.name: file.path for file in extra}
-                return {name: pool.submit(self._hash, path) for name, path in paths.items()}
-
-            theirs = [
-                # What goes along is hashed with the side that it comes from.
-                [file for file in opened.template.side_files if side.folder and file.path.is_relative_to(side.folder)]
-                for side in (opened.base, opened.ft)
+        with ThreadPoolExecutor(1, thread_name_prefix=_THREADS) as pool, self._cancelling():
+            self._inputs = [
+                {name: pool.submit(self._hash, path) for name, path in paths.items()}
+                for paths in self.opened.find_read()
             ]
-            with self._cancelling():
-                self._inputs = [submit(opened.base, theirs[0]), submit(opened.ft, theirs[1])]
-                yield
+            yield
 
     def describe_inputs(self) -> tuple[SideRecord, SideRecord]:
         """The records of BASE and FT; waits for their hashes. Raises CheckpointError."""
@@ -68,11 +56,11 @@ class Hashes:
     def of_output(self, staging: Staging) -> Iterator[Watermark]:
         """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
         units = self.opened.plan.units
-        watermark = Watermark((unit.file, unit.out_start) for unit in units if unit.key not in staging.finished)
+        watermark = Watermark(place for unit in units if unit.key not in staging.finished for place in unit.places)
         pool = ThreadPoolExecutor(1, thread_name_prefix=_THREADS)
         self._output = {
             name: pool.submit(self._hash, staging.output / name, wait=functools.partial(watermark.wait, name))
-            for name in dict.fromkeys(unit.file for unit in units)
+            for name in dict.fromkeys(file for unit in units for file, _ in unit.places)
         }
         try:
             yield watermark

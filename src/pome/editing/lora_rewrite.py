@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pome.checkpoint.header import DTYPE_BITS, build_header
+from pome.checkpoint.header import DTYPE_BITS, build_header, order_entries
+from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.lora import LowRank
 from pome.checkpoint.lora_config import LoraConfig
-from pome.checkpoint.source import ADAPTER_CONFIG, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import cut_rows, orient, take_factors
 from pome.editing.unit import TORCH_DTYPES, equalize_part, measure_norm, put_view, record_part, to_bytes
 from pome.errors import NumericalError, printable
 from pome.manifest import KeptRecord, TensorRecord
 from pome.output.clone import copy_range
-from pome.output.durable import as_output_error
+from pome.output.durable import as_output_error, sync_file
 from pome.planning.units import Plan, Unit
 from pome.roles.layout import Part
 
@@ -161,7 +161,7 @@ def write_adapter(
     with as_output_error(folder), (folder / ADAPTER_CONFIG).open("wb") as file:
         file.write(make_config(LoraConfig(ft), [(low, ranks[low.a]) for low in loras]))
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     return done
 
 
@@ -194,8 +194,10 @@ def _read_bytes(side: Checkpoint, name: str) -> tuple[str, bytearray]:
 
 def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> None:
     (weights,) = ft.files.values()
-    ordered = sorted(weights.header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-    entries = [(e.name, *(places[e.name][:2] if e.name in places else (e.dtype, e.shape))) for e in ordered]
+    stored = weights.header.tensors
+    entries = order_entries(
+        (e.name, *(places[e.name][:2] if e.name in places else (e.dtype, e.shape))) for e in stored.values()
+    )
     raw = build_header(entries, weights.header.metadata)
     source = weights.file.path
     assert source is not None  # the adapter was opened whole
@@ -203,12 +205,12 @@ def _assemble(ft: Checkpoint, places: Places, scratch: int, folder: Path) -> Non
         target.write(raw)
         target.flush()
         position = len(raw)
-        for entry, (name, dtype, shape) in zip(ordered, entries, strict=True):
+        for name, dtype, shape in entries:
             nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-            fd, start = (scratch, places[name][2]) if name in places else (original.fileno(), entry.start)
+            fd, start = (scratch, places[name][2]) if name in places else (original.fileno(), stored[name].start)
             copy_range(fd, start, target.fileno(), position, nbytes, lambda _: None)
             position += nbytes
-        os.fsync(target.fileno())
+        sync_file(target.fileno())
 
 
 def _edit_lora(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +14,21 @@ from typing import Any
 
 import pome
 from pome.checkpoint.files import CHANGED
-from pome.checkpoint.sidefiles import list_adapted_side_files, list_side_files
+from pome.checkpoint.sidefiles import (
+    describe_repeats,
+    describe_trained_beside,
+    list_adapted_side_files,
+    list_side_files,
+)
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
+from pome.editing.ties import describe_ties, keep_ties
 from pome.errors import CheckpointError, PairingError, printable
-from pome.output.copying import Template
+from pome.output.copying import CONFIG, Template, describe_config, make_config
 from pome.planning.plan import check_overrides, make_plan
+from pome.planning.selection import Selection
 from pome.planning.units import Plan
+from pome.roles.roles import find_layout
 
 Source = str | os.PathLike[str]
 
@@ -33,6 +43,11 @@ class Opened:
     template: Template
     not_copied: dict[str, str]  # files that are left out, and why
     beside: dict[Path, list[int]]  # what is read or copied beside the weights: size in bytes and time in ns
+    notices: tuple[str, ...]  # what a user should know before the work begins
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--dry-run --json`."""
+        return {**self.plan.to_json(), "not_copied": self.not_copied, "notices": list(self.notices)}
 
     def list_inputs(self) -> list[Path]:
         """Every folder and file that is an input, as given and as found."""
@@ -42,6 +57,30 @@ class Opened:
         ]
         stored = [weights.file.stored for side in sides for weights in side.files.values() if weights.file.stored]
         return [*given, *stored, *self.beside]
+
+    def find_read(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Files on this machine that are read or copied of BASE and of FT, by their names in the manifest."""
+        found = []
+        for side in (self.base, self.ft):
+            paths = {name: weights.file.stored for name, weights in side.files.items() if weights.file.stored}
+            paths |= {path.name: path for path in side.companions}
+            folder = side.folder
+            copied = [f for f in self.template.side_files if folder is not None and f.path.is_relative_to(folder)]
+            found.append(paths | {file.name: file.path for file in copied})
+        return found[0], found[1]
+
+    def fingerprint(self) -> str:
+        """A digest of what the system says of all files that are read or copied, and of the commits on the Hub.
+
+        It stays the same while nothing is written to or put in the place of any of them; another one says nothing.
+        """
+        said: list[Any] = [[side.source, side.revision] for side in (self.base, self.ft)]
+        for side, paths in zip((self.base, self.ft), self.find_read(), strict=True):
+            for name, path in sorted(paths.items()) if not side.on_hub else []:
+                info = path.stat()
+                where = str(path.resolve())
+                said.append([name, where, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns])
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file that was read or copied is no longer what it was."""
@@ -74,13 +113,42 @@ def open_pair(
                 f"{printable(sides[1].source)}: BASE and FT are the same files; give the pretrained checkpoint first, "
                 "then the one that was trained from it"
             )
-        plan = make_plan(sides[0], sides[1], spec)
-        check_overrides(plan, spec)
+        plan = plan_pair(pretrained, tuned, spec)
         side_files, not_copied = list_adapted_side_files(*sides) if merges else list_side_files(tuned)
         paths = [file.path for file in side_files] + [path for side in sides for path in side.companions]
         beside = {path: _identify(path) for path in paths}
-        template = Template(pretrained if merges else tuned, plan.layouts, side_files)
-        yield Opened(pretrained, tuned, plan, template, not_copied, beside)
+        weights = pretrained if merges else tuned
+        template = Template(weights, plan.layouts, side_files, make_config(weights, spec.dtype if plan.layouts else ""))
+        notices = [*pretrained.notices, *tuned.notices, *describe_ties(plan), *describe_repeats(weights, side_files)]
+        if plan.layouts:
+            notices += describe_config(weights, spec.dtype, any(file.name == CONFIG for file in side_files))
+        if tuned.adapter_config is not None:
+            notices += describe_trained_beside(tuned, side_files)
+        yield Opened(
+            pretrained, tuned, plan, template, not_copied, beside, tuple(dict.fromkeys([*notices, *plan.notes]))
+        )
+
+
+def plan_pair(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
+    """The plan of an edit, checked. Raises PomeError, also where an index is wrong about a selected tensor."""
+    plan = make_plan(base, ft, spec)
+    check_overrides(plan, spec)
+    _refuse_misplaced(plan, base, ft, spec)
+    return keep_ties(plan, base, ft, spec)
+
+
+def _refuse_misplaced(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> None:
+    """Raise CheckpointError where an index misplaces a selected tensor, or names one that no file holds."""
+    selection = Selection(spec)
+    for side in (ft, base):
+        edited = {unit.name if side is ft else unit.base_name for unit in plan.units if unit.parts}
+        for name, said in side.misplaced.items():
+            lost = name not in side.tensors and selection.match(name, (2, 2), find_layout(name, (2, 2), side.config))
+            if name in edited or lost:
+                raise CheckpointError(
+                    f"{printable(side.source)}/{side.index}: {said}, and it is selected; copy or download the "
+                    "checkpoint again, or leave it out with --exclude"
+                )
 
 
 def _identify(path: Path) -> list[int]:

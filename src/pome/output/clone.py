@@ -13,10 +13,9 @@ Advance = Callable[[int], None]
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _CHUNK = 8 << 20
 _KERNEL_CHUNK = 64 << 20  # small enough for a progress bar and for Ctrl-C to be heard
-# What a file system answers that cannot do it this way (and not: that the disk is full or broken).
-_NOT_THIS_WAY = {
-    errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY, errno.EBADF
-}  # fmt: skip
+# Errors that every way of copying would meet. After any other the next way is tried: file systems refuse copies within
+# the kernel in many ways (EOPNOTSUPP, EXDEV, EACCES, EIO, ...), and where a disk is broken, a read or write says so.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def share_file(source: int, target: int) -> bool:
@@ -26,9 +25,9 @@ def share_file(source: int, target: int) -> bool:
 
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:
-        if error.errno in _NOT_THIS_WAY:
-            return False
-        raise
+        if error.errno in _NO_ROOM:
+            raise
+        return False
     return True
 
 
@@ -51,7 +50,7 @@ def copy_range(source: int, source_at: int, target: int, target_at: int, count: 
                 size = min(count - done, _KERNEL_CHUNK)
                 got = os.copy_file_range(source, target, size, source_at + done, target_at + done)
             except OSError as error:
-                if error.errno not in _NOT_THIS_WAY:
+                if error.errno in _NO_ROOM:
                     raise
                 got = 0
             if got == 0:  # some file systems answer 0 for what they cannot do

@@ -84,25 +84,59 @@ def clear_staging(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+# What network and user-space file systems answer to a request that they do not have; not: that the disk is broken.
+REFUSALS = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.EACCES}
+)
+
+
 def append_synced(fd: int, data: bytes) -> None:
     view: Any = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-    os.fsync(fd)
+    sync_file(fd)
 
 
 def write_synced(path: Path, content: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         write_at(fd, content, 0)
-        os.fsync(fd)
+        sync_file(fd)
     finally:
         os.close(fd)
 
 
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_file(fd: int, data_only: bool = False) -> bool:
+    """Write a file's bytes to the disk; False where the file system has no such request. Raises OSError."""
     try:
-        os.fsync(fd)
+        os.fdatasync(fd) if data_only and hasattr(os, "fdatasync") else os.fsync(fd)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return False
+    return True
+
+
+def sync_folder(path: Path) -> bool:
+    """Write a folder's entries to the disk; False where the file system has no such request. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return False
+    try:
+        return sync_file(fd)
     finally:
         os.close(fd)
+
+
+def set_mode(fd: int, mode: int) -> bool:
+    """Give an open file its permissions; False where the file system keeps none of its own. Raises OSError."""
+    try:
+        os.fchmod(fd, mode)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return False
+    return True

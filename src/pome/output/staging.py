@@ -27,7 +27,7 @@ from typing import Any, TypeGuard
 from pome.checkpoint.files import File
 from pome.checkpoint.header import Header
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.errors import OutputError
+from pome.errors import OutputError, show_bytes
 from pome.output.clone import Advance, can_share, copy_file, copy_range, write_at
 from pome.output.durable import (
     append_synced,
@@ -37,7 +37,9 @@ from pome.output.durable import (
     pump,
     read_object,
     remove,
+    set_mode,
     show_path,
+    sync_file,
     sync_folder,
     write_synced,
 )
@@ -61,6 +63,7 @@ class Staging:
         self._lock: Lock | None = None
         self._journal = -1
         self._sync_failed = False
+        self.notices: list[str] = []  # what the file system cannot do
         self.copied: dict[str, int] = {}  # name -> bytes
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
@@ -115,8 +118,18 @@ class Staging:
             self.output.mkdir()
             write_synced(self.folder / "command", json.dumps(self._command).encode())
         self._journal = os.open(self.folder / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        sync_folder(self.folder)
+        self._note_refusals(sync_folder(self.folder))
         self._replay()
+
+    def _note_refusals(self, syncs_folders: bool) -> None:
+        """Find out what the file system refuses, the same in every run there, so that manifests agree."""
+        where = f"{show_path(self.target.parent)}: the file system"
+        if not syncs_folders:
+            self.notices.append(f"{where} does not sync folders; after a power cut OUT may be missing or incomplete")
+        if not sync_file(self._journal):
+            self.notices.append(f"{where} does not sync files; after a power cut OUT may be incomplete")
+        if not set_mode(self._journal, stat.S_IMODE(os.fstat(self._journal).st_mode)):
+            self.notices.append(f"{where} keeps no permissions; those of FT's files are not set in OUT")
 
     def _replay(self) -> None:
         """Read the journal up to its last whole line; what a crash left behind that is cut off."""
@@ -140,7 +153,9 @@ class Staging:
     def _note_copied(self, name: str, size: int) -> None:
         """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
         if name in self.copied:
-            self.finished = {key: entry for key, entry in self.finished.items() if entry["file"] != name}
+            self.finished = {
+                key: entry for key, entry in self.finished.items() if name not in (entry["file"], *entry["copies"])
+            }
         self.copied[name] = size
 
     def check_space(self, needed: int, probe: Path | None) -> None:
@@ -149,8 +164,8 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if needed + _SPARE > free and not (probe and can_share(probe, self.folder)):
             raise OutputError(
-                f"{show_path(self.folder)}: {needed} bytes are needed and {free} are free there; make room or choose "
-                "another OUT"
+                f"{show_path(self.folder)}: {show_bytes(needed)} are needed and {show_bytes(free)} are free there; "
+                "make room or choose another OUT"
             )
 
     def copy_file(self, name: str, source: Path, advance: Advance) -> None:
@@ -160,7 +175,7 @@ class Staging:
                 fd, copy = fds
                 copy_file(fd, copy, os.fstat(fd).st_size, advance)
                 # A script keeps its mode; a weight file that FT has read-only must stay writable for the patches.
-                os.fchmod(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
+                set_mode(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
 
     def write_file(self, name: str, source: File, advance: Advance) -> None:
         """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
@@ -200,7 +215,7 @@ class Staging:
                 copy = os.open(target, flags, 0o666)
                 try:
                     yield fd, copy
-                    os.fsync(copy)
+                    sync_file(copy)
                     size = os.fstat(copy).st_size
                 finally:
                     os.close(copy)
@@ -233,7 +248,7 @@ class Staging:
             files = list(self._files.items())
         for name, fd in files:
             with as_output_error(self.output / name):
-                os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+                sync_file(fd, data_only=True)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with as_output_error(self.folder / "journal"):
             append_synced(self._journal, lines)
@@ -247,7 +262,7 @@ class Staging:
             )
         with as_output_error(self.output):
             for fd in self._files.values():
-                os.fsync(fd)
+                sync_file(fd)
             write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
                 sync_folder(Path(root))
@@ -301,7 +316,8 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
         return False
     if "copied" in entry:
         return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
-    texts, lists = (entry.get("unit"), entry.get("file")), (entry.get("tensors"), entry.get("kept"))
+    texts = entry.get("unit"), entry.get("file")
+    lists = entry.get("tensors"), entry.get("kept"), entry.get("copies")
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
 
 

@@ -36,7 +36,9 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> Path:
     for given in inputs:
         source = Path(os.path.realpath(given))
         shown = printable(str(given), 1000)
-        if real == source or source in real.parents:
+        if real == source:
+            raise OutputError(f"{printable(str(out))}: OUT is {shown}; choose a folder outside the inputs")
+        if source in real.parents:
             raise OutputError(f"{printable(str(out))}: OUT lies inside {shown}; choose a folder outside the inputs")
         if not {real, *ours}.isdisjoint({source, *source.parents}):
             raise OutputError(f"{printable(str(out))}: OUT holds {shown}; choose a folder of its own")

@@ -1,21 +1,13 @@
-"""What a user should know of an adapter before it is edited: another base, trained weights outside of it. No torch."""
+"""What a user should know of an adapter before it is edited: another base. No torch."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from pome.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint
+from pome.checkpoint.source import Checkpoint
 from pome.errors import printable
-
-_WEIGHTS = re.compile(r".+\.(bin|pt|pth|ckpt|safetensors)")
-# States of a training, and the adapter in another format: nothing that the model computes with beside the adapter.
-_NOT_WEIGHTS = re.compile(
-    r"(optimizer|scheduler|rng_state|random_states|scaler|sampler|training_args|trainer_state|adapter_model|"
-    r"adapters?|model\.safetensors|pytorch_model).*"
-)
 
 
 def note_origin(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
@@ -37,19 +29,3 @@ def _is_same_model(named: str, ours: str) -> bool:
         return True
     ends = [re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower() for text in (named, ours)]
     return ends[0] == ends[1] or f"models--{named.replace('/', '--')}".lower() in ours.lower()
-
-
-def note_other_weights(ft: Checkpoint, out_format: str) -> Iterator[str]:
-    """That files beside the adapter hold trained weights which are no part of it, as a projector's."""
-    names = set(ft.unused)
-    folder = ft.folder or (Path(os.path.expanduser(ft.source)).parent if ft.revision is None else None)
-    if folder is not None and folder.is_dir():
-        names |= {path.name for path in folder.iterdir() if path.is_file()}
-    beside = sorted(name for name in names if _WEIGHTS.fullmatch(name) and not _NOT_WEIGHTS.fullmatch(name))
-    lost = "are not in the output" if out_format == "full" else "are not edited"
-    for name in beside:
-        if name != ADAPTER_WEIGHTS and "/" not in name:
-            yield (
-                f"warning: {printable(name)} beside the adapter holds weights that were trained with it and {lost}; "
-                "load them beside OUT as they were loaded beside the adapter"
-            )

@@ -15,7 +15,7 @@ from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, SelectionError, printable
 from pome.manifest import KeptRecord
-from pome.planning.lora_notes import note_origin, note_other_weights
+from pome.planning.lora_notes import note_origin
 from pome.planning.obstacles import find_obstacle
 from pome.planning.selection import EDITABLE, explain_empty, find_tensor_layouts, select
 from pome.planning.units import STORED_NAMES, Added, Layouts, Plan, Unit, lay_out, split_units
@@ -27,7 +27,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     _refuse_quantized(base)
     found = match_adapter(ft, base, merges=spec.out_format == "full")
     changes = {name: change for name, change in found.changes.items() if not change.added}
-    notes = (*found.notes, *note_origin(base, ft), *note_other_weights(ft, spec.out_format))
+    notes = (*found.notes, *note_origin(base, ft))
     for name in changes:
         _, entry = base.tensors[name]
         if entry.dtype not in EDITABLE:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pome.checkpoint.header import DTYPE_BITS, Header, build_header, parse_header
+from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entries, parse_header
 from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
@@ -31,6 +31,15 @@ class BaseRange:
     shape: tuple[int, int]  # of the range, as stored
     block: Block | None  # which rows or columns of the range; None: all
     transposed: bool  # stored (in, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Where a tied weight is stored once more: its name, its file in the output, and the first byte there."""
+
+    name: str
+    file: str
+    out_start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,12 @@ class Unit:
     # above is then the first one's name and start, the widest dtype and the bytes of all.
     base_parts: tuple[BaseRange, ...] = ()
     change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    copies: tuple[Copy, ...] = ()  # of a tied weight: the same bytes go there
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(file, first byte) of every range of the output that the unit's bytes go to."""
+        return ((self.file, self.out_start), *((copy.file, copy.out_start) for copy in self.copies))
 
     @property
     def key(self) -> str:
@@ -124,7 +139,7 @@ class Plan:
             edit.append(entry if base_name == unit.name else {**entry, "base": base_name})
         keep = [{"name": kept.name, "part": kept.part, "reason": kept.reason} for kept in self.kept]
         totals = {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "memory_bytes": self.memory}
-        return {"edit": edit, "keep": keep, "notes": list(self.notes), **totals}
+        return {"edit": edit, "keep": keep, **totals}
 
 
 def fan_out_in(unit: Unit, part: Part) -> tuple[int, int]:
@@ -196,17 +211,16 @@ def split_units(
 
 
 def lay_out(ft: Checkpoint, out_dtypes: dict[str, str], added: Added | None = None) -> Layouts:
-    """New headers, from dtypes and shapes alone, of the files whose layout changes; order as in FT.
+    """New headers, from dtypes and shapes alone, of the files whose layout changes.
 
-    A layout changes where a tensor changes its dtype or where tensors are `added`, which come last.
+    A layout changes where a tensor changes its dtype or where tensors are `added`.
     """
     changed = {name for name, dtype in out_dtypes.items() if ft.tensors[name][1].dtype != dtype}
     layouts = {}
     for file in {ft.tensors[name][0] for name in changed} | set(added or {}):
         header = ft.files[file].header
-        ordered = sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end))
-        entries = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in ordered]
-        entries += (added or {}).get(file, [])
+        given = [(e.name, out_dtypes.get(e.name, e.dtype), e.shape) for e in header.tensors.values()]
+        entries = order_entries([*given, *(added or {}).get(file, [])])
         raw = build_header(entries, header.metadata)
         data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in entries)
         layouts[file] = raw, parse_header(raw[8:], len(raw) + data, file)

@@ -20,7 +20,7 @@ class Cayley(NamedTuple):
     value: Tensor  # E = R - I as it is applied
     generator: Tensor  # Q
     square: Tensor  # Q^2; Q itself for the exact transform
-    partials: tuple[Tensor, ...]  # partial sums of Horner's rule, first to last but one
+    partials: tuple[Tensor, ...]  # partial results T of Horner's rule, each as T + 2 I
     truncated: Tensor  # E before the Newton-Schulz step
     error: Tensor | None  # R^T R - I of the truncated series; None without the step
 
@@ -43,8 +43,9 @@ def upper_triangle(matrices: Tensor) -> Tensor:
 def cayley(generator: Tensor, terms: Terms, correct: bool) -> Cayley:
     """E = R - I for skew-symmetric Q, each (blocks, b, b).
 
-    Horner's rule in Q^2 needs 1 + terms // 2 products. `correct` adds one Newton-Schulz step, R <- R (3 I - R^T R) / 2,
-    which takes an eigenvalue of absolute value 1 - d to 1 - 3/2 d^2. The exact transform needs no such step.
+    Horner's rule in A = Q^2, T <- 2 Q + A (T + 2 I), needs 1 + terms // 2 products. `correct` adds one Newton-Schulz
+    step, R <- R (3 I - R^T R) / 2, which takes an eigenvalue of absolute value 1 - d to 1 - 3/2 d^2. The exact
+    transform needs no such step.
     """
     if terms == "exact":
         identity = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
@@ -53,20 +54,21 @@ def cayley(generator: Tensor, terms: Terms, correct: bool) -> Cayley:
     square = generator @ generator
     partial = generator if terms % 2 == 0 else torch.add(square, generator, alpha=2)
     partials = []
-    twice = 2 * (generator + square)
     for _ in range(terms // 2):
-        partials.append(partial)
-        partial = torch.baddbmm(twice, square, partial)
+        shifted = partial + 2 * torch.eye(partial.shape[-1], dtype=partial.dtype, device=partial.device)
+        partials.append(shifted)
+        partial = torch.baddbmm(generator, square, shifted, beta=2)
     if not correct:
         return Cayley(partial, generator, square, tuple(partials), partial, None)
     error = orthogonality_error(partial)
-    value = torch.baddbmm(partial - error / 2, partial, error, alpha=-0.5)
+    # In-place products spare a copy of every block; they take a good part of the time otherwise.
+    value = torch.add(partial, error, alpha=-0.5).baddbmm_(partial, error, alpha=-0.5)
     return Cayley(value, generator, square, tuple(partials), partial, error)
 
 
 def orthogonality_error(value: Tensor) -> Tensor:
     """R^T R - I for R = I + E, (blocks, b, b), without forming R: E + E^T + E^T E."""
-    return torch.baddbmm(value + value.mT, value.mT, value)
+    return (value + value.mT).baddbmm_(value.mT, value)
 
 
 def cayley_pullback(rotation: Cayley, gradient: Tensor, terms: Terms) -> Tensor:
@@ -82,18 +84,22 @@ def cayley_pullback(rotation: Cayley, gradient: Tensor, terms: Terms) -> Tensor:
     if rotation.error is not None:
         of_error = torch.baddbmm(gradient, truncated.mT, gradient, beta=-0.5, alpha=-0.5)
         symmetric = of_error + of_error.mT
-        gradient = torch.baddbmm(gradient + symmetric, gradient, rotation.error, alpha=-0.5)
-        gradient = torch.baddbmm(gradient, truncated, symmetric)
-    of_generator = torch.zeros_like(gradient)
-    of_square = torch.zeros_like(gradient)
-    for partial in reversed(rotation.partials):
-        of_generator = torch.add(of_generator, gradient, alpha=2)
-        of_square = torch.baddbmm(torch.add(of_square, gradient, alpha=2), gradient, partial.mT)
+        gradient = torch.add(gradient, symmetric).baddbmm_(gradient, rotation.error, alpha=-0.5)
+        gradient = gradient.baddbmm_(truncated, symmetric)
+    of_square: Tensor | None = None
+    of_generator: Tensor | None = None
+    for shifted in reversed(rotation.partials):
+        of_generator = gradient if of_generator is None else of_generator + gradient
+        product = gradient @ shifted.mT
+        of_square = product if of_square is None else of_square.add_(product)
         gradient = square @ gradient
-    if terms % 2 == 0:
-        of_generator = of_generator + gradient
+    # What is left belongs to the first T, which is Q or 2 Q + Q^2.
+    if terms % 2:
+        of_square = gradient if of_square is None else of_square.add_(gradient)
+        of_generator = 2 * (gradient if of_generator is None else of_generator + gradient)
     else:
-        of_generator = torch.add(of_generator, gradient, alpha=2)
-        of_square = of_square + gradient
+        of_generator = gradient if of_generator is None else torch.add(gradient, of_generator, alpha=2)
+    if of_square is None:
+        return of_generator
     # d(Q^2) = dQ Q + Q dQ. Q is skew-symmetric, so both halves have the same skew-symmetric part up to transposition.
     return torch.baddbmm(of_generator, of_square + of_square.mT, generator, alpha=-1)

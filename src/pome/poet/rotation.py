@@ -54,21 +54,32 @@ def apply_blocks(rows: Tensor, values: list[Tensor], index: Tensor, inverse: Ten
     `inverse` undoes `index` where it lists every dimension; None where the other dimensions stay as they are.
     """
     chosen = rows.index_select(1, index)
-    changed = []
-    start = 0
-    for value in values:
-        count, size, _ = value.shape
-        part = _in_blocks(chosen[:, start : start + count * size], size)
-        value = value.to(rows.dtype)
-        changed.append(torch.bmm(part, value) if inverse is None else torch.baddbmm(part, part, value))
-        start += count * size
-    joined = torch.cat([part.transpose(0, 1).flatten(1) for part in changed], 1)
-    return rows.index_add(1, index, joined) if inverse is None else joined.index_select(1, inverse)
+    values = [value.to(rows.dtype) for value in values]
+    if inverse is None:
+        return rows.index_add(1, index, _multiply(chosen, values, keep=0))
+    return _multiply(chosen, values, keep=1).index_select(1, inverse)
 
 
-def _in_blocks(rows: Tensor, size: int) -> Tensor:
-    """(tokens, blocks * size) as a view (blocks, tokens, size)."""
-    return rows.view(rows.shape[0], -1 if rows.shape[0] else rows.shape[1] // size, size).transpose(0, 1)
+def _multiply(chosen: Tensor, values: list[Tensor], keep: int) -> Tensor:
+    """`keep` x + x E by blocks, for (tokens, dimensions) x in the order of the blocks."""
+    parts = _divide(chosen, values)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        made = [torch.baddbmm(part, part, value, beta=keep) for part, value in zip(parts, values, strict=True)]
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in made], 1)
+    # Straight into the layout of the rows: reordering afterwards would take as long as the product.
+    result = torch.empty_like(chosen)
+    for part, value, target in zip(parts, values, _divide(result, values), strict=True):
+        torch.baddbmm(part, part, value, beta=keep, out=target)
+    return result
+
+
+def _divide(rows: Tensor, values: list[Tensor]) -> list[Tensor]:
+    """(tokens, dimensions) as views (blocks, tokens, b), one for each tensor of `values`, (blocks, b, b)."""
+    widths = [value.shape[0] * value.shape[1] for value in values]
+    return [
+        part.view(-1, value.shape[0], value.shape[1]).transpose(0, 1)
+        for part, value in zip(torch.split(rows, widths, 1), values, strict=True)
+    ]
 
 
 class _Rotate(torch.autograd.Function):
@@ -102,20 +113,18 @@ class _Rotate(torch.autograd.Function):
         of_upper: Tensor | None = None
         with torch.autocast(rows.device.type, enabled=False):
             made = rotations(upper, blocks, terms, correct)
+            values = [rotation.value for rotation in made]
+            pulled = gradient.index_select(1, index)
             if ctx.needs_input_grad[0]:
-                of_rows = apply_blocks(gradient, [rotation.value.mT for rotation in made], index, inverse)
+                back = [value.mT.to(rows.dtype) for value in values]
+                turned = _multiply(pulled, back, keep=int(inverse is not None))
+                of_rows = gradient.index_add(1, index, turned) if inverse is None else turned.index_select(1, inverse)
             if ctx.needs_input_grad[1]:
-                chosen, pulled = rows.index_select(1, index), gradient.index_select(1, index)
+                chosen = rows.index_select(1, index)
                 parts = []
-                start = 0
-                for rotation in made:
-                    count, size, _ = rotation.value.shape
-                    stop = start + count * size
-                    left = _in_blocks(chosen[:, start:stop], size).mT
-                    right = _in_blocks(pulled[:, start:stop], size)
-                    of_value = torch.bmm(left, right).to(upper.dtype)
+                for rotation, left, right in zip(made, _divide(chosen, values), _divide(pulled, values), strict=True):
+                    of_value = torch.bmm(left.mT, right).to(upper.dtype)
                     parts.append(upper_triangle(cayley_pullback(rotation, of_value, terms)).flatten())
-                    start = stop
                 of_upper = torch.cat(parts)
         return of_rows, of_upper, None, None, None, None, None
 

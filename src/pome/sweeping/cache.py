@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pome.editing.unit import FLOAT64_ENTRIES
 from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
+from pome.output.durable import sync_file
 from pome.planning.units import Plan, Unit, fan_out_in
 from pome.roles.layout import Part
 
@@ -76,7 +76,7 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         made = path.with_suffix(".new")
         save_file(tensors, made, said)
         with open(made, "rb") as file:
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         made.rename(path)
 
     def __delitem__(self, key: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pome.output.durable import as_output_error
+from pome.output.durable import as_output_error, sync_file
 from pome.sweeping.scorers.base import Score, Scored
 from pome.sweeping.trials import Trial
 
@@ -45,7 +45,7 @@ class Journal:
             with open(made, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in (head, *kept))
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
             os.replace(made, path)
 
     def find(self, key: str) -> Entry | None:
@@ -58,7 +58,7 @@ class Journal:
         with as_output_error(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         self.entries[trial.key] = Entry(trial.score, trial.failed, trial.seconds)
 
     def _read(self) -> Iterator[dict[str, Any]]:

@@ -15,14 +15,13 @@ from pome.checkpoint.sidefiles import MANIFEST_NAME, list_side_files
 from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.edit import edit_pair
-from pome.editing.session import Opened, Source, describe_command, open_pair
+from pome.editing.session import Opened, Source, describe_command, open_pair, plan_pair
 from pome.errors import NumericalError, ScoreError, VerificationError, printable
 from pome.manifest import Manifest, read_manifest
-from pome.output.copying import Template, copy_files, count_space
+from pome.output.copying import Template, copy_files, count_space, make_config
 from pome.output.progress import Progress
 from pome.output.staging import Staging
 from pome.output.target import SWEEP_SUFFIX, check_target
-from pome.planning.plan import check_overrides, make_plan
 from pome.planning.units import Plan
 from pome.sweeping.fingerprints import Fingerprints, remove_changed, take_fingerprints
 from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
@@ -133,14 +132,13 @@ def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
     plans = {}
     for layers in grid.layers:
         spec = dataclasses.replace(grid.shared, layers=layers)
-        plans[layers] = make_plan(opened.base, opened.ft, spec)
-        check_overrides(plans[layers], spec)
+        plans[layers] = plan_pair(opened.base, opened.ft, spec)
     return plans
 
 
 def _make_base_template(opened: Opened) -> Template:
     """The files of BASE, as it is scored."""
-    return Template(opened.base, {}, list_side_files(opened.base)[0])
+    return Template(opened.base, {}, list_side_files(opened.base)[0], make_config(opened.base, ""))
 
 
 def _measure_peak() -> int:
@@ -212,7 +210,8 @@ class _SweepRun:
 
     def _check_space(self, decomposition_bytes: int) -> None:
         copies = [count_space(self.opened.template, self.staging)] if self._needs_copy() else []
-        if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
+        copies_base = not _in_memory(self.scorer) or self.opened.base.adapter_beside
+        if copies_base and self.journal.find(BASE) is None:
             copies.append(count_space(_make_base_template(self.opened), self.staging))
         copy_bytes = sum(size for size, _ in copies)
         self.listener.begin(self.opened, self.count, decomposition_bytes, copy_bytes, self.staging.folder)
@@ -222,7 +221,9 @@ class _SweepRun:
 
     def _needs_copy(self) -> bool:
         """Whether candidates are made on the disk; a model in memory needs FT as it is, in a folder."""
-        whole = self.opened.ft.adapter_config is None and not self.opened.ft.dequantized
+        ft = self.opened.ft
+        # Loaders apply an adapter that lies beside whole weights; in the copy it is not there.
+        whole = ft.adapter_config is None and not ft.dequantized and not ft.adapter_beside
         return not (_in_memory(self.scorer) and whole)
 
     def _try(self, key: str, candidate: Candidate | None) -> Trial:
@@ -262,16 +263,19 @@ class _SweepRun:
         return cast(FolderScorer, self.scorer).score_folder(self.staging.output)
 
     def _score_base(self) -> Score:
-        if _in_memory(self.scorer):
-            base = self.opened.base
+        base, in_memory = self.opened.base, _in_memory(self.scorer)
+        if in_memory:
             self.forget_model()  # one model at a time; what is loaded again costs seconds
+        if in_memory and not base.adapter_beside:
             return self._score_model(*load_model(base.folder or Path(os.path.expanduser(base.source)), self.devices[0]))
-        # What a command writes or removes beside a model must not be BASE's.
+        # A copy: without an adapter that loaders would apply, and for a command, which may write or remove files.
         template = _make_base_template(self.opened)
         with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:
             try:
                 copy.check_space(*count_space(template, copy))
                 copy_files(template, copy, Progress())
+                if in_memory:
+                    return self._score_model(*load_model(copy.output, self.devices[0]))
                 return cast(FolderScorer, self.scorer).score_folder(copy.output)
             finally:
                 copy.discard()
@@ -324,7 +328,8 @@ class _SweepRun:
             caches = DecompositionFolder(self.staging.folder / "decompositions")
 
             def write(unit: Any, data: bytes | bytearray) -> None:
-                self.staging.write(unit.file, bytearray(data), unit.out_start)
+                for file, start in unit.places:
+                    self.staging.write(file, bytearray(data), start)
 
             self._maker = Maker(self.opened, list(self.plans.values()), self.devices, caches, write)
             if self.opened.ft.adapter_config is None:

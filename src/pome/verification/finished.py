@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME
-from pome.checkpoint.source import open_checkpoint
 from pome.config.spec import EditSpec
+from pome.editing.session import Opened, Source, open_pair
 from pome.errors import PomeError
-from pome.manifest import CHECKSUM, Manifest, read_manifest
+from pome.manifest import CHECKSUM, INPUTS, FileRecord, Manifest, SideRecord, read_manifest
 from pome.output.card import CARD_NAME
-
-Source = str | os.PathLike[str]
 
 
 def find_finished(out: Path, base: Source, ft: Source, spec: EditSpec, card: bool) -> Manifest | None:
-    """The manifest of `out` if this edit made it, it is whole, and no input is newer: a batch need not repeat it.
+    """The manifest of `out` if this edit made it of these inputs as they are now, and it is whole; else None.
 
     With `card`, an output without a model card is not what was asked for.
     """
@@ -27,7 +25,7 @@ def find_finished(out: Path, base: Source, ft: Source, spec: EditSpec, card: boo
 
 
 def find_swept(out: Path, base: Source, ft: Source, sweep: dict[str, Any], card: bool) -> Manifest | None:
-    """The same for the best of a sweep; `sweep` has its scorer and its grid, as the manifest tells them."""
+    """The same for the best of a sweep; `sweep` has its scorer and its grid, as the manifest records them."""
     return _find(out, base, ft, card, lambda made: made.sweep is not None and sweep.items() <= made.sweep.items())
 
 
@@ -43,16 +41,34 @@ def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Mani
         copied = {**manifest.base.files, **manifest.fine_tuned.files}
         if card and manifest.files.get(CARD_NAME) in (None, copied.get(CARD_NAME)):
             return None
-        created = datetime.datetime.fromisoformat(manifest.created).timestamp()
-        for source, record in ((base, manifest.base), (ft, manifest.fine_tuned)):
-            side = open_checkpoint(source)
-            paths = {name: weights.file.stored for name, weights in side.files.items()}
-            sizes = {name: weights.file.size for name, weights in side.files.items()}
-            side.close()
-            if side.revision != record.revision or any(sizes[n] != record.files[n].bytes for n in sizes):
+        with open_pair(base, ft, EditSpec.from_mapping(manifest.spec)) as opened:
+            if not _are_same_inputs(opened, manifest):
                 return None
-            if not side.on_hub and any(path and path.stat().st_mtime > created for path in paths.values()):
-                return None
-    except (PomeError, OSError, KeyError, ValueError):
+    except (PomeError, OSError, KeyError, ValueError, TypeError):
         return None  # whatever is wrong with it, it is not finished; making it again says what
     return manifest
+
+
+def _are_same_inputs(opened: Opened, manifest: Manifest) -> bool:
+    """Whether every file that an edit would read or copy now is the one that the manifest records, and no other is.
+
+    Files of which the system says the same as then are not read. The others are hashed: a copy of an older file has
+    an older time, and may have the same size.
+    """
+    sides = (opened.base, manifest.base), (opened.ft, manifest.fine_tuned)
+    if any(side.revision != record.revision for side, record in sides):
+        return False
+    if opened.fingerprint() == manifest.timing.get(INPUTS):
+        return True
+    return all(
+        side.on_hub or _have_hashes(paths, record)  # the files of a commit never change
+        for (side, record), paths in zip(sides, opened.find_read(), strict=True)
+    )
+
+
+def _have_hashes(paths: dict[str, Path], record: SideRecord) -> bool:
+    if paths.keys() != record.files.keys():
+        return False
+    if any(path.stat().st_size != record.files[name].bytes for name, path in paths.items()):
+        return False
+    return all(FileRecord(*hash_file(path)) == record.files[name] for name, path in paths.items())

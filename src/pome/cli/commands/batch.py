@@ -22,7 +22,7 @@ TAKES = ()
 EXAMPLES = (
     "pome batch jobs.yaml",
     "pome batch jobs.yaml --only math --only code",
-    "pome batch configs/llama2-7b.yaml --set fine_tuned=./math --set out=./math-pome",
+    "pome batch jobs.yaml --set fine_tuned=./math --set data=held-out.jsonl",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import name_side, show_bytes
@@ -15,7 +15,7 @@ from pome.planning.units import fan_out_in
 
 
 def describe_plan(opened: Opened) -> str:
-    """A line of what becomes what, how many tensors and bytes; and the notes on the inputs, a line each."""
+    """A line of what becomes what, how many tensors and bytes; and the notices, a line each."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
     edited = {unit.name for unit in plan.units if unit.parts}
@@ -27,7 +27,7 @@ def describe_plan(opened: Opened) -> str:
         f"({', '.join(roles)}){merged}, {kept} kept   "
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )
-    return "\n".join([line, *plan.notes])
+    return "\n".join([line, *describe_pair_notices(opened)])
 
 
 def make_plan_table(opened: Opened) -> FittedTable:
@@ -91,6 +91,23 @@ def describe_warnings(manifest: Manifest) -> list[str]:
         lines.append(f"warning: {printable(names[0])}{more}: {warning}")
     if len(found) > 10:
         lines.append(f"warning: {len(found) - 10} more kinds; the manifest lists all")
+    return lines
+
+
+def describe_pair_notices(opened: Opened) -> list[str]:
+    """A line for each notice of a pair."""
+    return [f"warning: {printable(notice, 2000)}" for notice in opened.notices]
+
+
+def describe_left_out(not_copied: Mapping[str, str]) -> list[str]:
+    """A line for each reason why files were not copied, with their names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in not_copied.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 20} more (the manifest names all)" if len(names) > 20 else ""
+        lines.append(f"not copied: {', '.join(map(printable, names[:20]))}{more} ({printable(reason)})")
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pome.cli.tables.edit import describe_pair_notices
 from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import name_side, show_bytes
 from pome.editing.session import Opened
@@ -12,14 +13,15 @@ from pome.reports.sheet import Sheet, summarise_places, summarise_roles
 
 
 def describe_survey(opened: Opened) -> str:
-    """One line: what is held against what, how many tensors, how many bytes."""
+    """What is held against what, how many tensors and bytes; and the notices, a line each."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
     looked = len({unit.name for unit in plan.units if unit.parts})
-    return (
+    line = (
         f"{name_side(opened.base)} -> {name_side(opened.ft)}   {looked} of {plan.tensor_count} tensors to look at "
         f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
     )
+    return "\n".join([line, *describe_pair_notices(opened)])
 
 
 def make_survey_tables(sheet: Sheet) -> list[FittedTable]:
