@@ -75,6 +75,7 @@ class TensorRecord:
     rounding: float
     objective: float
     orthogonality: float
+    power_residual: float | None  # None in the manifests of releases that did not measure it
     solver: str
     warnings: tuple[str, ...]
     spectrum: tuple[tuple[int, float], ...]
@@ -94,7 +95,14 @@ class TensorRecord:
         rows, columns = raw["shape"]
         texts = _read_texts(raw["warnings"])
         return _read(
-            cls, {**raw, "shape": (rows, columns), "warnings": texts, "spectrum": _read_points(raw["spectrum"])}
+            cls,
+            {
+                "power_residual": None,
+                **raw,
+                "shape": (rows, columns),
+                "warnings": texts,
+                "spectrum": _read_points(raw["spectrum"]),
+            },
         )
 
 
@@ -221,6 +229,7 @@ _Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
 }

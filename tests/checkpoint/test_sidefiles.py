@@ -248,5 +248,7 @@ def test_an_adapter_saved_into_its_base_leaves_only_itself_behind(model: Path) -
     assert copied == {name: model / name for name in ("README.md", "config.json", "tokenizer.json")}
     assert skipped == {
         "adapter_config.json": "the adapter's config; its changes are in the weights",
+        "adapter_model.safetensors": "a PEFT adapter beside whole weights, which loaders would apply to the edited "
+        "weights again",
         "optimizer.pt": "training state",
     }

@@ -149,7 +149,7 @@ def test_the_card_of_a_sweeps_best_says_how_it_was_chosen(pair: tuple[Path, Path
 
 
 RECORD = TensorRecord(
-    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0,
+    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0, 0.0,
     "gram64", (), ((1, 1.0), (2, 0.5)),
 )  # fmt: skip
 
@@ -175,6 +175,20 @@ def test_any_card_of_ft_gives_a_card(broken: str) -> None:
     assert card.data.tags == ["pome", "model-editing"]
     assert card.data.license == ("mit" if "mit" in broken else None)
     assert ("## Card of the fine-tuned model" in card.text) == ("body" in broken or "no metadata" in broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "equalized by POME ([arXiv 2510.06627](https://arxiv.org/abs/2510.06627)): the leading singular "
+             "directions of each update are kept and given one weight."),
+        ({"power": 1.0}, "are kept and weighted by their singular values to the power 1."),
+        ({"overrides": ({"match": "a", "power": 0.5},)}, "by their singular values to the power 0 or 0.5."),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_became_of_the_singular_values(options: dict[str, Any], said: str) -> None:
+    manifest = dataclasses.replace(describe(), spec=EditSpec(**options).to_mapping())
+    assert said in make_card(manifest, "")
 
 
 @pytest.mark.parametrize(

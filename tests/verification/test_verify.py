@@ -217,6 +217,7 @@ OTHER_EDITS = {
     "another beta": {"beta": 1.03},
     "another k": {"rank": 5},
     "another rule for alpha": {"scale": "mean"},
+    "another power": {"power": 0.2},
 }
 
 

@@ -23,7 +23,7 @@ from pome.checkpoint.choice import (
     judge_rest,
 )
 from pome.checkpoint.files import Listing, LocalFile, LocalListing, read_json, read_range
-from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
+from pome.checkpoint.fp8 import DequantizedFile, Stored, find_scaled, list_gone
 from pome.checkpoint.hub import is_repository, list_repository
 from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from pome.checkpoint.weights import Tensors, WeightFile, close_all, gather
@@ -103,7 +103,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequ
 def _see_dequantized(checkpoint: Checkpoint) -> Checkpoint:
     stored = {n: Stored(checkpoint.files[file].file, entry) for n, (file, entry) in checkpoint.tensors.items()}
     scaled = find_scaled(stored, checkpoint.config)
-    gone = {name + SUFFIX for name in scaled}
+    gone = {other for name in scaled for other in list_gone(name)} & checkpoint.tensors.keys()
     files = dict(checkpoint.files)
     for name, weights in checkpoint.files.items():
         if not weights.header.tensors.keys().isdisjoint(scaled.keys() | gone):

@@ -52,7 +52,7 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 def print_lines(console: Console, lines: Iterable[str], limit: int = 2000) -> None:
     """Lines as they are: no markup, no colour for numbers, and not folded to the console's width."""
-    for line in lines:
+    for line in (line for text in lines for line in text.split("\n")):
         console.print(printable(line, limit), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -91,4 +91,8 @@ def name_options(error: PomeError) -> str:
     if not error.options:
         return str(error)
     names = "|".join(map(re.escape, sorted(error.options, key=len, reverse=True)))
-    return re.sub(rf"(?<![\w'`-])({names})(?![\w'`-])", lambda match: as_flag(match[1]), str(error))
+    pieces = re.split(r"""('[^']*'|"[^"]*"|`[^`]*`)""", str(error))
+    pieces[::2] = [
+        re.sub(rf"(?<![\w-])({names})(?![\w-])", lambda match: as_flag(match[1]), text) for text in pieces[::2]
+    ]
+    return "".join(pieces)

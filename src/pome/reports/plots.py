@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from pome.errors import OutputError, printable
 from pome.reports.sheet import Row, Sheet
-from pome.reports.sweep_data import HeatMap, rank_score
+from pome.reports.sweep_data import HeatMap, find_largest_gain, list_heat_maps, measure_tone
+from pome.sweeping.trials import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,45 +45,46 @@ def write_plots(sheet: Sheet, folder: Path) -> list[Path]:
                 made += _save(_draw_map(sheet, key, quantity.label, quantity.log), folder / f"heat_{key}")
         for role in sheet.roles:
             rows = [row for row in sheet.rows if row.role == role]
-            made += _save(_draw_spectra(rows, role), folder / f"spectra_{role}")
+            made += _save(_draw_spectra(rows, role, sheet.kind == "edit"), folder / f"spectra_{role}")
     except OSError as error:
         raise OutputError(f"{printable(str(folder))}: cannot be written: {error.strerror}") from None
     return made
 
 
-def write_heat_maps(maps: Sequence[HeatMap], minimize: bool, folder: Path) -> list[Path]:
-    """A sweep's scores, K by beta, a picture for each choice of layers and scale, into `folder`; returns the files."""
+def write_heat_maps(outcome: Outcome, folder: Path) -> list[Path]:
+    """A sweep's scores, k by beta, a picture for each choice of layers and scale, into `folder`; returns the files."""
     load_matplotlib()
     try:
         folder.mkdir(exist_ok=True)
         made: list[Path] = []
-        for number, heat in enumerate(maps, 1):
-            made += _save(_draw_heat(heat, minimize), folder / f"sweep_{number}")
+        for number, heat in enumerate(list_heat_maps(outcome), 1):
+            made += _save(_draw_heat(heat, outcome), folder / f"sweep_{number}")
         return made
     except OSError as error:
         raise OutputError(f"{printable(str(folder))}: cannot be written: {error.strerror}") from None
 
 
-def _draw_heat(heat: HeatMap, minimize: bool) -> Figure:
-    """The better, the darker; every cell says its score."""
+def _draw_heat(heat: HeatMap, outcome: Outcome) -> Figure:
+    """Coloured by the difference to the fine-tuned model: blue better, red worse, white within noise."""
     from matplotlib.figure import Figure
 
-    grid = [[math.nan if cell is None else cell for cell in row] for row in heat.cells]
+    tones = [[math.nan if cell is None else measure_tone(cell, outcome) for cell in row] for row in heat.cells]
     size = (2.5 + 0.9 * len(heat.columns), 1.6 + 0.45 * len(heat.rows))
     figure = Figure(figsize=(min(TALLEST, size[0]), min(TALLEST, size[1])), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(grid, aspect="auto", cmap="Blues_r" if minimize else "Blues", interpolation="nearest")
-    shown = [value for row in grid for value in row if math.isfinite(value)]
+    image = axes.imshow(tones, aspect="auto", cmap="RdBu", vmin=-1.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks(range(len(heat.columns)), [_plain(name) for name in heat.columns])
     axes.set_yticks(range(len(heat.rows)), [_plain(name) for name in heat.rows])
     axes.set_xlabel("beta")
     axes.set_title(_plain(heat.title), fontsize=10)
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            if math.isfinite(value):
-                ink = "w" if rank_score(value, shown, minimize) > 0.6 else "k"
-                axes.text(x, y, f"{value:.4g}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=axes, label=f"score ({'lower' if minimize else 'higher'} is better)")
+    for y, row in enumerate(heat.cells):
+        for x, cell in enumerate(row):
+            if cell is not None and cell.score is not None:
+                ink = "w" if abs(tones[y][x]) > 0.6 else "k"
+                axes.text(x, y, f"{cell.score.scored.value:.4g}", ha="center", va="center", fontsize=8, color=ink)
+    largest = find_largest_gain(outcome)
+    bar = figure.colorbar(image, ax=axes, ticks=[-1.0, 0.0, 1.0])
+    bar.ax.set_yticklabels([f"worse by {largest:.2g}", "within noise", f"better by {largest:.2g}"])
     return figure
 
 
@@ -118,7 +120,7 @@ def _draw_map(sheet: Sheet, key: str, label: str, log: bool) -> Figure:
     return figure
 
 
-def _draw_spectra(rows: Sequence[Row], role: str) -> Figure:
+def _draw_spectra(rows: Sequence[Row], role: str, is_edit: bool) -> Figure:
     """Every spectrum of a role, from the first layer (light) to the last (dark), and the edge of storage rounding."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -128,9 +130,8 @@ def _draw_spectra(rows: Sequence[Row], role: str) -> Figure:
     shades = colormaps["viridis_r"]
     for i, row in enumerate(rows):
         points = [(k, s) for k, s in row.points if s > 0.0]
-        style = "-" if row.after is None else "o-"
-        axes.loglog(*zip(*points, strict=True), style, color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
-        if row.after is not None:
+        axes.loglog(*zip(*points, strict=True), color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
+        if is_edit:
             k, alpha = row.after
             axes.loglog([1, k], [alpha, alpha], "--", color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
     floors = [row.floor for row in rows if row.floor > 0.0]

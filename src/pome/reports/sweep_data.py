@@ -4,55 +4,73 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 
-from pome.sweeping.grid import describe_rank_choice
+from pome.sweeping.grid import FINE_TUNED, describe_rank_choice
 from pome.sweeping.trials import Outcome, Trial
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Scores of the candidates that share layers and scale: a row for each way to choose k, a column for each beta."""
+    """Trials of the candidates that share layers, scale and power: a row for each way to choose k, a column for each beta."""
 
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[tuple[float | None, ...], ...]  # None where no candidate was scored
+    cells: tuple[tuple[Trial | None, ...], ...]  # None where no candidate was scored
 
 
 def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
-    """One map for every pair of layers and scale that was tried, in the order of the grid."""
+    """One map for every layers, scale and power that were tried together, in the order of the grid."""
     grid = outcome.grid
     maps = []
-    found: dict[tuple[str, str, str, str], float] = {}
+    found: dict[tuple[str, str, float, str, str], Trial] = {}
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
-            at = ("+".join(params["layers"]), params["scale"], trial.candidate.rank_choice, f"{params['beta']:g}")
-            found[at] = trial.score.scored.value
+            layers, choice = "+".join(params["layers"]), trial.candidate.rank_choice
+            at = layers, params["scale"], params["power"], choice, f"{params['beta']:g}"
+            found[at] = trial
     rank_choices = list(dict.fromkeys(describe_rank_choice(options) for options in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
-        for scale in grid["scale"]:
-            cells = tuple(tuple(found.get((layers, scale, name, beta)) for beta in betas) for name in rank_choices)
+        for scale, power in itertools.product(grid["scale"], grid["power"]):
+            cells = tuple(tuple(found.get((layers, scale, power, k, beta)) for beta in betas) for k in rank_choices)
             if any(cell is not None for row in cells for cell in row):
-                maps.append(HeatMap(f"{layers}, scale {scale}", tuple(rank_choices), tuple(betas), cells))
+                title = f"{layers}, scale {scale}" + (f", power {power:g}" if power else "")
+                maps.append(HeatMap(title, tuple(rank_choices), tuple(betas), cells))
     return maps
 
 
-def list_scores(outcome: Outcome) -> list[float]:
-    """The scores of all candidates that have one."""
-    return [trial.score.scored.value for trial in outcome.trials if trial.candidate and trial.score]
+def find_reference(outcome: Outcome) -> Trial | None:
+    """The trial of the fine-tuned model."""
+    return next((trial for trial in outcome.trials if trial.key == FINE_TUNED), None)
 
 
-def rank_score(value: float, values: Sequence[float], minimize: bool) -> float:
-    """Where a score stands among all, from 0, the worst, to 1, the best."""
-    low, high = min(values), max(values)
-    if low == high:
-        return 0.5
-    place = (value - low) / (high - low)
-    return 1.0 - place if minimize else place
+def list_scored(outcome: Outcome) -> list[Trial]:
+    """The candidates that have a score, best first."""
+    return [trial for trial in outcome.trials if trial.candidate and trial.score and trial.difference]
+
+
+def measure_gain(trial: Trial, outcome: Outcome) -> float:
+    """By how much a model's score is better than the fine-tuned model's; negative where it is worse."""
+    assert trial.difference is not None
+    return -trial.difference.delta if outcome.minimize else trial.difference.delta
+
+
+def find_largest_gain(outcome: Outcome) -> float:
+    """The largest difference of a candidate to the fine-tuned model, in either direction."""
+    return max((abs(measure_gain(trial, outcome)) for trial in list_scored(outcome)), default=0.0)
+
+
+def measure_tone(trial: Trial, outcome: Outcome) -> float:
+    """How to colour a score: 0 within noise of the fine-tuned model's, else its gain, from -1 to 1 of the largest."""
+    gain, largest = measure_gain(trial, outcome), find_largest_gain(outcome)
+    interval = trial.difference.interval if trial.difference else None
+    if not largest or (interval and interval[0] <= 0.0 <= interval[1]):
+        return 0.0
+    return gain / largest
 
 
 def show_number(value: float | None) -> str:
@@ -82,9 +100,9 @@ def list_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         if score is None:
             rows.append([trial.label, *(["-"] if trains else []), "failed", "-", "-", *["-"] * len(metrics)])
             continue
-        delta = f"{trial.difference.delta:+.4g}" if trial.difference and trial.key != "fine-tuned" else "-"
+        delta = f"{trial.difference.delta:+.4g}" if trial.difference and trial.key != FINE_TUNED else "-"
         train = [show_number(score.train.value if score.train else None)] if trains else []
-        interval = "-" if trial.key == "fine-tuned" else show_interval(trial)
+        interval = "-" if trial.key == FINE_TUNED else show_interval(trial)
         numbers = [show_number(score.metrics.get(name)) for name in metrics]
         rows.append([trial.label, *train, show_number(score.scored.value), delta, interval, *numbers])
     return header, rows

@@ -14,11 +14,12 @@ from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
+from pome.editing.session import plan_pair
+from pome.editing.ties import find_copies, hold_same_bytes
 from pome.errors import SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.output.card import CARD_NAME
 from pome.output.copying import CONFIG, make_config
-from pome.planning.plan import make_plan
 from pome.verification.comparison import (
     Advance,
     Difference,
@@ -179,22 +180,37 @@ def _check_against_inputs(
         found += compare_side_files(manifest.files, beside, recorded, written, advance)
         if base is None:
             edited = {record.name for record in manifest.tensors}
+            edited |= _check_copies(made, find_copies(tuned, sorted(edited)), found)
             # Selected, and of a zero delta: FT's values in the dtype that was asked for.
             converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
             found += compare_converted(made, tuned, converted)
             return compare_untouched(made, tuned, edited | converted, found, advance), 0
         # Whether to go on was asked when the output was made.
         allowed = dataclasses.replace(spec, allow_missing=True, allow_other_depth=True)
-        plan = make_plan(sides[2], tuned, allowed)
+        plan = plan_pair(sides[2], tuned, allowed)
         if adapted and not merged:
             return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
-        compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)
+        edited = {unit.name for unit in plan.units}
+        copies = {unit.name: tuple(copy.name for copy in unit.copies) for unit in plan.units if unit.copies}
+        edited |= _check_copies(made, copies, found)
+        compared = compare_untouched(made, template, edited, found, advance)
         if not merged:
             compared += compare_other_rows(made, tuned, plan, found)
         return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, found, advance)
     finally:
         for side in sides:
             side.close()
+
+
+def _check_copies(made: Checkpoint, copies: dict[str, tuple[str, ...]], found: list[Difference]) -> set[str]:
+    """The names of all copies of tied weights; each must hold what was written to the first."""
+    names = set()
+    for first, others in copies.items():
+        for other in others:
+            names.add(other)
+            if {first, other} <= made.tensors.keys() and not hold_same_bytes(made, first, other):
+                found.append(Difference(made.tensors[other][0], other, f"is not {printable(first)}, stored again"))
+    return names
 
 
 def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set[str]:

@@ -143,7 +143,11 @@ def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
         console.print(table)
     lines = [*describe_outcome(outcome), f"peak memory {show_bytes(outcome.peak_bytes)}"]
     print_lines(
-        console, [*lines, *(f"wrote {path}" for path in write_sweep_reports(outcome, job.reports, base, ft, str(out)))]
+        console,
+        [
+            *lines,
+            *(f"wrote {path}" for path in write_sweep_reports(outcome, job.scorer, job.reports, base, ft, str(out))),
+        ],
     )
     if outcome.manifest is not None:
         report_edit(outcome.manifest, out, console)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.text import Text
 
 from pome.cli.tables.fitted import FittedTable
-from pome.reports.sweep_data import list_heat_maps, list_rows, list_scores, rank_score, show_number
-from pome.sweeping.trials import Outcome
+from pome.reports.sweep_data import list_heat_maps, list_rows, measure_tone, show_number
+from pome.sweeping.trials import Outcome, Trial
 
-# From the worst score to the best, in colours that every terminal has; the number stands in each cell anyway.
-SHADES = ("dim", "default", "cyan", "cyan bold", "black on cyan", "black on bright_cyan bold")
+# Styles that every terminal has, from little to much better or worse; the number stands in each cell anyway.
+BETTER = ("cyan", "cyan bold", "black on bright_cyan")
+WORSE = ("yellow", "yellow bold", "black on bright_yellow")
 
 
 def make_sweep_tables(outcome: Outcome) -> list[FittedTable]:
     """The heat map of K and beta where both were varied, and a row for each model, best first."""
     tables = []
-    values = list_scores(outcome)
     for heat in list_heat_maps(outcome):
         if len(heat.rows) > 1 and len(heat.columns) > 1:
             table = FittedTable(heat.title, *(f"beta {beta}" for beta in heat.columns), where="--csv has them")
-            for name, scores in zip(heat.rows, heat.cells, strict=True):
-                table.add_row(name, *(_shade_cell(value, values, outcome.minimize) for value in scores))
+            for name, trials in zip(heat.rows, heat.cells, strict=True):
+                table.add_row(name, *(_shade_cell(trial, outcome) for trial in trials))
             tables.append(table)
     header, rows = list_rows(outcome)
     table = FittedTable(*header, where="--csv has them")
@@ -33,8 +31,11 @@ def make_sweep_tables(outcome: Outcome) -> list[FittedTable]:
     return [*tables, table]
 
 
-def _shade_cell(value: float | None, values: Sequence[float], minimize: bool) -> Text:
-    if value is None:
+def _shade_cell(trial: Trial | None, outcome: Outcome) -> Text:
+    """A score, in the colours of better or worse than the fine-tuned model where it differs beyond noise."""
+    if trial is None or trial.score is None:
         return Text("-")
-    level = round(5 * rank_score(value, values, minimize))
-    return Text(f" {show_number(value)} ", style=SHADES[level])
+    tone = measure_tone(trial, outcome)
+    styles = BETTER if tone > 0 else WORSE
+    style = styles[min(2, int(3 * abs(tone)))] if tone else "dim"
+    return Text(f" {show_number(trial.score.scored.value)} ", style=style)
