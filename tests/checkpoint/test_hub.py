@@ -111,7 +111,9 @@ def test_of_base_no_more_than_headers_and_needed_ranges_is_fetched(hub: HubServe
         needed += headers + sum(end - start for name, (start, end) in ranges.items() if "up_proj" in name)
         whole += file.stat().st_size
         sent += hub.sum_sent(file.read_bytes())
-    assert needed <= sent <= 1.02 * needed < 0.4 * whole
+    # Of at most eight matrices the first rows are read before, to see whether BASE is the right model.
+    sampled = 8 * 4 * 2**14
+    assert needed <= sent <= 1.02 * needed + sampled < 0.6 * whole
     # Of FT every byte, once (and its header a second time, for the plan that is shown before anything is fetched).
     size = (ft / "model.safetensors").stat().st_size
     assert size <= hub.sum_sent((ft / "model.safetensors").read_bytes()) <= 1.02 * size

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.checkpoints import perturb, run_python, write_checkpoint
+from support.checkpoints import environment, perturb, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 
@@ -33,7 +34,8 @@ def measure(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> tuple[i
     base = {f"layers.{i}.mlp.up_proj.weight": (torch.randn(shape) * 0.02).to(dtype) for i in range(2)}
     place = folder / f"{shape}{dtype}"
     sides = [write_checkpoint(place / name, t) for name, t in (("base", base), ("ft", perturb(base, 0.001)))]
-    done = run_python("-c", CHILD, *map(str, sides), str(place / "out"))
+    command = [sys.executable, "-c", CHILD, *map(str, sides), str(place / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     expected, peak = map(int, done.stdout.split())
     return expected, peak
