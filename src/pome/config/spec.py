@@ -125,7 +125,7 @@ class EditSpec:
             + "; ".join(f"{group} = {', '.join(roles)}" for group, roles in GROUPS.items()) + ".",
             metavar="NAME", group=WHAT, axis=True, read=read_layers, suggestions=(*ROLES, *GROUPS),
             instead={
-                "sweep": {"metavar": "A,B+C", "help": "Roles to try; a comma separates, + joins."},
+                "sweep": {"metavar": "A,B+C", "help": "Roles to try, by commas; + joins."},
                 "inspect": {"default": "all"},
             },
         ),
@@ -175,7 +175,7 @@ class EditSpec:
     beta: Annotated[
         float,
         Option(
-            "The factor; 1 keeps the update's norm.",
+            "Factor; 1 keeps the update's norm.",
             more="The paper's best lay between 1.3 and 2.5 by model (its Table 13).",
             metavar="B", group=HOW, range=Range(1e-6, 1e6), axis=True, override=True, commands=("edit", "sweep"),
         ),

@@ -50,7 +50,7 @@ def make_scorer(
     loss: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            "Scores by mean token loss of prompt/completion or text.",
+            "Mean token loss of prompt/completion or text.",
             more='Records are `{"prompt", "completion"}`, of which the completion\'s tokens count, or `{"text"}`; '
             "transformers runs the model.",
             metavar="FILE.jsonl", group=SCORER,
