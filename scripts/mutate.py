@@ -64,8 +64,8 @@ class Mutant:
     operator: str
     source: str
 
-    def format(self) -> str:
-        old, new = (ROOT / self.module).read_text("utf-8").splitlines(), self.source.splitlines()
+    def format(self, original: str) -> str:
+        old, new = original.splitlines(), self.source.splitlines()
         at = next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), 0)  # noqa: B905 - a line may go
         return f"{self.module}:{self.line}: {self.operator}\n    - {old[at].strip()}\n    + {new[at].strip()}"
 
@@ -175,7 +175,7 @@ def test_package(modules: list[str], tests: list[str], sample: int | None, seed:
             path.write_bytes(original)
             results[mutant.module, "killed" if status else "survived"] += 1
             if not status:
-                print(mutant.format(), flush=True)
+                print(mutant.format(original.decode()), flush=True)
     return results
 
 

@@ -107,7 +107,7 @@ def test_the_interface_is_documented_and_has_the_promised_parameters() -> None:
     equalize = inspect.signature(pome.equalize).parameters
     defaults = {name: p.default for name, p in equalize.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     asked = {field.name: field.default for field in dataclasses.fields(pome.EditSpec)}
-    for name in ("rank_ratio", "rank", "rank_rule", "energy", "scale", "beta"):
+    for name in ("rank_ratio", "rank", "rank_rule", "energy", "scale", "beta", "power"):
         assert defaults[name] == asked[name]
     assert set(dir(pome)) >= set(pome.__all__)
 

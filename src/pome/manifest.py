@@ -75,6 +75,7 @@ class TensorRecord:
     rounding: float
     objective: float
     orthogonality: float
+    power_residual: float | None  # None in the manifests of releases that did not measure it
     solver: str
     warnings: tuple[str, ...]
     spectrum: tuple[tuple[int, float], ...]
@@ -92,10 +93,9 @@ class TensorRecord:
     def from_mapping(cls, raw: dict[str, Any]) -> TensorRecord:
         """A record from JSON's types. Raises TypeError, ValueError or KeyError for what is no record."""
         rows, columns = raw["shape"]
-        texts = _read_texts(raw["warnings"])
-        return _read(
-            cls, {**raw, "shape": (rows, columns), "warnings": texts, "spectrum": _read_points(raw["spectrum"])}
-        )
+        texts, points = _read_texts(raw["warnings"]), _read_points(raw["spectrum"])
+        read = {"shape": (rows, columns), "warnings": texts, "spectrum": points}
+        return _read(cls, {"power_residual": None, **raw, **read})
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ _Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
 }

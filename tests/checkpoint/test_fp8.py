@@ -132,6 +132,62 @@ def test_without_the_option_fp8_is_refused_and_the_option_named(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [((), ()), ((1,), (3,)), ((1, 1), (3, 1, 1))], ids=str)
+def test_one_scale_for_a_tensor_or_an_expert_is_one_multiplication(
+    tmp_path: Path, scale_dtype: torch.dtype, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """As transformers writes without a block size; the scales of activations are of no use to a bfloat16 weight."""
+    weights = make_weights(0)
+    base = make(tmp_path / "base", weights, shapes, scale_dtype)
+    ft = make(tmp_path / "ft", perturb(weights), shapes, scale_dtype)
+    spec = pome.EditSpec(layers=("up",), dequantize=True)
+    pome.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", spec)
+    out = load(tmp_path / "out")
+    assert out.keys() == ft.keys()
+    for name in (DOWN, EXPERTS, "model.norm.weight"):
+        assert torch.equal(out[name], ft[name]), name
+    D = ft[UP].double() - base[UP].double()
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    k = round(0.5 * len(S))
+    exact = base[UP].double() + D.norm() / k**0.5 * U[:, :k] @ Vh[:k]
+    assert ((out[UP].double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-12).all()
+    assert pome.verify(tmp_path / "out", tmp_path / "base", tmp_path / "ft", full=True).ok
+
+
+def make(
+    folder: Path, weights: dict[str, Tensor], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Save a checkpoint with a scale for each tensor (for each expert, where the shape has room); its weights."""
+    stored, seen = {}, {}
+    for name, W in weights.items():
+        if W.ndim == 1:
+            stored[name] = seen[name] = W
+            continue
+        shape = shapes[W.ndim - 2]
+        amax = W.float().abs().amax((1, 2)) if shape and shape[0] > 1 else W.float().abs().max()
+        S = (amax / 448).to(dtype)
+        spread = S.float().reshape(-1, 1, 1) if S.numel() > 1 else S.float()
+        stored[name] = (W.float() / spread).to(torch.float8_e4m3fn)
+        stored[name + "_scale_inv"] = S.reshape(shape)
+        module = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+        stored[module + "activation_scale"] = torch.ones((), dtype=dtype)
+        seen[name] = (stored[name].float() * spread).bfloat16()
+    folder.mkdir()
+    declared = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
+    (folder / "config.json").write_text(json.dumps(CONFIG | declared))
+    save_file(stored, folder / "model.safetensors")
+    return seen
+
+
+def test_one_scale_is_named_as_such_without_the_option(tmp_path: Path) -> None:
+    weights = make_weights(0)
+    save(tmp_path / "base", weights, fp8=False)
+    make(tmp_path / "ft", perturb(weights), ((), ()), torch.float32)
+    with pytest.raises(pome.PairingError, match="fp8 with one scale for each tensor.*--dequantize"):
+        pome.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+
+
 def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
     weights = make_weights(0)
     save(tmp_path / "ft", weights, fp8=True)

@@ -111,14 +111,14 @@ def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
             edit(base, ft, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../b.safetensors", "./x.safetensors"])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../b.safetensors", "x/../../y"])
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     base, ft = llama_pair(tmp_path, shards=2)
     index = json.loads((ft / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     (ft / INDEX).write_text(json.dumps(index))
     shutil.copy(ft / SHARD, tmp_path / "secret.safetensors")
-    with pytest.raises(CheckpointError, match="plain .safetensors file name"):
+    with pytest.raises(CheckpointError, match="not a .safetensors file in its folder"):
         edit(base, ft, tmp_path / "out")
 
 
@@ -228,7 +228,7 @@ def test_names_that_collide_when_a_prefix_changes(tmp_path: Path) -> None:
     write_table(tmp_path / "base/model.safetensors", {"model.layers.0.mlp.up_proj.weight": shape})
     both = {"model.layers.0.mlp.up_proj.weight": shape, "layers.0.mlp.up_proj.weight": shape}
     write_table(tmp_path / "ft/model.safetensors", both, 1)
-    with open_pair(tmp_path / "base", tmp_path / "ft", EditSpec()) as opened:
+    with open_pair(tmp_path / "base", tmp_path / "ft", EditSpec(allow_missing=True)) as opened:
         (unit,) = opened.plan.units
         assert unit.base_name == unit.name == "model.layers.0.mlp.up_proj.weight"
         assert [kept.name for kept in opened.plan.kept] == ["layers.0.mlp.up_proj.weight"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import pome
 from pome import Manifest
+from pome.checkpoint import hub_calls
 from pome.checkpoint.sidefiles import list_side_files
 from pome.checkpoint.source import open_checkpoint
 from pome.cli.app import run_command
@@ -29,6 +30,8 @@ from support.checkpoints import (
     write_checkpoint,
 )
 from support.hub_server import TOKEN, HubServer
+
+HERE = "no such file or folder here, and as a Hub id:"
 
 
 def write_pair(folder: Path, layers: int = 2) -> tuple[Path, Path]:
@@ -108,7 +111,9 @@ def test_of_base_no_more_than_headers_and_needed_ranges_is_fetched(hub: HubServe
         needed += headers + sum(end - start for name, (start, end) in ranges.items() if "up_proj" in name)
         whole += file.stat().st_size
         sent += hub.sum_sent(file.read_bytes())
-    assert needed <= sent <= 1.02 * needed < 0.4 * whole
+    # Of at most eight matrices the first rows are read before, to see whether BASE is the right model.
+    sampled = 8 * 4 * 2**14
+    assert needed <= sent <= 1.02 * needed + sampled < 0.6 * whole
     # Of FT every byte, once (and its header a second time, for the plan that is shown before anything is fetched).
     size = (ft / "model.safetensors").stat().st_size
     assert size <= hub.sum_sent((ft / "model.safetensors").read_bytes()) <= 1.02 * size
@@ -163,8 +168,8 @@ def test_offline_without_a_cache_says_so(
     status, said = run(capsys, "edit", "org/base", "org/ft", "out")
     assert (status, hub.seen) == (1, [])
     assert said.replace("org/ft", "org/base") == (
-        "error: org/base: not (wholly) in the local cache, and the Hub is switched off; unset HF_HUB_OFFLINE, or give "
-        "a folder"
+        f"error: org/base: {HERE} not (wholly) in the local cache, and the Hub is switched off; unset "
+        "HF_HUB_OFFLINE, or give a folder"
     )
 
 
@@ -191,7 +196,7 @@ def test_a_private_repository_needs_the_token(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out2")
     assert status == 1
-    wanted = "error: org/base: the Hub does not know the token; log in again with `hf auth login`, or"
+    wanted = f"error: org/base: {HERE} the Hub does not know the token; log in again with `hf auth login`, or"
     assert said.replace("/ft", "/base").startswith(wanted)
 
 
@@ -347,12 +352,18 @@ def test_an_incomplete_cache_is_not_taken_for_the_repository(
     part = Path(huggingface_hub.hf_hub_download("org/ft", "model.safetensors")).parent
     hub.fail("GET /api/models/org/ft", status=503, times=10**6)
     status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out")
-    assert (status, said) == (1, "error: org/ft: the Hub answered 503; try again later")
+    assert (status, said) == (
+        1,
+        f"error: org/ft: {HERE} the Hub answered 503; try again later",
+    )
     hub.faults.clear()
     for given, absent in ((str(part), "README.md"), (old, hub.repos["org/ft"].head)):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, given=given, **__: given)
         status, said = run(capsys, "edit", "org/base", "org/ft", tmp_path / "out")
-        assert (status, said) == (1, f"error: org/ft: cannot reach the Hub ({absent} did not come); check the network")
+        assert (status, said) == (
+            1,
+            f"error: org/ft: {HERE} cannot reach the Hub ({absent} did not come); check the network",
+        )
     answers = iter([old, str(part)])
     later = lambda *given, **named: next(answers, None) or fetch(*given, **named)  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", later)
@@ -368,8 +379,24 @@ def test_a_server_that_is_not_there(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     status, said = run(capsys, "edit", "org/base", "org/ft", "out")
     assert status == 1
-    assert said.replace("/ft", "/base").startswith("error: org/base: cannot reach the Hub (")
+    first = f"error: org/base: {HERE} cannot reach the Hub ("
+    assert said.replace("/ft", "/base").startswith(first)
     assert said.endswith("; check the network")
+
+
+def test_a_mistyped_path_is_not_asked_for_again_and_again_without_a_network(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    waited: list[float] = []
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub_calls.time, "sleep", waited.append)
+    monkeypatch.setattr(hub_calls, "WAITS", (1.0, 2.0, 4.0, 8.0))
+    for whole in (False, True):
+        with pytest.raises(pome.CheckpointError, match="^runs/ft: no such file or folder here"):
+            open_checkpoint("runs/ft", whole=whole)
+    assert waited == [1.0, 1.0]
 
 
 def test_of_ft_all_is_fetched_but_other_formats_and_training_state(
@@ -465,7 +492,9 @@ def test_the_environment_alone_is_enough(hub: HubServer, pair: tuple[Path, Path]
     seen = len(hub.seen)
     done = start("out2", HF_HUB_OFFLINE="1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.replace("org/ft", "org/base").startswith("error: org/base: not (wholly) in the local cache")
+    assert done.stderr.replace("org/ft", "org/base").startswith(
+        f"error: org/base: {HERE} not (wholly) in the local cache"
+    )
     assert len(hub.seen) == seen
     hub.repos["org/ft"].private = False
     done = start("out3", HF_TOKEN="")

@@ -13,7 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pome.checkpoint.sidefiles import list_adapted_side_files, list_side_files
+from pome.checkpoint.sidefiles import (
+    SideFile,
+    describe_repeats,
+    describe_trained_beside,
+    list_adapted_side_files,
+    list_side_files,
+)
 from pome.checkpoint.source import open_checkpoint
 from pome.errors import OutputError
 from support.checkpoints import LLAMA, random_llama, write_checkpoint
@@ -240,6 +246,33 @@ def test_a_side_that_is_read_from_the_hub_has_no_files_here(model: Path, tmp_pat
     assert [file.name for file in copied] == [["tokenizer.json"], ["config.json"], []][without]
 
 
+def test_files_in_folders_that_repeat_the_weights_are_told_with_their_sizes(model: Path) -> None:
+    """What cannot be read, or holds other tensors, comes first: the one that does is found all the same."""
+    write_files(model, ["a/broken.safetensors", "a/notes.txt"])
+    tensors = random_llama(1)
+    for name, held in {"b/other": {"x": torch.ones(2)}, "c/old": tensors | {"x": torch.ones(2)}}.items():
+        (model / name).parent.mkdir()
+        save_file(held, model / f"{name}.safetensors")
+    checkpoint = open_checkpoint(model)
+    copied, _ = list_side_files(checkpoint)
+    (told,) = describe_repeats(checkpoint, [*copied, SideFile("top.safetensors", model / "c/old.safetensors", 1)])
+    size = (model / "c/old.safetensors").stat().st_size
+    said = f"c/old.safetensors: repeats {len(tensors)} tensors of the checkpoint in {size} bytes; it is copied as it is"
+    assert told.startswith(f"{model}/{said}, not edited")
+    checkpoint.close()
+
+
+def test_trained_weights_beside_an_adapter_are_told_unless_the_adapter_is_on_the_hub(tmp_path: Path) -> None:
+    adapter = open_checkpoint(write_adapter(tmp_path / "adapter"))
+    beside = SideFile("mm_projector.bin", tmp_path / "adapter/mm_projector.bin", 3)
+    elsewhere = SideFile("other.bin", tmp_path / "model/other.bin", 3)
+    text = SideFile("notes.txt", tmp_path / "adapter/notes.txt", 3)
+    (told,) = describe_trained_beside(adapter, [beside, elsewhere, text])
+    assert told.startswith(f"{tmp_path}/adapter/mm_projector.bin: was trained beside the adapter")
+    assert describe_trained_beside(dataclasses.replace(adapter, folder=None), [beside]) == []
+    adapter.close()
+
+
 def test_an_adapter_saved_into_its_base_leaves_only_itself_behind(model: Path) -> None:
     """PEFT would apply it once more if OUT had its config."""
     write_files(model, ["tokenizer.json", "README.md", "optimizer.pt"])
@@ -248,5 +281,7 @@ def test_an_adapter_saved_into_its_base_leaves_only_itself_behind(model: Path) -
     assert copied == {name: model / name for name in ("README.md", "config.json", "tokenizer.json")}
     assert skipped == {
         "adapter_config.json": "the adapter's config; its changes are in the weights",
+        "adapter_model.safetensors": "a PEFT adapter beside whole weights, which loaders would apply to the edited "
+        "weights again",
         "optimizer.pt": "training state",
     }

@@ -149,9 +149,33 @@ def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     assert "not a regular file" in refuse(tmp_path / "pipe.safetensors")
 
 
+@pytest.mark.parametrize("where", ["itself", "shard", "config.json"])
+def test_a_dangling_link_is_named_with_what_it_leads_to(tmp_path: Path, where: str) -> None:
+    folder = write_checkpoint(tmp_path / "m", random_llama(), shards=2, config=LLAMA)
+    path = {"itself": tmp_path / "n.safetensors", "config.json": folder / "config.json"}.get(
+        where, folder / "model-00001-of-00002.safetensors"
+    )
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "blobs/gone")
+    message = refuse(path if where == "itself" else folder)
+    assert path.name in message and "a link to" in message and "blobs/gone, which is not there" in message
+    assert "permissions" not in message
+
+
+@pytest.mark.parametrize("side", ["org", "org/name"])
+def test_a_folder_without_weights_that_hides_a_hub_id_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/name").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(side)
+    assert ("hides the Hub repository of its name, which org/name@main" in str(caught.value)) == (side == "org/name")
+
+
 def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
-    assert "loop.safetensors" in refuse(tmp_path / "loop.safetensors")
+    assert "loop.safetensors: a link that leads to itself" in refuse(tmp_path / "loop.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": ' + "[" * 100_000])

@@ -68,7 +68,7 @@ def test_an_edit_from_end_to_end(pair: tuple[str, str], capsys: pytest.CaptureFi
     assert_only_edited(Path("ft"), Path("out"), UP)
     lines = err.splitlines()
     assert lines[0] == (
-        "base -> ft   2 of 11 tensors to edit (up), 9 kept   10.2 kB to read, 5.1 kB to write"
+        "base (pretrained) -> ft (fine-tuned)   2 of 11 tensors to edit (up), 9 kept   10.2 kB to read, 5.1 kB to write"
     )  # 2 sides x 2 matrices x 40 x 16 float32
     assert lines[1].startswith("device ")
     assert re.fullmatch(r"copying \d+\.\d kB: done in \d+\.\d s", lines[2])
@@ -100,7 +100,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     status, out, err = run(capsys, "edit", *pair, "out", "--dry-run", "--layers", "ffn", "--dtype", "bfloat16")
     assert (status, out) == (0, "")
     assert err.splitlines()[:5] == [
-        "base -> ft   6 of 11 tensors to edit (down, gate, up), 5 kept   30.7 kB to read, 7.7 kB to write",
+        "base (pretrained) -> ft (fine-tuned)   6 of 11 tensors to edit (down, gate, up), 5 kept   "
+        "30.7 kB to read, 7.7 kB to write",
         "role  matrices    shape        dtype     read   write",
         "down         2  16 x 40  F32 -> BF16  10.2 kB  2.6 kB",
         "gate         2  40 x 16  F32 -> BF16  10.2 kB  2.6 kB",

@@ -10,6 +10,7 @@ from pome.cli.batch import read_batch
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in FILES if not path.stem.startswith("sweep-")]
+ABLATION = ("sweep-ablation-equalized", "sweep-ablation-truncated")
 SWEEPS = [path for path in FILES if path.stem.startswith("sweep-")]
 
 
@@ -33,9 +34,16 @@ def test_there_is_one_for_each_of_the_papers_first_experiments(tmp_path: Path) -
     jobs = {}
     for path in SWEEPS:
         more = {"train": str(data)} if path.stem == "sweep-beta" else {}
-        (jobs[path.stem],) = read_batch(path, variables={**given, **more})
-    assert jobs.keys() == {"sweep-rank", "sweep-roles", "sweep-beta"}
+        for job in read_batch(path, variables={**given, **more}):
+            jobs[f"{path.stem}-{job.name}" if path.stem == "sweep-ablation" else path.stem] = job
+    assert jobs.keys() == {"sweep-rank", "sweep-roles", "sweep-beta", "sweep-truncation", *ABLATION}
     grids = {name: job.grid for name, job in jobs.items()}
+    truncated = grids["sweep-truncation"].axes
+    assert [choice["rank_ratio"] for choice in truncated["cuts"]] == [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
+    assert (truncated["power"], truncated["scale"]) == ((1.0,), ("unit",))
+    equalized, alone = (grids[name].axes for name in ABLATION)
+    assert [choice["rank_ratio"] for choice in equalized["cuts"]] == [0.5, 1.0] and equalized["power"] == (0.0,)
+    assert (alone["cuts"], alone["power"], alone["scale"]) == (({"rank_ratio": 0.5},), (1.0,), ("unit",))
     ranks = grids["sweep-rank"].axes["cuts"]
     assert [choice["rank_ratio"] for choice in ranks] == [0.25, 0.5, 0.75, 1.0]
     assert grids["sweep-rank"].axes["beta"] == (1.0,)

@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from pome.cli.app import run_command
-from pome.cli.batch import read_batch, read_config
+from pome.cli.batch import read_batch
+from pome.config.yaml_text import read_config
 from support.adapters import make_pair
 from support.checkpoints import ROOT, perturb, read_tensors, write_checkpoint
 from support.hub_server import TOKEN

@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
@@ -25,6 +25,7 @@ from pome.editing.lora_rewrite import make_config, name_alone
 from support.adapters import LINEAR, configure, make_pair
 from support.checkpoints import read_tensors
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 WORDS = st.sampled_from(["model", "layers", "0", "1", "11", "mlp", "up_proj", "experts", "a+b", "vision"])
 NAMES = st.lists(WORDS, min_size=1, max_size=5).map(".".join)
 PATTERNS = st.one_of(
@@ -47,6 +48,7 @@ def resolve_as_peft(config: dict[str, Any], key: str) -> tuple[int, float]:
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
+@UNHURRIED
 @given(
     ranks=st.dictionaries(PATTERNS, st.integers(1, 9), max_size=4),
     alphas=st.dictionaries(PATTERNS, st.integers(1, 9), max_size=4),
@@ -60,6 +62,7 @@ def test_rank_and_scaling_are_those_of_peft(
     assert config.resolve(key) == resolve_as_peft(dict(config.values), key)
 
 
+@UNHURRIED
 @given(st.lists(NAMES, unique=True, min_size=1, max_size=8))
 def test_a_written_key_matches_its_own_module_alone(names: list[str]) -> None:
     keys = name_alone(names)
@@ -75,6 +78,7 @@ def test_a_written_key_outlives_a_change_of_prefix() -> None:
         assert [other for other in names if re.match(rf"(.*\.)?({keys[other]})$", renamed)] == [name]
 
 
+@UNHURRIED
 @given(
     patterns=st.dictionaries(PATTERNS, st.integers(1, 9), max_size=3),
     ranks=st.dictionaries(NAMES, st.integers(1, 9), min_size=1, max_size=6),

@@ -38,7 +38,7 @@ def test_the_smaller_form_sends_the_short_side_only():
         kept = solve_deflated(delta, make_rule(), helper=helper)
     rest = 160 - deflate(delta).theta.numel()
     assert sent == [(rest, rest)]
-    assert torch.equal(kept.P, solve_deflated(delta, make_rule()).P)
+    assert torch.equal(kept.M, solve_deflated(delta, make_rule()).M)
 
 
 @pytest.mark.parametrize("spikes, height", [(110, 40.0), (150, 300.0), (150, 3000.0)])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import pome.kernel.equalize as equalize_module
 from pome.kernel import ladder, precision
-from pome.kernel.certificate import certify, inner_dense
-from pome.kernel.decomposition import Undecided
+from pome.kernel.certificate import certify
+from pome.kernel.decomposition import Truncation, Undecided
 from pome.kernel.equalize import Unsolved, equalize, equalize_product, prove_product
 from pome.kernel.solvers.deflated import solve_deflated
 from pome.kernel.solvers.gram import solve_gram
@@ -45,9 +45,9 @@ def test_each_rung_alone_masters_the_usual_spectra(solve, kind, shape):
     kept, wanted = solve(delta, make_rule()), reference_edit(delta)
     assert (kept.rank, kept.k) == (wanted.rank, wanted.k)
     alpha = float(wanted.sigma.square().sum().sqrt()) / math.sqrt(kept.k)
-    error = float((alpha * kept.P.double() - wanted.value).norm() / wanted.value.norm())
+    error = float((alpha * kept.M.double() - wanted.value).norm() / wanted.value.norm())
     assert error <= 1e-4  # what SUBSPACE promises, on spectra whose gaps are above GAP at this size
-    assert kept.P.is_contiguous()
+    assert kept.M.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", ["noise", "inverse", "strong", "rounded-lora", "deficient"])
@@ -77,7 +77,7 @@ def test_an_energy_on_the_edge_is_left_to_the_rung_that_can_tell():
 
 
 def fail_with(error):
-    def solve(*_):
+    def solve(*_, **__):
         raise error
 
     return solve
@@ -106,7 +106,7 @@ def test_a_driver_that_fails_hands_over_and_the_record_says_so(monkeypatch, erro
 
 def pretend_attempts(*rungs):
     """Attempts on an accelerator, for a delta that lies on the CPU: (name, device, solver) each."""
-    return lambda D, cache=None: [
+    return lambda D, *_: [
         ladder.Attempt(name, torch.device(device), functools.partial(solve, D)) for name, device, solve in rungs
     ]
 
@@ -160,12 +160,10 @@ def test_factors_fall_back_on_the_dense_ladder(monkeypatch):
 @pytest.mark.parametrize("how", ["one entry", "scaled", "sign", "not a number", "zero", "half precision"])
 def test_a_product_that_is_not_what_its_factors_say_fails_the_certificate(monkeypatch, how):
     b, a = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 12), (12, 150)))
-    solve = ladder.solve_factors
-    kept = solve(b, a, make_rule())
+    kept = ladder.solve_factors(b, a, make_rule())
     assert prove_product(b, a, kept).find_fault() is None
-    monkeypatch.setattr(
-        ladder, "solve_factors", lambda *given: dataclasses.replace(solve(*given), P=spoil(b @ a, kept, how))
-    )
+    wrong = dataclasses.replace(kept, M=spoil(b @ a, kept, how))
+    monkeypatch.setattr(ladder, "solve_factors", lambda *_, **__: wrong)
     edit = equalize_product(b, a, make_recipe())
     assert edit.solver != "factors"
     assert edit.warnings[0].startswith("factors handed over: ")
@@ -177,11 +175,11 @@ def test_a_wrong_answer_fails_the_certificate_and_the_next_rung_takes_over(monke
     delta = make_delta("inverse-root", 300, 150, 3)
     kept = solve_svd(delta, make_rule())
     wrong = spoil(delta, kept, how)
-    attainable = float(kept.sigma[: kept.k].sum())
-    assert certify(kept.P, kept.k, attainable, inner_dense(delta)).find_fault() is None
-    assert certify(wrong, kept.k, attainable, inner_dense(delta)).find_fault() is not None
+    assert certify(kept, (delta,)).find_fault() is None
+    assert certify(dataclasses.replace(kept, M=wrong), (delta,)).find_fault() is not None
 
-    broken = (("broken", lambda D, rule: type(kept)(wrong, kept.sigma, kept.rank, kept.k, 0.0)), *ladder.RUNGS)
+    answer = Truncation(wrong, kept.sigma, kept.rank, kept.k, 0.0)
+    broken = (("broken", lambda D, rule, **_: answer), *ladder.RUNGS)
     monkeypatch.setattr(ladder, "RUNGS", broken)
     edit = equalize(delta)
     assert edit.solver != "broken"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from pome import EditSpec, Manifest
 from pome.cli.app import run_command
 from pome.cli.batch import read_batch
 from pome.config.outputs import Publication
-from pome.errors import SpecError
+from pome.errors import HubError, SpecError
 from pome.manifest import SideRecord, TensorRecord
 from pome.output.card import make_card
+from pome.output.upload import push_output
 from support.checkpoints import assert_only_edited, hash_tree, llama_pair
-from support.hub_server import TOKEN, HubServer
+from support.hub_server import TOKEN, Fault, HubServer
 
 # The Hub's library passes file objects to its HTTP library in a way that the latter wants otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -149,7 +151,7 @@ def test_the_card_of_a_sweeps_best_says_how_it_was_chosen(pair: tuple[Path, Path
 
 
 RECORD = TensorRecord(
-    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0,
+    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0, 0.0,
     "gram64", (), ((1, 1.0), (2, 0.5)),
 )  # fmt: skip
 
@@ -175,6 +177,20 @@ def test_any_card_of_ft_gives_a_card(broken: str) -> None:
     assert card.data.tags == ["pome", "model-editing"]
     assert card.data.license == ("mit" if "mit" in broken else None)
     assert ("## Card of the fine-tuned model" in card.text) == ("body" in broken or "no metadata" in broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "equalized by POME ([arXiv 2510.06627](https://arxiv.org/abs/2510.06627)): the leading singular "
+             "directions of each update are kept and given one weight."),
+        ({"power": 1.0}, "are kept and weighted by their singular values to the power 1."),
+        ({"overrides": ({"match": "a", "power": 0.5},)}, "by their singular values to the power 0 or 0.5."),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_became_of_the_singular_values(options: dict[str, Any], said: str) -> None:
+    manifest = dataclasses.replace(describe(), spec=EditSpec(**options).to_mapping())
+    assert said in make_card(manifest, "")
 
 
 @pytest.mark.parametrize(
@@ -298,8 +314,73 @@ def test_an_upload_that_fails_leaves_the_output_and_says_how_to_go_on(
         assert status == 1
         assert said == [
             "error: me/new: the Hub answered 403; check what your token allows on its settings page; "
-            f"{out} is complete, upload it with `hf upload me/new '{out}' .`"
+            f"{out} is complete, upload it with `hf upload me/new '{out}' . --create-pr` and merge that when whole"
         ]
+
+
+def test_many_files_are_one_commit(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the Hub's library puts into one commit when it uploads a folder."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for i in range(300):
+        path = tmp_path / f"out/part-{i % 3}/{i}.{'txt' if i % 2 else 'safetensors'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"%d" % i)
+    (tmp_path / "out/.git").mkdir()
+    (tmp_path / "out/.git/config").write_text("mine")
+    push_output(tmp_path / "out", "me/new")
+    repo = hub.repos["me/new"]
+    assert len(repo.messages) == 1
+    assert len(repo.commits[repo.head]) == 301  # and .gitattributes
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_an_upload_that_dies_between_its_parts_shows_readers_nothing_of_it(
+    hub: HubServer,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    part: int,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    llama_pair(tmp_path / "sharded", shards=3)
+    folders = [tmp_path / "sharded/base", tmp_path / "sharded/ft"]
+    old, new = tmp_path / "old", tmp_path / "new"
+    pome.edit(*folders, old)
+    pome.edit(*folders, new, EditSpec(beta=2.0, layers=("ffn",)))
+    push_output(old, "me/new")
+    repo = hub.repos["me/new"]
+    before = repo.head
+    shards = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(new.glob("*.safetensors"))]
+    line = f"PUT /storage/{shards[part]}"
+    if how == "refused":
+        hub.fail(line, status=403, times=10**6)
+        with pytest.raises(HubError, match="is complete, upload it with"):
+            push_output(new, "me/new")
+        hub.faults.clear()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, "take_fault", interrupt(line, hub.take_fault))
+            with pytest.raises(HubError):
+                push_output(new, "me/new")
+    assert repo.head == before
+    push_output(new, "me/new")
+    assert len(repo.commits) == 3  # the repository itself, and an upload each
+    assert repo.commits[repo.head]["pome_manifest.json"] == (new / "pome_manifest.json").read_bytes()
+    for path in new.glob("*.safetensors"):
+        assert repo.commits[repo.head][path.name] == path.read_bytes()
+
+
+def interrupt(line: str, real: Callable[[str], Fault | None]) -> Callable[[str], Fault | None]:
+    """A server that closes the connection of one request, every time."""
+
+    def take(asked: str) -> Fault | None:
+        if asked == line:
+            raise ConnectionError("the client died")
+        return real(asked)
+
+    return take
 
 
 def test_a_batch_publishes_and_a_finished_job_is_uploaded_again(

@@ -36,6 +36,7 @@ def finish(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 def test_trainer_resumes_bitwise_in_mid_interval(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -58,6 +59,7 @@ def test_trainer_resumes_bitwise_in_mid_interval(tmp_path):
         assert all(torch.equal(value, moments_too[number][key]) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -50,6 +50,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, merger: Merger | N
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("q_norm", "dtype", "correct", "least", "most"),
     [
@@ -268,6 +269,7 @@ def test_accumulation_of_four_equals_one_batch_of_four_times_the_size():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_training_keeps_the_spectrum_and_unwrap_keeps_the_function():
     model = make_model(PoetConfig(block_size=6, track_spectrum=True))
     spectra = [torch.linalg.svdvals(layer.weight.detach()) for layer in poet_layers(model)]

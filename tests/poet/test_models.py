@@ -59,6 +59,7 @@ def one_step(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("sampling", ["block", "full"])
 def test_wrapping_merging_and_unwrapping_keep_the_logits(kind, sampling):
@@ -94,6 +95,7 @@ def test_wrapping_merging_and_unwrapping_keep_the_logits(kind, sampling):
     assert not torch.equal(merged, stirred)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_unwrapped_model_is_a_checkpoint_of_transformers(kind, tmp_path):
     model = make_model(kind)
@@ -148,6 +150,7 @@ def test_bfloat16_and_autocast_stay_near_float32():
 
 
 # torch's tracer instantiates the autograd function itself, and warns of it.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("sampling", ["block", "full"])
 def test_compiled_model_is_not_compiled_again_after_a_merge(sampling):

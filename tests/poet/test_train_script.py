@@ -40,6 +40,7 @@ def run(monkeypatch, start, out, method, *more):
     train_poet.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", train_poet.METHODS)
 def test_an_interrupted_run_goes_on_bitwise(method, start, tmp_path, monkeypatch):
     options = ("--block-size", "6", "--merge-every", "4", "--micro", "4", "--ramp", "2")
@@ -75,6 +76,7 @@ def test_an_interrupted_run_goes_on_bitwise(method, start, tmp_path, monkeypatch
         run(monkeypatch, start, tmp_path / "whole", method, *options)
 
 
+@pytest.mark.slow
 def test_poet_keeps_the_spectra_and_learns(start, tmp_path, monkeypatch):
     run(monkeypatch, start, tmp_path / "out", "poet-bs", "--block-size", "6", "--epochs", "15", "--merge-every", "9")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -88,6 +90,7 @@ def test_poet_keeps_the_spectra_and_learns(start, tmp_path, monkeypatch):
         assert (new - old).norm() > 1e-2 * old.norm()
 
 
+@pytest.mark.slow
 def test_a_prompt_is_not_learnt(start):
     tokenizer = transformers.AutoTokenizer.from_pretrained(start)
     ids, labels = train_poet.read_examples(start / "data.jsonl", tokenizer, 64)[3]

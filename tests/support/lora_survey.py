@@ -287,7 +287,9 @@ def merge(kind: Any, base: Path, adapter: Path, folder: Path, feature: str) -> d
             model.resize_token_embeddings(103)
         merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
         merged.save_pretrained(folder)
-    return read_tensors(folder)
+    known, tensors = read_tensors(base), read_tensors(folder)
+    # A model for a task may have the base as a module of its own.
+    return {name.removeprefix("transformer.") if name not in known else name: t for name, t in tensors.items()}
 
 
 def cut(tensor: Tensor, layout: Any, part: Part) -> Tensor:
@@ -355,6 +357,8 @@ def compare_adapters(
     """
     edited = {record.name for record in manifest.tensors}
     for name, tensor in again.items():
+        if name not in base and name not in (full or {}):
+            continue  # made anew when the model was loaded
         # A tensor that the adapter holds whole is edited in the full form alone.
         wanted = (full or {}).get(name) if name in edited else merged[name]
         if wanted is None:

@@ -15,13 +15,13 @@ WRONG = [
 
 def spoil(delta, found, how):
     """A P of a delta that a broken driver might return instead of the one that was found."""
-    P, k = found.P.clone(), found.k
+    P, k = found.M.clone(), found.k
     if how == "scaled":
         P *= 1.001
     elif how == "rank too high":
-        P = solve_svd(delta, make_rule(rank=k + 1)).P
+        P = solve_svd(delta, make_rule(rank=k + 1)).M
     elif how == "rank too low":
-        P = solve_svd(delta, make_rule(rank=k - 1)).P
+        P = solve_svd(delta, make_rule(rank=k - 1)).M
     elif how == "wrong directions":
         U, _, Vh = torch.linalg.svd(delta)
         chosen = torch.cat((torch.arange(k - 5), torch.arange(k, k + 5)))

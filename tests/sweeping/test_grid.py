@@ -32,9 +32,17 @@ def drain(grid, score_of):
 
 def test_the_defaults_are_one_candidate_as_edit_has_it():
     (candidate,) = drain(make_grid({}), lambda _: 0.0)
-    assert candidate.params == {"layers": ["up"], "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0}
+    assert candidate.params == {"layers": ["up"], "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0, "power": 0.0}
     assert (candidate.spec.layers, candidate.spec.rank_rule, candidate.spec.beta) == (("up",), "ratio", 1.0)
     assert candidate.label == "up K=0.5 frobenius beta=1"
+
+
+def test_powers_are_an_axis_and_a_power_of_zero_is_not_said():
+    grid = make_grid({"power": "0,0.5,1", "scale": "unit", "rank_ratio": 0.25})
+    asked = drain(grid, lambda _: 0.0)
+    assert [candidate.spec.power for candidate in asked] == [0.0, 0.5, 1.0]
+    said = "up K=0.25 unit beta=1"
+    assert [candidate.label for candidate in asked] == [said, f"{said} power=0.5", f"{said} power=1"]
 
 
 def test_every_combination_is_tried_once_beta_fastest():
@@ -79,6 +87,7 @@ def test_options_of_edit_are_shared_by_all():
         ({"beta": "1,-2"}, "beta: -2.0 is not a number from 1e-06"),
         ({"beta": "1,1.0"}, "beta: a value stands twice"),
         ({"beta": ""}, "beta: an empty list"),
+        ({"power": "0,9"}, "power: 9.0 is not a number from 0 to 8"),
         ({"rank": "8,1.5"}, "rank: '1.5' is not a whole number"),
         ({"rank_ratio": "0.5,2"}, "rank_ratio: 2.0 is not a number above 0 and at most 1"),
         ({"rank_ratio": "0.5,0.50"}, "stands twice"),

@@ -506,15 +506,81 @@ def test_a_model_that_transformers_cannot_load_is_named(pair, tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [RuntimeError(""), AttributeError("no such head"), TypeError("a\nb")], ids=repr)
 def test_any_error_while_loading_a_model_is_a_score_error(tmp_path, monkeypatch, error):
-    class Model:
+    class Model(torch.nn.Module):
         def to(self, device):
             raise error
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Model())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (Model(), {}))
     said = str(error).partition("\n")[0] or "RuntimeError"
     with pytest.raises(ScoreError, match=f"^transformers cannot load it: {said}$"):
         load_model(tmp_path, "cpu")
+
+
+def change_weights(folder, change):
+    """Rewrite a model's file without some weights, or with others."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("class_name", "change", "said"),
+    [
+        ("LlamaForCausalLM", lambda t: t.pop("lm_head.weight"), "its weight lm_head.weight is not in the checkpoint"),
+        ("LlamaForCausalLM", lambda t: t.pop("model.norm.weight"), "model.norm.weight is not in the checkpoint"),
+        ("LlamaForSequenceClassification", lambda t: None, "as a LlamaForCausalLM, its weight lm_head.weight is not"),
+        ("LlamaModel", lambda t: None, "its weight lm_head.weight is not in the checkpoint"),
+        ("LlamaForCausalLM", lambda t: t.update({"lm_head.weight": torch.ones(3, 32)}), "has another shape"),
+    ],
+)  # fmt: skip
+def test_a_model_with_weights_that_the_library_makes_up_is_refused_before_any_score(
+    tmp_path, capsys, class_name, change, said
+):
+    base, ft = model_pair(tmp_path, class_name, "llama")
+    change_weights(ft, change)
+    file = save_records(tmp_path / "data.jsonl")
+    assert run_command(["sweep", str(base), str(ft), str(tmp_path / "out"), "--loss", str(file)]) == 1
+    err = capsys.readouterr().err
+    assert "the fine-tuned model has no score" in err and said in err
+    assert "[2/" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_a_weight_made_up_has_no_score_and_names_it(tmp_path):
+    base, ft = model_pair(tmp_path, "LlamaForCausalLM", "llama")
+    change_weights(base, lambda tensors: tensors.pop("lm_head.weight"))
+    scorer = make_scorer(loss=str(save_records(tmp_path / "data.jsonl")))
+    outcome = sweep(base, ft, tmp_path / "out", make_grid({}), scorer)
+    (failed,) = [trial.failed for trial in outcome.trials if trial.label == "base"]
+    assert "lm_head.weight is not in the checkpoint" in failed
+
+
+def test_a_tied_head_that_is_not_stored_is_not_made_up(tmp_path):
+    config = tiny_config("llama", vocab_size=len(WORDS) + 2, tie_word_embeddings=True)
+    tiny_model("LlamaForCausalLM", config).save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    assert "lm_head.weight" not in load_file(tmp_path / "m/model.safetensors")
+    load_model(tmp_path / "m", "cpu")
+
+
+def test_an_adapter_beside_a_merged_model_is_not_scored(tmp_path):
+    """What is scored are the weights; transformers would apply the adapter to them again."""
+    base, ft = model_pair(tmp_path, "LlamaForCausalLM", "llama")
+    file = save_records(tmp_path / "data.jsonl")
+    scorer = make_scorer(loss=str(file))
+    plain = sweep(base, ft, tmp_path / "plain", make_grid({}), scorer)
+    for folder in (base, ft):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT asks transformers for what it is about to drop
+            from peft import LoraConfig, get_peft_model
+
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+            get_peft_model(model, config).save_pretrained(folder)
+    beside = sweep(base, ft, tmp_path / "beside", make_grid({}), scorer)
+    for one, other in zip(plain.trials, beside.trials, strict=True):
+        assert one.score.scored.value == pytest.approx(other.score.scored.value, rel=1e-6)
 
 
 TASK = """\

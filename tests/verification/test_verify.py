@@ -89,6 +89,21 @@ def test_one_flipped_bit_anywhere_is_found(out: Path) -> None:
     assert not is_found(out)
 
 
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("bit", [0, 6])
+def test_a_flipped_bit_names_its_tensor_beside_the_wrong_hash(made: Path, out: Path, tensor: str, bit: int) -> None:
+    path = next(path for path in out.glob("*.safetensors") if tensor in read_ranges(path))
+    content = bytearray(path.read_bytes())
+    start, end = read_ranges(path)[tensor]
+    content[(start + end) // 2] ^= 1 << bit
+    path.write_bytes(content)
+    found = verify(out, made / "base", made / "ft").differences
+    assert [(item.file, item.tensor) for item in found] == [(path.name, None), (path.name, tensor)]
+    assert "SHA-256" in found[0].what
+    without_base = [item.tensor for item in verify(out, ft=made / "ft").differences]
+    assert without_base == [None] if "up_proj" in tensor else [None, tensor]
+
+
 @pytest.mark.parametrize("sealed", [False, True])
 def test_files_that_were_changed_are_found(made: Path, out: Path, sealed: bool) -> None:
     """Even where somebody made the manifest fit, the inputs tell."""
@@ -217,6 +232,7 @@ OTHER_EDITS = {
     "another beta": {"beta": 1.03},
     "another k": {"rank": 5},
     "another rule for alpha": {"scale": "mean"},
+    "another power": {"power": 0.2},
 }
 
 

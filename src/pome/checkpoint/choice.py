@@ -24,6 +24,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
 # Names under which a library saves a whole model. A file of such a name is never just a part beside the weights.
 _MAIN = re.compile(r"(pytorch_)?model([-_.].*)?\.safetensors")
+NO_WEIGHTS = "holds no .safetensors file"
 CONVERT = (
     "pickled weights are never unpickled; convert them once with transformers: "
     "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True), "
@@ -116,8 +117,8 @@ def _choose_without_index(listing: Listing, found: list[str]) -> list[str]:
     below = listing.find_weights_below()
     if below:
         shown = ", ".join(printable(f"{label}/{folder}") for folder in below[:5])
-        raise CheckpointError(f"{label}: holds no .safetensors file, but folders in it do; give one of them: {shown}")
-    raise CheckpointError(f"{label}: holds no .safetensors file; is this the folder of a saved model?")
+        raise CheckpointError(f"{label}: {NO_WEIGHTS}, but folders in it do; give one of them: {shown}")
+    raise CheckpointError(f"{label}: {NO_WEIGHTS}; is this the folder of a saved model?")
 
 
 def judge_rest(

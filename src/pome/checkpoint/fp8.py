@@ -2,7 +2,8 @@
 
 Each weight W (m x n, or E x m x n) is stored as Q in fp8 beside `NAME_scale_inv`, S, with one scale for each block:
 W[i, j] = Q[i, j] * S[i // b, j // c], b x c the `weight_block_size` of the config (DeepSeek-V3's layout; its own
-conversion to bfloat16 does the same). Nothing is written for it: ranges are dequantized when they are read.
+conversion to bfloat16 does the same). Where S has one entry for the whole tensor, or for each expert, W = Q * S.
+Nothing is written for it: ranges are dequantized when they are read.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Scaled:
-    """An fp8 weight with its scales, both as stored, and the size of a block."""
+    """An fp8 weight with its scales, both as stored, and the size of a block (None: the whole matrix)."""
 
     codes: Stored
     scales: Stored
-    block: tuple[int, int]
+    block: tuple[int, int] | None
 
 
 def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None) -> dict[str, Scaled]:
@@ -53,7 +54,11 @@ def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None)
         block = _read_block(config)
         *stack, m, n = (1, 1, *codes.entry.shape)
         expected = (*stack[2:], -(-m // block[0]), -(-n // block[1]))
-        if len(codes.entry.shape) < 2 or scales.entry.shape != expected or scales.entry.dtype not in SCALES:
+        matrix, known = len(codes.entry.shape) >= 2, scales.entry.dtype in SCALES
+        if matrix and known and scales.entry.shape != expected and is_per_tensor(scales.entry.shape, codes.entry.shape):
+            found[name] = Scaled(codes, scales, None)
+            continue
+        if not (matrix and known and scales.entry.shape == expected):
             raise CheckpointError(
                 f"{scales.file.where}: tensor {printable(name + SUFFIX)}: {scales.entry.dtype} "
                 f"{list(scales.entry.shape)} are not the scales of {list(codes.entry.shape)} in blocks of "
@@ -61,6 +66,18 @@ def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None)
             )
         found[name] = Scaled(codes, scales, block)
     return found
+
+
+def is_per_tensor(scales: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether scales of this shape are one for a whole weight, or one for each expert of a stack."""
+    count = math.prod(scales)
+    return count == 1 or (len(weight) == 3 and count == weight[0] == scales[0])
+
+
+def list_gone(name: str) -> tuple[str, ...]:
+    """Tensors beside an fp8 weight that its dequantized form does not have: its scales, and those of its input."""
+    module = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+    return name + SUFFIX, *(module + kind for kind in ("activation_scale", "input_scale"))
 
 
 def _read_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -136,14 +153,24 @@ def _dequantize(weight: Scaled, at: int, count: int) -> bytes:
     Q = torch.frombuffer(codes, dtype=getattr(torch, CODES[entry.dtype])).reshape(-1, n)
     S = _read_scales(weight.scales)
     rows = torch.arange(first, last)
+    if block is None:
+        each = S.flatten()
+        W = (Q.float() * each[rows // m if len(each) > 1 else rows * 0][:, None]).bfloat16()
+        return _cut(W, at - 2 * n * first, count)
     per_expert = -(-m // block[0])
     index = torch.div(rows, m, rounding_mode="floor") * per_expert
     index += torch.div(rows % m, block[0], rounding_mode="floor")
     spread = S[index].repeat_interleave(block[1], dim=1)[:, :n]
     W = (Q.float() * spread).bfloat16()
+    return _cut(W, at - 2 * n * first, count)
+
+
+def _cut(W: Any, skip: int, count: int) -> bytes:
+    """`count` bytes of bfloat16 entries, after the first `skip`."""
+    import torch
+
     out = bytearray(2 * W.numel())
     torch.frombuffer(out, dtype=torch.bfloat16).copy_(W.reshape(-1))
-    skip = at - 2 * n * first
     return bytes(out[skip : skip + count])
 
 
@@ -155,4 +182,5 @@ def _read_scales(scales: Stored) -> Any:
     entry = scales.entry
     data = read_range(scales.file, entry.start, entry.nbytes, printable(entry.name))
     dtype = getattr(torch, SCALES[entry.dtype])
-    return torch.frombuffer(data, dtype=dtype).float().reshape(math.prod(entry.shape[:-1]), entry.shape[-1])
+    width = entry.shape[-1] if entry.shape else 1
+    return torch.frombuffer(data, dtype=dtype).float().reshape(-1, width)

@@ -59,6 +59,8 @@ def fetch_snapshot(text: str) -> Snapshot:
         folder = Path(ask_hub(text, lambda: snapshot_download(repo, revision=revision, ignore_patterns=ignored)))
         return Snapshot(folder, repo, {})
 
+    ask_hub(text, lambda: _list_files(repo, revision), patient=False)
+
     def fetch() -> tuple[Path, dict[str, str]]:
         commit, files = _list_files(repo, revision)
         left_out = _leave_out(files)
@@ -83,7 +85,7 @@ def list_repository(text: str, whole: bool) -> HubListing | Snapshot:
     repo, revision = split_id(text)
     if whole or constants.HF_HUB_OFFLINE:
         return fetch_snapshot(text)
-    return HubListing(repo, *ask_hub(text, lambda: _list_files(repo, revision)))
+    return HubListing(repo, *ask_hub(text, lambda: _list_files(repo, revision), patient=False))
 
 
 def _list_files(repo: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:

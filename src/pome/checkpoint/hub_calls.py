@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,13 +20,18 @@ _NOT_KNOWN = (ValueError, LookupError, TypeError, AttributeError)
 Value = TypeVar("Value")
 
 
-def ask_hub(what: str, call: Callable[[], Value]) -> Value:
-    """What a call to the Hub returns, tried again while it fails in passing. Raises HubError."""
+def ask_hub(what: str, call: Callable[[], Value], *, patient: bool = True) -> Value:
+    """What a call to the Hub returns, tried again while it fails in passing. Raises HubError.
+
+    Without patience a Hub to which no connection can be made is tried once more, and not for all of WAITS: the first
+    request about a name, which may be a mistyped path on a machine without a network.
+    """
     for wait in WAITS:
         try:
             return call()
         except list_library_errors() as error:
-            if not _may_pass(error):
+            given_up = not patient and wait != WAITS[0] and _is_out_of_reach(error)
+            if given_up or not _may_pass(error):
                 raise explain_failure(what, error) from None
             time.sleep(min(max(wait, _read_wait(error)), _LONGEST_WAIT))
     try:
@@ -58,6 +64,19 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, _NOT_KNOWN):
         return False
     return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError)
+
+
+def _is_out_of_reach(error: BaseException) -> bool:
+    """Whether no connection could be made: no network, no such host, nobody who answers there."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Names, since the Hub's library has been built on three HTTP libraries.
+        if type(seen).__name__ in ("ConnectError", "ConnectTimeout", "NewConnectionError", "NameResolutionError"):
+            return True
+        if isinstance(seen, (ConnectionRefusedError, socket.gaierror)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _status(error: BaseException) -> int | None:

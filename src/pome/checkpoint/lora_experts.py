@@ -126,7 +126,8 @@ class ExpertMatcher:
                     stored.append(tensors)
                 if stored:
                     return stored
-        return self.places.find_stack(module, roles) if roles else []
+        # Only a module of experts has stacks, though `target_parameters` may name a parameter of any module.
+        return self.places.find_stack(module, roles) if roles and "expert" in module.rpartition(".")[2] else []
 
     def _list_prefixes(self, module: str) -> Iterator[str]:
         """The names that a module of experts may have in BASE."""

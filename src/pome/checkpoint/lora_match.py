@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from functools import cached_property
 
+from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.lora import (
     AdapterChange,
     LoraTensors,
@@ -120,10 +121,16 @@ class _Matcher:
         found: dict[str, str] = {}
         whole = self.tensors.replacements.keys() | {f"{module}.weight" for module in self.tensors.tokens}
         taken = set(names.values())
+        sizes = {lora.module: (lora.pair[1].shape[0], lora.pair[0].shape[1]) for lora in self.tensors.loras}
         for plain, shape in wanted.items():
+            module = plain.removesuffix(".weight").removesuffix(".bias")
+            if plain.endswith(".bias") and len(shape) == 1 and module in sizes:
+                bias = self._find_bias(module, sizes[module])
+                if bias is not None and bias not in taken:
+                    found[plain] = bias
+                    taken.add(bias)
             if len(shape) != 2:
                 continue
-            module = plain.removesuffix(".weight")
             roles = {part.role for part in find_layout(plain, shape, self.base.config).parts}
             fitting: list[str] = []
             if roles <= TABLES:
@@ -165,18 +172,39 @@ class _Matcher:
             if beside is None:
                 self.found.unmatched.append(bias.name)
             else:
-                self.found.put(self.ft, AdapterChange(beside, bias=(bias.name, low.scaling)))
+                self._put_bias(beside, bias, lora)
+
+    def _put_bias(self, name: str, bias: TensorEntry, lora: LoraTensors) -> None:
+        """The bias of lora_B, which PEFT scales and adds to that of the module."""
+        _, scaling = self.config.resolve(lora.module)
+        self.found.put(self.ft, AdapterChange(name, bias=(bias.name, scaling)))
+
+    def _find_bias(self, module: str, size: tuple[int, int]) -> str | None:
+        """The bias of a module that BASE has under another name."""
+        places = self.places.find_module(module, size)
+        if len(places) != 1 or places[0].part.block is not None or not places[0].name.endswith(".weight"):
+            return None
+        name = f"{places[0].name.removesuffix('weight')}bias"
+        return name if self.shapes.get(name) == size[:1] else None
 
     def _match_by_role(self, lora: LoraTensors) -> bool:
         """A LoRA of a module that BASE stores under another name, packed or split: by layer, role and expert."""
         a, b = lora.pair
-        if lora.is_embedding or "lora_B.bias" in lora.tensors or self.config.list_targets(lora.module):
+        is_stack = "expert" in lora.module.rpartition(".")[2]  # a parameter of which may be targeted
+        if lora.is_embedding or is_stack:
             return False
         places = self.places.find_module(lora.module, (b.shape[0], a.shape[1]))
+        bias = lora.tensors.get("lora_B.bias")
+        if bias is not None and places:
+            beside = self._find_bias(lora.module, (b.shape[0], a.shape[1]))
+            if beside is None:
+                return False
+            self._put_bias(beside, bias, lora)
+        kind = "parameter" if self.config.is_target(f"{lora.module}.weight") else self._kind_of(lora)
         expert = _OWN_EXPERT.search(lora.module)
         at = 0
         for place in places:
-            low = self._make_low(lora, self._kind_of(lora), place.layout.transposed)
+            low = self._make_low(lora, kind, place.layout.transposed)
             rows = place.size[0]
             low = replace(
                 low,

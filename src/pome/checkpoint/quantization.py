@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pome.checkpoint.fp8 import SUFFIX, is_per_tensor
 from pome.checkpoint.header import TensorEntry
 from pome.errors import printable
 
-BLOCK_FP8 = "fp8 with block scales"
+BLOCK_FP8, PER_TENSOR_FP8 = "fp8 with block scales", "fp8 with one scale for each tensor"
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
@@ -47,8 +48,10 @@ def find_quantized(tensors: Mapping[str, tuple[str, TensorEntry]], config: Mappi
                 form = {"gptq": "GPTQ", "awq": "AWQ"}.get(method, form) if suffix == ".qweight" else form
                 shape = _guess_shape(entry.shape, per_code)
                 found.append(Quantized(name.removesuffix(suffix) + plain, name, form, shape, step))
-        if entry.dtype in _FP8 and name + "_scale_inv" in tensors:
-            found.append(Quantized(name, name, BLOCK_FP8, entry.shape, "give --dequantize"))
+        if entry.dtype in _FP8 and name + SUFFIX in tensors:
+            scales = tensors[name + SUFFIX][1].shape
+            form = PER_TENSOR_FP8 if len(scales) < 2 and is_per_tensor(scales, entry.shape) else BLOCK_FP8
+            found.append(Quantized(name, name, form, entry.shape, "give --dequantize"))
         elif entry.dtype in _FP8:
             form = f"fp8 ({method})" if method else "fp8"
             found.append(Quantized(name, name, form, entry.shape, _DEQUANTIZE))

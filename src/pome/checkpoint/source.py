@@ -7,6 +7,7 @@ shards with their index; or one `.safetensors` file. A PEFT adapter is opened as
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from pome.checkpoint.choice import (
     CONVERT,
     INDEX_SUFFIX,
+    NO_WEIGHTS,
     choose_weights,
     describe_misplaced,
     find_misplaced,
@@ -23,11 +25,11 @@ from pome.checkpoint.choice import (
     judge_rest,
 )
 from pome.checkpoint.files import Listing, LocalFile, LocalListing, read_json, read_range
-from pome.checkpoint.fp8 import SUFFIX, DequantizedFile, Stored, find_scaled
+from pome.checkpoint.fp8 import DequantizedFile, Stored, find_scaled, list_gone
 from pome.checkpoint.hub import is_repository, list_repository
 from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from pome.checkpoint.weights import Tensors, WeightFile, close_all, gather
-from pome.errors import CheckpointError, printable
+from pome.errors import CheckpointError, HubError, printable
 
 # Sources beyond this machine: what their names look like, and what lists their files (with True: all, in a folder).
 SOURCES: tuple[tuple[Callable[[str], bool], Callable[[str, bool], Listing]], ...] = ((is_repository, list_repository),)
@@ -103,7 +105,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequ
 def _see_dequantized(checkpoint: Checkpoint) -> Checkpoint:
     stored = {n: Stored(checkpoint.files[file].file, entry) for n, (file, entry) in checkpoint.tensors.items()}
     scaled = find_scaled(stored, checkpoint.config)
-    gone = {name + SUFFIX for name in scaled}
+    gone = {other for name in scaled for other in list_gone(name)} & checkpoint.tensors.keys()
     files = dict(checkpoint.files)
     for name, weights in checkpoint.files.items():
         if not weights.header.tensors.keys().isdisjoint(scaled.keys() | gone):
@@ -118,25 +120,59 @@ def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
     path = Path(os.path.expanduser(text))
     try:
         if path.is_dir():
-            return _open_listing(text, LocalListing(path))
+            return _open_folder(text, path)
         if path.exists() or path.is_symlink():
             return _open_file(text, path)
         for matches, list_files in SOURCES:
             if isinstance(source, str) and matches(text):
-                checkpoint = _open_listing(text, list_files(text, whole))
+                checkpoint = _open_listing(text, _list_remote(text, whole, list_files))
                 # A side that is only read has no folder, even where the cache has it: what is recorded of it must not
                 # tell the two apart.
                 return checkpoint if whole else dataclasses.replace(checkpoint, folder=None, is_local=False)
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else text
-        raise CheckpointError(
-            f"{printable(where, 1000)}: cannot be opened: {error.strerror or error}; check its permissions and the "
-            "disk, then run the same command again"
-        ) from None
+        raise CheckpointError(f"{printable(where, 1000)}: {_explain(error, Path(where))}") from None
     raise CheckpointError(
         f"{printable(text)}: no such file or folder; give a folder with .safetensors files, one .safetensors file or "
         "a Hub id such as org/name"
     )
+
+
+def _list_remote(text: str, whole: bool, list_files: Callable[[str, bool], Listing]) -> Listing:
+    try:
+        return list_files(text, whole)
+    except HubError as error:
+        if "neither a local file" in str(error):
+            raise
+        reason = str(error).removeprefix(f"{printable(text)}: ")
+        raise HubError(f"{printable(text)}: no such file or folder here, and as a Hub id: {reason}") from None
+
+
+def _open_folder(text: str, path: Path) -> Checkpoint:
+    try:
+        return _open_listing(text, LocalListing(path))
+    except CheckpointError as error:
+        if not is_repository(text) or NO_WEIGHTS not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; the folder hides the Hub repository of its name, which {printable(text)}@main would be"
+        ) from None
+
+
+def _explain(error: OSError, path: Path) -> str:
+    """Why a file cannot be opened, and what to do."""
+    if error.errno == errno.ENOENT and path.is_symlink():
+        return f"a link to {printable(os.readlink(path), 1000)}, which is not there; mend the link or download it again"
+    if error.errno == errno.ELOOP:
+        return "a link that leads to itself; mend the link"
+    steps = {
+        errno.EACCES: "check its permissions",
+        errno.EPERM: "check its permissions",
+        errno.ENOENT: "it went away; check the path",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    }
+    step = steps.get(error.errno or 0, "check the disk")
+    return f"cannot be opened: {error.strerror or error}; {step}, then run the same command again"
 
 
 def _open_file(source: str, path: Path) -> Checkpoint:

@@ -105,4 +105,8 @@ def name_options(error: PomeError) -> str:
     if not error.options:
         return str(error)
     names = "|".join(map(re.escape, sorted(error.options, key=len, reverse=True)))
-    return re.sub(rf"(?<![\w'`-])({names})(?![\w'`-])", lambda match: as_flag(match[1]), str(error))
+    pieces = re.split(r"""('[^']*'|"[^"]*"|`[^`]*`)""", str(error))
+    pieces[::2] = [
+        re.sub(rf"(?<![\w-])({names})(?![\w-])", lambda match: as_flag(match[1]), text) for text in pieces[::2]
+    ]
+    return "".join(pieces)

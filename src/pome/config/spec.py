@@ -112,9 +112,9 @@ class EditSpec:
     """One edit, every option resolved; the names are those of the command line, of YAML and of the manifest.
 
     D = W_ft - W_base is the delta of a matrix, m x n, s_1 >= s_2 >= ... its singular values and rank the number of
-    them that are not zero. The edit is W_base + alpha U_k V_k^T with alpha = beta * alpha_0 (POME, arXiv 2510.06627,
-    equations 12 and 18). Raises SpecError for a value out of range and for options that exclude each other. `rank`
-    given turns the rule `ratio` into `fixed`.
+    them that are not zero. The edit is W_base + alpha U_k S_k^power V_k^T with alpha = beta * alpha_0 (POME, arXiv
+    2510.06627, equations 12 and 18, with a power of 0). Raises SpecError for a value out of range and for options that
+    exclude each other. `rank` given turns the rule `ratio` into `fixed`.
     """
 
     layers: Annotated[
@@ -180,6 +180,15 @@ class EditSpec:
             metavar="B", group=HOW, range=Range(1e-6, 1e6), axis=True, override=True, commands=("edit", "sweep"),
         ),
     ] = 1.0  # fmt: skip
+    power: Annotated[
+        float,
+        Option(
+            "Edit alpha U_k S_k^P V_k^T: 0 equalizes, 1 keeps the singular values.",
+            more="With `--scale unit`, 1 is plain truncation (the paper's Figure 1). Scales keep their meaning for the "
+            "singular values of the edit.",
+            metavar="P", group=HOW, range=Range(0, 8), axis=True, override=True, commands=("edit", "sweep"),
+        ),
+    ] = 0.0  # fmt: skip
     device: Annotated[
         str,
         Option(
@@ -254,8 +263,8 @@ class EditSpec:
             said = "rank_rule: 'fixed' needs rank, the number of directions to keep"
             raise SpecError(said, options=["rank_rule", "rank"])
         if self.rank is not None and self.rank_rule != "fixed":
-            said = f"rank: a fixed rank and rank_rule {self.rank_rule!r} exclude each other; give one"
-            raise SpecError(said, options=["rank_rule"])
+            said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
+            raise SpecError(said, options=["rank", "rank_rule"])
         for override in self.overrides:
             self._apply(override)
 

@@ -7,6 +7,7 @@ of one that was drawn anew, are as good as orthogonal, and no edit of their diff
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from pome.planning.units import Plan, Unit
 SAMPLE = 8  # units looked at, spread over the depth
 ALIKE = 0.3  # cosine of W_base and W_ft below which they are not one model before and after training
 FAR = 0.3  # norm of the delta beside the base's, above which BASE is in doubt
-LARGEST = 1 << 24  # entries read of one unit: of larger ones the first rows
+LARGEST = 1 << 14  # entries compared of one matrix, or one row: of larger ones the first rows
 
 
 @dataclass(frozen=True)
@@ -73,32 +74,45 @@ def sample_units(plan: Plan) -> list[Unit]:
 
 
 def _compare(unit: Unit, base: Checkpoint, ft: Checkpoint) -> Likeness | None:
-    """The likeness of a unit's edited matrices; None where a side is zero or not finite."""
+    """The likeness of a unit's first edited matrix; None where a side is zero or not finite."""
     import torch
 
     from pome.editing.lora_merge import read_unit
     from pome.editing.unit import TORCH_DTYPES, take
 
-    rows, columns = unit.shape
-    if rows * columns > LARGEST and not unit.base_parts and all(part.block is None for part in unit.parts):
-        fewer = max(1, LARGEST // columns)
-        unit = dataclasses.replace(
-            unit,
-            shape=(fewer, columns),
-            nbytes=unit.nbytes // rows * fewer,
-            base_nbytes=unit.base_nbytes // rows * fewer,
-        )
+    unit = _cut_rows(unit)
     mine, theirs = read_unit(unit, ft, base)
     if isinstance(mine, dict):
         return None
-    stored = torch.frombuffer(mine, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
-    base_stored = torch.frombuffer(theirs, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
-    inner = old = new = moved = 0.0
-    for part in unit.parts:
-        W, W_base = take(stored, part).double(), take(base_stored, part).double()
-        inner += float((W * W_base).sum())
-        old, new = old + float(W_base.square().sum()), new + float(W.square().sum())
-        moved += float((W - W_base).square().sum())
-    if not 0 < old < float("inf") or not 0 < new < float("inf"):
+    sides = ((mine, unit.dtype), (theirs, unit.base_dtype))
+    stored = [torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).reshape(unit.shape) for data, dtype in sides]
+    few = max(1, LARGEST // unit.shape[1])
+    W, W_base = (take(side, unit.parts[0])[:few].double() for side in stored)
+    old, new = float(W_base.square().sum()), float(W.square().sum())
+    if not 0 < old < math.inf or not 0 < new < math.inf:
         return None
-    return Likeness(unit.name, inner / (old * new) ** 0.5, (moved / old) ** 0.5)
+    inner, moved = float((W * W_base).sum()), float((W - W_base).square().sum())
+    return Likeness(unit.name, inner / math.sqrt(old * new), math.sqrt(moved / old))
+
+
+def _cut_rows(unit: Unit) -> Unit:
+    """The first stored rows of a unit's first matrix as a unit, where both sides hold them in the same rows."""
+    part, columns = unit.parts[0], unit.shape[1]
+    rows = part.block if part.block is not None and part.block.axis == 0 else None
+    first, count = (rows.start, rows.size) if rows else (0, unit.shape[0])
+    count = min(count, max(1, LARGEST // columns))
+    row, base_row = unit.nbytes // unit.shape[0], unit.base_nbytes // unit.shape[0]
+    fewer = dataclasses.replace(
+        unit,
+        parts=(dataclasses.replace(part, block=None) if rows else part,),
+        shape=(count, columns),
+        start=unit.start + first * row,
+        nbytes=count * row,
+    )
+    if not unit.base_parts:
+        return dataclasses.replace(fewer, base_start=unit.base_start + first * base_row, base_nbytes=count * base_row)
+    lies = unit.base_parts[0]
+    if lies.block is not None or lies.transposed != unit.transposed or (part.block is not None and rows is None):
+        return dataclasses.replace(unit, parts=(part,), base_parts=(lies,), base_dtype=lies.dtype)
+    lies = dataclasses.replace(lies, shape=(count, columns), nbytes=count * (lies.nbytes // lies.shape[0]))
+    return dataclasses.replace(fewer, base_parts=(lies,), base_dtype=lies.dtype)

@@ -17,6 +17,7 @@ from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
+from pome.editing.ties import check_copies
 from pome.engines.local import map_units
 from pome.errors import NumericalError
 from pome.manifest import (
@@ -225,10 +226,12 @@ class _Run:
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> Patch:
+            check_copies(unit, opened.template.weights)
             patch = make_patch(unit, data, self.spec, device, self.find_cache)
-            if patch.data is not None:
-                staging.write(unit.file, patch.data, unit.out_start)
-            watermark.mark_written(unit.file, unit.out_start)
+            for file, start in unit.places:
+                if patch.data is not None:
+                    staging.write(file, patch.data, start)
+                watermark.mark_written(file, start)
             return dataclasses.replace(patch, data=None)
 
         def commit() -> None:
@@ -245,6 +248,7 @@ class _Run:
                     {
                         "unit": patch.unit.key,
                         "file": patch.unit.file,
+                        "copies": [copy.file for copy in patch.unit.copies],
                         "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }

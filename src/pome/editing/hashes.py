@@ -56,11 +56,11 @@ class Hashes:
     def of_output(self, staging: Staging) -> Iterator[Watermark]:
         """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
         units = self.opened.plan.units
-        watermark = Watermark((unit.file, unit.out_start) for unit in units if unit.key not in staging.finished)
+        watermark = Watermark(place for unit in units if unit.key not in staging.finished for place in unit.places)
         pool = ThreadPoolExecutor(1, thread_name_prefix=_THREADS)
         self._output = {
             name: pool.submit(self._hash, staging.output / name, wait=functools.partial(watermark.wait, name))
-            for name in dict.fromkeys(unit.file for unit in units)
+            for name in dict.fromkeys(file for unit in units for file, _ in unit.places)
         }
         try:
             yield watermark

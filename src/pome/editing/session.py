@@ -22,6 +22,7 @@ from pome.checkpoint.sidefiles import (
 )
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
+from pome.editing.ties import describe_ties, keep_ties
 from pome.errors import CheckpointError, PairingError, printable
 from pome.output.copying import CONFIG, Template, describe_config, make_config
 from pome.planning.plan import check_overrides, make_plan
@@ -118,7 +119,7 @@ def open_pair(
         beside = {path: _identify(path) for path in paths}
         weights = pretrained if merges else tuned
         template = Template(weights, plan.layouts, side_files, make_config(weights, spec.dtype if plan.layouts else ""))
-        notices = [*pretrained.notices, *tuned.notices, *describe_repeats(weights, side_files)]
+        notices = [*pretrained.notices, *tuned.notices, *describe_ties(plan), *describe_repeats(weights, side_files)]
         if plan.layouts:
             notices += describe_config(weights, spec.dtype, any(file.name == CONFIG for file in side_files))
         if tuned.adapter_config is not None:
@@ -133,7 +134,7 @@ def plan_pair(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     plan = make_plan(base, ft, spec)
     check_overrides(plan, spec)
     _refuse_misplaced(plan, base, ft, spec)
-    return plan
+    return keep_ties(plan, base, ft, spec)
 
 
 def _refuse_misplaced(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> None:

@@ -219,7 +219,8 @@ def equalize_part(
     operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
     sent = [send(operand, device) for operand in operands]
     try:
-        recipe = Recipe(RankRule.from_options(spec.rank_rule, vars(spec), floor), spec.scale, spec.beta)
+        rule = RankRule.from_options(spec.rank_rule, vars(spec), floor)
+        recipe = Recipe(rule, spec.scale, spec.beta, spec.power)
         cache = caches(unit, part) if caches else None
         if len(sent) == 1:
             return equalize_matrix(sent[0], recipe, cache)

@@ -76,21 +76,27 @@ def find_decomposition(
     return found
 
 
+Factors = tuple[Tensor, Tensor]  # m x k and k x n
+
+
 @dataclass(frozen=True)
 class Truncation:
-    """P = U_k V_k^T of a delta, with the spectrum that it was cut from.
+    """M = U_k (S_k / s_1)^P V_k^T of a delta, with the spectrum that it was cut from.
 
-    P: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
+    M: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
     zero from `rank` on. resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two
-    directions apart. factors: m x k and k x n, in P's dtype, where P is nothing but their product.
+    directions apart. power: P. isometry: factors of U_k V_k^T in M's dtype; None where P = 0 and M is that product.
+    is_product: whether M was multiplied from those factors, with their weights in between, and from nothing else.
     """
 
-    P: Tensor
+    M: Tensor
     sigma: Tensor
     rank: int
     k: int
     resolution: float
-    factors: tuple[Tensor, Tensor] | None = None
+    power: float = 0.0
+    isometry: Factors | None = None
+    is_product: bool = False
 
     @property
     def sigma_next(self) -> float:
@@ -98,15 +104,17 @@ class Truncation:
         return float(self.sigma[self.k]) if self.k < self.sigma.numel() else 0.0
 
     @property
-    def attainable(self) -> float:
-        """s_1 + ... + s_k, the most that <D, P> can be."""
-        return float(self.sigma[: self.k].sum())
+    def weights(self) -> Tensor:
+        """(s_i / s_1)^P, the k singular values of M."""
+        return (self.sigma[: self.k] / self.sigma[0]) ** self.power
 
 
 class Solver(Protocol):
-    """One rung of the ladder: the truncation of D (m x n, float32 or float64) at the k of a rule.
+    """One rung of the ladder: the truncation of D (m x n, float32 or float64) at the k of a rule, to a power.
 
     Raises Undecided where its precision does not suffice, and what its driver raises.
     """
 
-    def __call__(self, D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation: ...
+    def __call__(
+        self, D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, power: float = 0.0
+    ) -> Truncation: ...

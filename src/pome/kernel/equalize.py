@@ -1,6 +1,7 @@
 """Equalized edit of one matrix, with its certificate: the method as a pure function of tensors.
 
-Equalized.value = alpha * P,  P = U_k V_k^T of the delta D = U S V^T,  alpha = beta * alpha_0   (POME, eq. 9-12)
+Equalized.value = alpha * U_k S_k^p V_k^T of the delta D = U S V^T, with alpha = beta * alpha_0. With p = 0 that is POME
+(equations 9 to 12); with p = 1 and alpha = 1 it is the best approximation of rank k.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pome.choices import RankRuleName, ScaleName
-from pome.kernel.certificate import Certificate, certify, certify_factored, inner_dense, inner_factors
+from pome.kernel.certificate import Certificate, certify, certify_factored
 from pome.kernel.decomposition import DecompositionCache, Truncation
 from pome.kernel.decomposition import ZeroDelta as ZeroDelta
 from pome.kernel.ladder import Certified, climb, list_attempts, list_product_attempts
@@ -28,7 +29,9 @@ from pome.kernel.operands import (
 )
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
-from pome.kernel.scale import check_scale, choose_scale
+from pome.kernel.scale import Cut, check_scale, find_gain, raise_to
+
+MOST_POWER = 8.0  # a larger one leaves nothing but the first direction
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,19 @@ class Equalized:
 
     Norms are Frobenius norms; D is the m x n delta, in whose units all singular values and norms are.
 
-    value: alpha * U_k V_k^T, m x n, float32 (float64 for a float64 delta), on the delta's device.
+    value: alpha * U_k S_k^p V_k^T, m x n, float32 (float64 for a float64 delta), on the delta's device.
     rank: numerical rank, the number of s_i > s_1 * sqrt(max(m, n) * 2^-52).
     k: number of directions kept, in 1..rank.
-    alpha: every non-zero singular value of `value`; beta times what the scale rule gives.
+    alpha: beta times what the scale rule gives; with p = 0 every non-zero singular value of `value`.
     beta: the factor that was asked for.
     sigma_max, sigma_k, sigma_next: s_1, s_k and s_{k+1} of D; sigma_next is 0.0 where no direction is left.
     delta_norm, edit_norm: norm(D) and norm(value).
     energy_kept: (s_1^2 + ... + s_k^2) / norm(D)^2, in (0, 1].
     departure: norm(value - D) / norm(D), how far the edit takes the weight from the fine-tuned one.
-    objective: <D, P> / (s_1 + ... + s_k) for P = value / alpha; 1 within 1e-5 (Ky Fan; POME, theorem 1).
-    orthogonality: norm(P P^T P - P) / norm(P), estimated by seeded probes; 0 within 1e-5.
+    objective: <D, M> / (s_1^(1+p) + ... + s_k^(1+p)) for M = value / alpha; 1 within 1e-5 (with p = 0: Ky Fan, and
+        POME, theorem 1).
+    orthogonality: norm(P P^T P - P) / norm(P) of P = U_k V_k^T, estimated by seeded probes; 0 within 1e-5.
+    power_residual: norm(M^T D - D^T M) / norm(M^T D), estimated by seeded probes; 0 within 1e-5 where p is not 0.
     solver: the rung of the ladder that found it, such as `deflated-float32`.
     warnings: rungs that failed, a cut within a cluster of singular values, directions that storage rounding explains.
     sigma: singular values of D, descending, float64, on the CPU.
@@ -67,6 +72,7 @@ class Equalized:
     departure: float
     objective: float
     orthogonality: float
+    power_residual: float
     solver: str
     warnings: tuple[str, ...]
     sigma: Tensor
@@ -74,16 +80,22 @@ class Equalized:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a matrix: the rule for k, the scale rule and beta. Raises ValueError for one without sense."""
+    """What is done to a matrix: the rule for k, the scale rule, beta and the power p of the singular values.
+
+    Raises ValueError for one that makes no sense.
+    """
 
     rule: RankRule
     scale: str = "frobenius"
     beta: float = 1.0
+    power: float = 0.0
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
         if not (is_number(self.beta) and self.beta > 0.0):
             raise ValueError(f"beta must be a positive number, not {self.beta!r}")
+        if not (is_number(self.power) and 0.0 <= self.power <= MOST_POWER):
+            raise ValueError(f"power must lie in [0, {MOST_POWER:g}], not {self.power!r}")
 
 
 def equalize(
@@ -95,8 +107,9 @@ def equalize(
     energy: float = 0.9,
     scale: ScaleName = "frobenius",
     beta: float = 1.0,
+    power: float = 0.0,
 ) -> Equalized:
-    """Equalized edit alpha * U_k V_k^T of a delta D = U S V^T (POME, arXiv 2510.06627, equations 9 to 12).
+    """Equalized edit alpha * U_k S_k^p V_k^T of a delta D = U S V^T (POME, arXiv 2510.06627, equations 9 to 12).
 
     delta: m x n (fan_out x fan_in), any float dtype, any device; it is left as it is.
     rank_ratio: K in (0, 1]; k = max(1, round(K * rank)). POME's default is 0.5 (its table 12).
@@ -107,6 +120,9 @@ def equalize(
     scale: alpha = beta * alpha_0 with alpha_0 by rule: `frobenius` norm(D) / sqrt(k) (equation 12), `unit` 1, `rms`
         sqrt(m / n) (equation 18), `mean` the mean of the kept singular values, `spectral` the largest.
     beta: positive factor; with 1 and `frobenius` the edit has the norm of the delta.
+    power: p in [0, 8]. 0 equalizes, 1 keeps the singular values: with the scale `unit`, truncation (POME, figure 1).
+        The scales are then about the singular values of the edit: `frobenius` norm(D) / norm(S_k^p), `mean` and
+        `spectral` the mean and the largest of S_k over those of S_k^p, `rms` sqrt(m / n) / s_1^p, `unit` 1.
 
     The same input on the same device with the same number of threads gives the same bits; no global state of torch
     (random numbers, precision) is touched. Raises ZeroDelta when there is nothing to equalize, ValueError for a tensor
@@ -114,7 +130,7 @@ def equalize(
     certified.
     """
     rule = RankRule.from_options(rank_rule, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy})
-    return equalize_matrix(delta, Recipe(rule, scale, beta))
+    return equalize_matrix(delta, Recipe(rule, scale, beta, power))
 
 
 def equalize_matrix(delta: Tensor, recipe: Recipe, cache: DecompositionCache | None = None) -> Equalized:
@@ -127,7 +143,7 @@ def equalize_matrix(delta: Tensor, recipe: Recipe, cache: DecompositionCache | N
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
         rule = recipe.rule.shift(-exponent)
-        found = climb(list_attempts(D, cache), partial(prove_matrix, D), D.device, rule)
+        found = climb(list_attempts(D, cache, recipe.power), partial(prove_matrix, D), D.device, rule)
         return scale_edit(found, recipe, (D.shape[0], D.shape[1]), squared_norm(D), exponent)
 
 
@@ -142,7 +158,7 @@ def equalize_product(b: Tensor, a: Tensor, recipe: Recipe, cache: DecompositionC
         A, down = normalise(a, "factor a")
         wide = torch.promote_types(B.dtype, A.dtype)
         B, A, exponent = B.to(wide), A.to(wide), up + down
-        attempts = list_product_attempts(B, A, cache)
+        attempts = list_product_attempts(B, A, cache, recipe.power)
         found = climb(attempts, partial(prove_product, B, A), B.device, recipe.rule.shift(-exponent))
         square = float(found.truncation.sigma.square().sum())
         return scale_edit(found, recipe, (B.shape[0], A.shape[1]), square, exponent)
@@ -150,14 +166,12 @@ def equalize_product(b: Tensor, a: Tensor, recipe: Recipe, cache: DecompositionC
 
 def prove_matrix(D: Tensor, found: Truncation) -> Certificate:
     """Certificate of a truncation of D."""
-    return certify(found.P, found.k, found.attainable, inner_dense(D))
+    return certify(found, (D,))
 
 
 def prove_product(b: Tensor, a: Tensor, found: Truncation) -> Certificate:
-    """Certificate of a truncation of D = b @ a, by the factors of P where it has them."""
-    if found.factors is None:
-        return certify(found.P, found.k, found.attainable, inner_factors(b, a))
-    return certify_factored(found.P, *found.factors, found.k, found.attainable, b, a)
+    """Certificate of a truncation of D = b @ a, by the factors of M where it was multiplied from such."""
+    return certify_factored(found, b, a) if found.is_product else certify(found, (b, a))
 
 
 def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square: float, exponent: int) -> Equalized:
@@ -168,11 +182,14 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
         delta_norm = math.ldexp(math.sqrt(square), exponent)
     except OverflowError:
         delta_norm = math.inf
-    alpha = recipe.beta * choose_scale(recipe.scale, sigma, k, shape, delta_norm)
-    if not (0.0 < alpha < math.inf and 0.0 < delta_norm < math.inf):
+    # The M that was certified is made of s over s_1: `gain` is its scale, and alpha that of U_k S_k^p V_k^T.
+    gain = recipe.beta * find_gain(recipe.scale, Cut(sigma, k, shape, delta_norm, recipe.power))
+    unit = raise_to(float(sigma[0]), recipe.power)
+    alpha = gain / unit if unit else math.inf
+    if not (0.0 < alpha < math.inf and 0.0 < gain < math.inf and 0.0 < delta_norm < math.inf):
         raise ValueError(f"out of the range of numbers: norm of the delta {delta_norm:.1e}, alpha {alpha:.1e}")
     return Equalized(
-        value=multiply_in_place(cut.P, alpha),
+        value=multiply_in_place(cut.M, gain),
         rank=cut.rank,
         k=k,
         alpha=alpha,
@@ -181,20 +198,22 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
         sigma_k=float(sigma[k - 1]),
         sigma_next=float(sigma[k]) if k < sigma.numel() else 0.0,
         delta_norm=delta_norm,
-        edit_norm=alpha * certificate.norm,
+        edit_norm=gain * certificate.norm,
         energy_kept=float(cut.sigma[:k].square().sum()) / square,
-        departure=measure_departure(cut, certificate, square, alpha * certificate.norm / delta_norm),
+        departure=measure_departure(cut, certificate, recipe.power, square, gain * certificate.norm / delta_norm),
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
+        power_residual=certificate.residual,
         solver=found.solver,
         warnings=(*found.warnings, *warn_of_noise(sigma, k, recipe.rule, shape)),
         sigma=sigma,
     )
 
 
-def measure_departure(cut: Truncation, certificate: Certificate, square: float, ratio: float) -> float:
-    """norm_F(alpha P - D) / norm_F(D), from `square` = norm_F(D)^2 and `ratio` = norm_F(alpha P) / norm_F(D)."""
-    inner = certificate.objective * float(cut.sigma[: cut.k].sum())
+def measure_departure(cut: Truncation, certificate: Certificate, power: float, square: float, ratio: float) -> float:
+    """norm_F(E - D) / norm_F(D) of the edit E, from `square` = norm_F(D)^2 and `ratio` = norm_F(E) / norm_F(D)."""
+    s_1, kept = float(cut.sigma[0]), cut.sigma[: cut.k]
+    inner = certificate.objective * s_1 * float((kept / s_1).pow(1.0 + power).sum())
     cosine = inner / (certificate.norm * math.sqrt(square))
     return math.sqrt(max(0.0, 1.0 - 2.0 * ratio * cosine + ratio**2))
 

@@ -68,7 +68,7 @@ def climb(
             continue
         try:
             found = attempt.solve(rule)
-            found = replace(found, P=found.P.to(device))
+            found = move(found, device)
             certificate = prove(found)
             fault = certificate.find_fault()
         except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
@@ -81,19 +81,25 @@ def climb(
     raise Unsolved("no solver could be certified: " + "; ".join(notes))
 
 
+def move(found: Truncation, device: torch.device) -> Truncation:
+    """The same truncation on a device."""
+    isometry = found.isometry and (found.isometry[0].to(device), found.isometry[1].to(device))
+    return replace(found, M=found.M.to(device), isometry=isometry)
+
+
 def find_first_rung(D: Tensor) -> int:
     """Index of the rung to begin with: the last one for a small matrix, which it solves in a millisecond, and the
     second for a float64 one."""
     return 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
 
 
-def list_attempts(D: Tensor, cache: DecompositionCache | None = None) -> Iterator[Attempt]:
+def list_attempts(D: Tensor, cache: DecompositionCache | None = None, power: float = 0.0) -> Iterator[Attempt]:
     """The ladder on the device of D, and after an accelerator's rungs those of the CPU.
 
     Between the two stands the smaller form: D on the CPU, and only the `eigh` of the short side on the accelerator.
     """
     first = find_first_rung(D)
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
+    given: dict[str, Any] = {"cache": cache, "power": power}
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D, **given))
     if D.device.type != "cpu":
@@ -105,11 +111,12 @@ def list_attempts(D: Tensor, cache: DecompositionCache | None = None) -> Iterato
             yield Attempt(f"{name} on cpu", D.device, partial(solve, D, **given))
 
 
-def list_product_attempts(b: Tensor, a: Tensor, cache: DecompositionCache | None) -> Iterator[Attempt]:
+def list_product_attempts(
+    b: Tensor, a: Tensor, cache: DecompositionCache | None = None, power: float = 0.0
+) -> Iterator[Attempt]:
     """The solver for factors of b @ a, and the dense ladder should it fail."""
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
-    yield Attempt("factors", b.device, partial(solve_factors, b, a, **given))
-    yield from list_attempts(b @ a, cache)
+    yield Attempt("factors", b.device, partial(solve_factors, b, a, cache=cache, power=power))
+    yield from list_attempts(b @ a, cache, power)
 
 
 def warn_of_cluster(found: Truncation) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""Scale rules: the norm of an edit, alpha = beta * alpha_0, with alpha_0 by rule (POME, equations 12 and 18).
+"""Scale rules: alpha = beta * alpha_0 with alpha_0 by rule (POME, equations 12 and 18).
 
-A rule is one function here and one row in `pome.choices.SCALES`.
+A rule is one function here and one row in `pome.choices.SCALES`. With a power p the edit is alpha * U_k S_k^p V_k^T. A
+rule answers for U_k (S_k / s_1)^p V_k^T, whose entries do not overflow: the gain alpha_0 * s_1^p.
 """
 
 from __future__ import annotations
@@ -16,32 +17,46 @@ from pome.choices import SCALES
 
 @dataclass(frozen=True)
 class Cut:
-    """What a scale rule sees of an m x n delta: its singular values (descending, float64), k and Frobenius norm."""
+    """What a scale rule sees of an m x n delta: its singular values (descending, float64), k, norm_F(D) and p."""
 
     sigma: Tensor
     k: int
     shape: tuple[int, int]
     delta_norm: float
+    power: float = 0.0
+
+    @property
+    def weights(self) -> Tensor:
+        """(s_i / s_1)^p of the k kept directions."""
+        return (self.sigma[: self.k] / self.sigma[0]) ** self.power
+
+
+def raise_to(base: float, power: float) -> float:
+    """base^power, infinite where no float is as large."""
+    try:
+        return float(base**power)
+    except OverflowError:
+        return math.inf
 
 
 RULES: dict[str, Callable[[Cut], float]] = {
-    # keeps the Frobenius norm of the delta
-    "frobenius": lambda cut: cut.delta_norm / math.sqrt(cut.k),
-    "unit": lambda cut: 1.0,
-    # sqrt(fan_out / fan_in)
+    # the edit has the Frobenius norm of the delta
+    "frobenius": lambda cut: cut.delta_norm / math.sqrt(float(cut.weights.square().sum())),
+    # alpha_0 = 1
+    "unit": lambda cut: raise_to(float(cut.sigma[0]), cut.power),
+    # the largest singular value of the edit is sqrt(fan_out / fan_in)
     "rms": lambda cut: math.sqrt(cut.shape[0] / cut.shape[1]),
-    "mean": lambda cut: float(cut.sigma[: cut.k].mean()),
+    # the edit has the mean of the kept singular values
+    "mean": lambda cut: float(cut.sigma[: cut.k].mean()) / float(cut.weights.mean()),
+    # the edit has the largest singular value of the delta
     "spectral": lambda cut: float(cut.sigma[0]),
 }
 
 
-def choose_scale(name: str, sigma: Tensor, k: int, shape: tuple[int, int], delta_norm: float) -> float:
-    """alpha_0 for an m x n matrix with singular values `sigma` (descending, float64) of which k are kept.
-
-    Raises ValueError for an unknown name.
-    """
+def find_gain(name: str, cut: Cut) -> float:
+    """alpha_0 * s_1^p by the scale `name`. Raises ValueError for an unknown name."""
     check_scale(name)
-    return RULES[name](Cut(sigma, k, shape, delta_norm))
+    return RULES[name](cut)
 
 
 def check_scale(name: str) -> None:

@@ -126,9 +126,18 @@ def _introduce(manifest: Manifest) -> str:
         used = f"No training was used; the options are the best of {tried} by their scores (see the manifest)."
     return (
         f"# {title}\n\n{_link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
-        f"{_link(manifest.base, 'the pretrained model')} equalized by POME ([arXiv 2510.06627]({PAPER})): the leading "
-        f"singular directions of each update are kept and given one weight. {used} {rest}"
+        f"{_link(manifest.base, 'the pretrained model')} {_describe_weights(manifest)}. {used} {rest}"
     )
+
+
+def _describe_weights(manifest: Manifest) -> str:
+    """What became of the singular directions of each update."""
+    spec = manifest.spec
+    powers = {options["power"] for options in (spec, *spec["overrides"]) if "power" in options} or {0.0}
+    by = f"by POME ([arXiv 2510.06627]({PAPER})): the leading singular directions of each update are kept and"
+    if powers == {0.0}:
+        return f"equalized {by} given one weight"
+    return f"edited {by} weighted by their singular values to the power {' or '.join(f'{p:g}' for p in sorted(powers))}"
 
 
 def _link(side: SideRecord, otherwise: str) -> str:

@@ -153,7 +153,9 @@ class Staging:
     def _note_copied(self, name: str, size: int) -> None:
         """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
         if name in self.copied:
-            self.finished = {key: entry for key, entry in self.finished.items() if entry["file"] != name}
+            self.finished = {
+                key: entry for key, entry in self.finished.items() if name not in (entry["file"], *entry["copies"])
+            }
         self.copied[name] = size
 
     def check_space(self, needed: int, probe: Path | None) -> None:
@@ -314,7 +316,8 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
         return False
     if "copied" in entry:
         return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
-    texts, lists = (entry.get("unit"), entry.get("file")), (entry.get("tensors"), entry.get("kept"))
+    texts = entry.get("unit"), entry.get("file")
+    lists = entry.get("tensors"), entry.get("kept"), entry.get("copies")
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)
 
 

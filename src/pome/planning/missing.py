@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
@@ -13,6 +13,8 @@ from pome.planning.obstacles import is_missing
 from pome.roles.layout import Layout
 from pome.roles.names import module_path
 from pome.roles.places import find_key
+
+TIED = ("embed", "head")
 
 
 def refuse_missing(
@@ -36,6 +38,8 @@ def refuse_missing(
             for i in slices:
                 said = ",".join(filter(None, (None if i is None else f"expert={i}", part.label)))
                 missing = whole or (name, said) in lacking
+                if missing and part.role in TIED and _is_stored_once(name, chosen, lacking, ft):
+                    continue
                 half = f" ({part.label})" if part.label and expert is None else ""
                 groups.setdefault(f"all {pattern}{half}", []).append(missing)
                 if part.role != "other":
@@ -50,3 +54,17 @@ def refuse_missing(
             f"{shown}{more}; give the model that FT was trained from, leave them out with --exclude, or keep them as "
             "in FT with --allow-missing"
         )
+
+
+def _is_stored_once(
+    name: str, chosen: Mapping[str, Layout], lacking: Container[tuple[str, str | None]], ft: Checkpoint
+) -> bool:
+    """Whether BASE may hold an embedding or a head as the other one, which it ties to it and stores alone."""
+    if (ft.config or {}).get("tie_word_embeddings") is False:
+        return False
+    shape = ft.tensors[name][1].shape
+    return any(
+        other != name and (other, None) not in lacking and ft.tensors[other][1].shape == shape
+        for other, layout in chosen.items()
+        if any(part.role in TIED for part in layout.parts)
+    )

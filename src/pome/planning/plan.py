@@ -39,8 +39,9 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     for side in (ft, base):
         refuse_quantized(side, spec)
     partners = Partners(base, ft)
-    chosen = dict(select(ft, spec, partners.reshaped))
     kept = find_placeholders(base, ft, partners.names, spec)
+    empty = {item.name for item in kept}
+    chosen = {n: layout for n, layout in select(ft, spec, partners.reshaped) if n not in empty}
     if not chosen:
         raise SelectionError(_list_reasons(base, ft, kept) if kept else explain_empty(ft, spec))
     edits: dict[str, Layout] = {}

@@ -35,6 +35,15 @@ class BaseRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """Where a tied weight is stored once more: its name, its file in the output, and the first byte there."""
+
+    name: str
+    file: str
+    out_start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A contiguous byte range of one stored tensor that holds whole matrices: a 2-D tensor, or one expert of a 3-D one.
 
@@ -61,6 +70,12 @@ class Unit:
     # above is then the first one's name and start, the widest dtype and the bytes of all.
     base_parts: tuple[BaseRange, ...] = ()
     change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    copies: tuple[Copy, ...] = ()  # of a tied weight: the same bytes go there
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(file, first byte) of every range of the output that the unit's bytes go to."""
+        return ((self.file, self.out_start), *((copy.file, copy.out_start) for copy in self.copies))
 
     @property
     def key(self) -> str:

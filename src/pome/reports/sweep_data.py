@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from dataclasses import dataclass
 
 from pome.sweeping.grid import FINE_TUNED, describe_rank_choice
@@ -12,7 +13,7 @@ from pome.sweeping.trials import Outcome, Trial
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Trials of the candidates that share layers and scale: a row for each way to choose k, a column for each beta."""
+    """Trials that share layers, scale and power: a row for each way to choose k, a column for each beta."""
 
     title: str
     rows: tuple[str, ...]
@@ -21,22 +22,24 @@ class HeatMap:
 
 
 def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
-    """One map for every pair of layers and scale that was tried, in the order of the grid."""
+    """One map for every layers, scale and power that were tried together, in the order of the grid."""
     grid = outcome.grid
     maps = []
-    found: dict[tuple[str, str, str, str], Trial] = {}
+    found: dict[tuple[str, str, float, str, str], Trial] = {}
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
-            at = ("+".join(params["layers"]), params["scale"], trial.candidate.rank_choice, f"{params['beta']:g}")
+            layers, choice = "+".join(params["layers"]), trial.candidate.rank_choice
+            at = layers, params["scale"], params["power"], choice, f"{params['beta']:g}"
             found[at] = trial
     rank_choices = list(dict.fromkeys(describe_rank_choice(options) for options in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
-        for scale in grid["scale"]:
-            cells = tuple(tuple(found.get((layers, scale, name, beta)) for beta in betas) for name in rank_choices)
+        for scale, power in itertools.product(grid["scale"], grid["power"]):
+            cells = tuple(tuple(found.get((layers, scale, power, k, beta)) for beta in betas) for k in rank_choices)
             if any(cell is not None for row in cells for cell in row):
-                maps.append(HeatMap(f"{layers}, scale {scale}", tuple(rank_choices), tuple(betas), cells))
+                title = f"{layers}, scale {scale}" + (f", power {power:g}" if power else "")
+                maps.append(HeatMap(title, tuple(rank_choices), tuple(betas), cells))
     return maps
 
 

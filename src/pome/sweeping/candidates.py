@@ -84,7 +84,7 @@ def find_targets(model: Any, opened: Opened, plans: list[Plan]) -> dict[str, Ten
         for unit in plan.units:
             names = (unit.name, prefix + unit.name, unit.name.removeprefix(prefix))
             parameter = next((parameters[name] for name in names if name in parameters), None)
-            if parameter is None:
+            if parameter is None or not _is_tied(parameter, unit, parameters, prefix):
                 return None
             if unit.key in targets:
                 continue
@@ -96,6 +96,12 @@ def find_targets(model: Any, opened: Opened, plans: list[Plan]) -> dict[str, Ten
                 return None
             targets[unit.key] = held
     return targets
+
+
+def _is_tied(parameter: Tensor, unit: Unit, parameters: dict[str, Tensor], prefix: str) -> bool:
+    """Whether every copy of a tied weight is this parameter in the loaded model too, or is not there."""
+    names = [name for copy in unit.copies for name in (copy.name, prefix + copy.name, copy.name.removeprefix(prefix))]
+    return all(parameters[name] is parameter for name in names if name in parameters)
 
 
 def write_into(targets: dict[str, Tensor]) -> Write:

@@ -41,6 +41,7 @@ class Candidate:
     @property
     def label(self) -> str:
         rest = [name for name in self.params if name != "layers" and name not in RANK_OPTIONS]
+        rest = [name for name in rest if self.params[name] != 0]  # a power of 0 goes without saying
         words = [self.params[name] if EDIT_OPTIONS[name].choices else f"{name}={self.params[name]:g}" for name in rest]
         return " ".join(["+".join(self.params["layers"]), self.rank_choice, *words])
 

@@ -212,7 +212,8 @@ class _SweepRun:
 
     def _check_space(self, decomposition_bytes: int) -> None:
         copies = [count_space(self.opened.template, self.staging)] if self._needs_copy() else []
-        if not _in_memory(self.scorer) and self.journal.find(BASE) is None:
+        copies_base = not _in_memory(self.scorer) or self.opened.base.adapter_beside
+        if copies_base and self.journal.find(BASE) is None:
             copies.append(count_space(_make_base_template(self.opened), self.staging))
         copy_bytes = sum(size for size, _ in copies)
         self.listener.begin(self.opened, self.count, decomposition_bytes, copy_bytes, self.staging.folder)
@@ -265,16 +266,19 @@ class _SweepRun:
         return cast(FolderScorer, self.scorer).score_folder(self.staging.output)
 
     def _score_base(self) -> Score:
-        if _in_memory(self.scorer):
-            base = self.opened.base
+        base, in_memory = self.opened.base, _in_memory(self.scorer)
+        if in_memory:
             self.forget_model()  # one model at a time; what is loaded again costs seconds
+        if in_memory and not base.adapter_beside:
             return self._score_model(*load_model(base.folder or Path(os.path.expanduser(base.source)), self.devices[0]))
-        # What a command writes or removes beside a model must not be BASE's.
+        # A copy: without an adapter that loaders would apply, and for a command, which may write or remove files.
         template = _make_base_template(self.opened)
         with Staging(self.staging.folder / "base", {}, fresh=True, suffix="") as copy:
             try:
                 copy.check_space(*count_space(template, copy))
                 copy_files(template, copy, Progress())
+                if in_memory:
+                    return self._score_model(*load_model(copy.output, self.devices[0]))
                 return cast(FolderScorer, self.scorer).score_folder(copy.output)
             finally:
                 copy.discard()
@@ -330,7 +334,8 @@ class _SweepRun:
             caches = DecompositionFolder(self.staging.folder / "decompositions")
 
             def write(unit: Any, data: bytes | bytearray) -> None:
-                self.staging.write(unit.file, bytearray(data), unit.out_start)
+                for file, start in unit.places:
+                    self.staging.write(file, bytearray(data), start)
 
             self._maker = Maker(self.opened, list(self.plans.values()), self.devices, caches, write)
             if self.opened.ft.adapter_config is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
@@ -14,11 +15,12 @@ from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
 from pome.config.spec import EditSpec
-from pome.errors import SpecError, VerificationError, printable
+from pome.editing.session import plan_pair
+from pome.editing.ties import find_copies, hold_same_bytes
+from pome.errors import PomeError, SpecError, VerificationError, printable
 from pome.manifest import CHECKSUM, FileRecord, Manifest, read_manifest
 from pome.output.card import CARD_NAME
 from pome.output.copying import CONFIG, make_config
-from pome.planning.plan import make_plan
 from pome.verification.comparison import (
     Advance,
     Difference,
@@ -31,6 +33,7 @@ from pome.verification.comparison import (
 from pome.verification.recomputation import check_adapter, compare_converted, is_converted, recompute
 
 # What a Hub or git leaves beside an output that was uploaded and fetched again.
+WRONG_HASH = "SHA-256"
 STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
 
 
@@ -83,9 +86,13 @@ def verify(
     found = list(_check_manifest(folder, manifest))
     found += _check_files(folder, manifest.files, advance)
     compared = edits = 0
-    if ft is not None and not found:
-        # With a file missing or changed the rest cannot be told apart from it; what differs is already said.
-        compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, found, advance)
+    damaged = {item.file for item in found}
+    if ft is not None and all(item.file.endswith(".safetensors") and WRONG_HASH in item.what for item in found):
+        # The manifest is whole and every size is right: which tensors differ can be told.
+        more: list[Difference] = []
+        with contextlib.nullcontext() if not found else contextlib.suppress(PomeError):
+            compared, edits = _check_against_inputs(str(folder), base, ft, manifest, full, damaged, more, advance)
+        found += more
     return Verdict(tuple(found), len(manifest.files), compared, edits)
 
 
@@ -124,7 +131,7 @@ def _check_files(folder: Path, files: dict[str, FileRecord], advance: Advance) -
             elif info.st_size != record.bytes:
                 yield Difference(name, None, f"{info.st_size} bytes, the manifest says {record.bytes}")
             elif (sha256 := hash_file(folder / name, advance)[1]) != record.sha256:
-                yield Difference(name, None, f"SHA-256 {sha256}, the manifest says {printable(record.sha256)}")
+                yield Difference(name, None, f"{WRONG_HASH} {sha256}, the manifest says {printable(record.sha256)}")
         except OSError as error:
             yield Difference(name, None, f"cannot be read: {error.strerror}")
 
@@ -135,9 +142,11 @@ def _check_against_inputs(
     ft: str | os.PathLike[str],
     manifest: Manifest,
     full: bool,
+    damaged: set[str],
     found: list[Difference],
     advance: Advance,
 ) -> tuple[int, int]:
+    """(bytes compared, matrices recomputed); all matrices in `damaged` files are, whatever `full` says."""
     sides: list[Checkpoint] = []
     try:
         for source, record in ((out, None), (ft, manifest.fine_tuned), (base, manifest.base)):
@@ -179,22 +188,37 @@ def _check_against_inputs(
         found += compare_side_files(manifest.files, beside, recorded, written, advance)
         if base is None:
             edited = {record.name for record in manifest.tensors}
+            edited |= _check_copies(made, find_copies(tuned, sorted(edited)), found)
             # Selected, and of a zero delta: FT's values in the dtype that was asked for.
             converted = {item.name for item in manifest.kept if is_converted(made, item.name, spec)} - edited
             found += compare_converted(made, tuned, converted)
             return compare_untouched(made, tuned, edited | converted, found, advance), 0
         # Whether to go on was asked when the output was made.
         allowed = dataclasses.replace(spec, allow_missing=True, allow_other_depth=True)
-        plan = make_plan(sides[2], tuned, allowed)
+        plan = plan_pair(sides[2], tuned, allowed)
         if adapted and not merged:
-            return check_adapter(made, tuned, plan, manifest, spec, full, found, advance)
-        compared = compare_untouched(made, template, {unit.name for unit in plan.units}, found, advance)
+            return check_adapter(made, tuned, plan, manifest, spec, full or bool(damaged), found, advance)
+        edited = {unit.name for unit in plan.units}
+        copies = {unit.name: tuple(copy.name for copy in unit.copies) for unit in plan.units if unit.copies}
+        edited |= _check_copies(made, copies, found)
+        compared = compare_untouched(made, template, edited, found, advance)
         if not merged:
             compared += compare_other_rows(made, tuned, plan, found)
-        return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, found, advance)
+        return compared, recompute(made, tuned, sides[2], plan, manifest, spec, full, damaged, found, advance)
     finally:
         for side in sides:
             side.close()
+
+
+def _check_copies(made: Checkpoint, copies: dict[str, tuple[str, ...]], found: list[Difference]) -> set[str]:
+    """The names of all copies of tied weights; each must hold what was written to the first."""
+    names = set()
+    for first, others in copies.items():
+        for other in others:
+            names.add(other)
+            if {first, other} <= made.tensors.keys() and not hold_same_bytes(made, first, other):
+                found.append(Difference(made.tensors[other][0], other, f"is not {printable(first)}, stored again"))
+    return names
 
 
 def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set[str]:

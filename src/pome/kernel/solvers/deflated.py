@@ -46,7 +46,8 @@ from pome.kernel.gram_products import (
 )
 from pome.kernel.householder import BlockReflector, find_reflector, orthonormalise
 from pome.kernel.norms import draw_gaussian, estimate_spectral_norm, squared_norm
-from pome.kernel.polar import multiply_polar, scaled_image
+from pome.kernel.polar import scaled_image
+from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, rank_tolerance
 
@@ -97,7 +98,11 @@ class DeflatedGram:
 
 
 def solve_deflated(
-    D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, helper: torch.device | None = None
+    D: Tensor,
+    rule: RankRule,
+    cache: DecompositionCache | None = None,
+    power: float = 0.0,
+    helper: torch.device | None = None,
 ) -> Truncation:
     """Truncation of D (m x n, float32). Raises Undecided when float32 cannot settle the rank, k or the subspace.
 
@@ -115,8 +120,8 @@ def solve_deflated(
     refine_cut(tall, V, sigma, k, found)
     B = scaled_image(tall, V[:, :k], sigma[:k])
     sigma[rank:] = 0.0
-    P = multiply_polar(B, V[:, :k], sigma[:k], tall is not D, found.strong)
-    return Truncation(P, sigma, rank, k, find_resolution(sigma, k, found.strong))
+    M, isometry = multiply_power(B, V[:, :k], sigma[:k], tall is not D, found.strong, power)
+    return Truncation(M, sigma, rank, k, find_resolution(sigma, k, found.strong), power, isometry)
 
 
 def decompose_deflated(tall: Tensor, shape: tuple[int, int], helper: torch.device) -> Decomposition:

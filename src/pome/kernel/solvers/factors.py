@@ -12,11 +12,13 @@ from pome.kernel.rank import RankRule, count_rank
 CANCELLED = 2.0**-46  # rounding of a float64 product, relative to its factors: what is no larger is zero
 
 
-def solve_factors(b: Tensor, a: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation:
+def solve_factors(
+    b: Tensor, a: Tensor, rule: RankRule, cache: DecompositionCache | None = None, power: float = 0.0
+) -> Truncation:
     """Truncation of D = b @ a, b m x r and a r x n, both float32 or both float64.
 
     Q_b R_b = b and Q_a R_a = a^T give D = Q_b (R_b R_a^T) Q_a^T, and the core R_b R_a^T is at most r x r. Everything
-    but the product that writes P is float64: r is small, and it costs milliseconds. Raises ZeroDelta where the product
+    but the product that writes M is float64: r is small, and it costs milliseconds. Raises ZeroDelta where the product
     cancels.
     """
     shape = (b.shape[0], a.shape[1])
@@ -26,7 +28,9 @@ def solve_factors(b: Tensor, a: Tensor, rule: RankRule, cache: DecompositionCach
     k = rule.choose(sigma, found.rank, shape)
     left, right = found.U[:, :k].to(b), found.V[:, :k].mT.to(b)
     resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Truncation(left @ right, sigma, found.rank, k, resolution, (left, right))
+    weights = (sigma[:k] / sigma[0]) ** power
+    M = (left if power == 0.0 else left * weights.to(left)) @ right
+    return Truncation(M, sigma, found.rank, k, resolution, power, (left, right), is_product=True)
 
 
 def decompose_factors(b: Tensor, a: Tensor) -> Decomposition:

@@ -22,7 +22,8 @@ from pome.kernel.decomposition import (
     find_decomposition,
 )
 from pome.kernel.gram_products import find_eigenvectors, find_image, multiply_gram
-from pome.kernel.polar import multiply_polar, scaled_image
+from pome.kernel.polar import scaled_image
+from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, count_rank, rank_tolerance
 
@@ -34,7 +35,7 @@ BLURRED = 1e-7  # relative error of s_k^2 from which on the directions around it
 TAIL = 10.0  # what is found again without squaring begins this many times above the value that has to be known
 
 
-def solve_gram(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation:
+def solve_gram(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, power: float = 0.0) -> Truncation:
     """Truncation of D (m x n, float32 or float64).
 
     Raises Undecided when float64 squares cannot settle the rank, k or the kept subspace.
@@ -55,8 +56,11 @@ def solve_gram(D: Tensor, rule: RankRule, cache: DecompositionCache | None = Non
         measure_cut(tall, V, sigma, k)
     sigma[rank:] = 0.0
     B = scaled_image(tall, V[:, :k], sigma[:k])
-    P = multiply_polar(B, V[:, :k], sigma[:k], transposed=shape[0] < shape[1])
-    return Truncation(P.to(D), sigma, rank, k, slack if k < start else EPS * float(sigma[0] / sigma[k - 1]))
+    M, isometry = multiply_power(B, V[:, :k], sigma[:k], shape[0] < shape[1], 0, power)
+    if isometry is not None:
+        isometry = isometry[0].to(D), isometry[1].to(D)
+    resolution = slack if k < start else EPS * float(sigma[0] / sigma[k - 1])
+    return Truncation(M.to(D), sigma, rank, k, resolution, power, isometry)
 
 
 def decompose_gram(tall: Tensor, shape: tuple[int, int]) -> Decomposition:

@@ -10,7 +10,7 @@ from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, count_rank
 
 
-def solve_svd(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None) -> Truncation:
+def solve_svd(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, power: float = 0.0) -> Truncation:
     """Truncation of D (m x n, float32 or float64) by `torch.linalg.svd` in float64.
 
     Raises torch.linalg.LinAlgError when the driver does not converge.
@@ -21,7 +21,12 @@ def solve_svd(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None
     sigma, U, Vh = found.sigma, found.U, found.V.mT
     k = rule.choose(sigma, found.rank, shape)
     resolution = torch.finfo(torch.float64).eps * max(shape) ** 0.5 * float(sigma[0] / sigma[k - 1])
-    return Truncation((U[:, :k] @ Vh[:k]).to(D), sigma, found.rank, k, resolution)
+    left, right = U[:, :k], Vh[:k]
+    if power == 0.0:
+        return Truncation((left @ right).to(D), sigma, found.rank, k, resolution)
+    weights = ((sigma[:k] / sigma[0]) ** power).to(left)
+    isometry = left.to(D), right.to(D)
+    return Truncation(((left * weights) @ right).to(D), sigma, found.rank, k, resolution, power, isometry)
 
 
 def decompose_by_svd(D: Tensor) -> Decomposition:

@@ -22,7 +22,8 @@ EVAL_EXTRA = "run: pip install 'pome-edit[eval]'"
 def load_model(folder: Path, device: str) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers, ready to be scored on `device`: float32 on a CPU, else as stored.
 
-    No code that a checkpoint brings is run. Raises ScoreError.
+    No code that a checkpoint brings is run. Raises ScoreError, also where a weight of the model is not in the
+    checkpoint: the library would make it up, and every load of the same files would score differently.
     """
     try:
         import transformers
@@ -32,11 +33,39 @@ def load_model(folder: Path, device: str) -> tuple[Any, Any]:
     kind = "float32" if device == "cpu" else "auto"
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=kind)
+        model, info = library.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        refuse_made_up(model, info)
         return model.to(device).eval(), tokenizer
+    except ScoreError:
+        raise
     except Exception as error:  # a config may bring it to raise anything, and a device may have too little memory
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ScoreError(f"transformers cannot load it: {printable(said[0])}") from None
+
+
+def refuse_made_up(model: Any, info: Mapping[str, Any]) -> None:
+    """Raise ScoreError naming a weight that transformers did not load: missing, of another shape, or failed.
+
+    `info` is what `from_pretrained` returns with `output_loading_info`. A missing weight that is tied to a loaded one
+    is not made up.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    missing = set(info.get("missing_keys", ()))
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    lost = sorted(name for name in missing if id(tensors.get(name)) not in loaded)
+    other = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
+    errors = [str(item) for item in info.get("error_msgs", ())]
+    for names, what in ((lost, "is not in the checkpoint"), (other, "has another shape in the checkpoint")):
+        if names:
+            more = f" ({len(names)} weights in all)" if len(names) > 1 else ""
+            raise ScoreError(
+                f"as a {type(model).__name__}, its weight {printable(names[0])} {what}{more}, and transformers would "
+                "make it up at random; score it with --score-cmd, or give a causal language model"
+            )
+    if errors:
+        raise ScoreError(f"transformers cannot load it: {printable(errors[0])}")
 
 
 @dataclass(frozen=True)
