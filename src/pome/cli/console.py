@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -24,7 +25,8 @@ def make_console(quiet: bool) -> Console:
     """Everything for people goes to stderr; stdout is for `--json`."""
     from rich.console import Console
 
-    console = Console(stderr=True, quiet=quiet)
+    # The stream itself and not whatever sys.stderr is later: a scorer's own lines go elsewhere.
+    console = Console(file=sys.stderr, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = LOG_WIDTH  # a log has no width of its own, and tables should not fold to a terminal's 80
     # The Hub's library, not loaded yet, draws bars of its own and tells of each request that it repeats.
@@ -37,23 +39,30 @@ def make_console(quiet: bool) -> Console:
 
 @contextlib.contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
-    """Bars on a terminal, plain lines in a log, nothing for --quiet."""
+    """Bars on a terminal, plain lines in a log, nothing for --quiet; an interrupt is acknowledged at once."""
+    from pome.cli.interrupts import acknowledge_interrupts
     from pome.cli.progress import BarProgress, LineProgress
     from pome.output.progress import Progress
 
     if console.quiet:
         yield Progress()
     elif console.is_terminal:
-        with BarProgress(console) as bars:
+        with BarProgress(console) as bars, acknowledge_interrupts(bars.acknowledge_interrupt):
             yield bars
     else:
-        yield LineProgress(console)
+        lines = LineProgress(console)
+        with acknowledge_interrupts(lines.acknowledge_interrupt):
+            yield lines
 
 
 def print_lines(console: Console, lines: Iterable[str], limit: int = 2000) -> None:
-    """Lines as they are: no markup, no colour for numbers, and not folded to the console's width."""
-    for line in (line for text in lines for line in text.split("\n")):
-        console.print(printable(line, limit), highlight=False, markup=False, soft_wrap=True)
+    """Lines without markup or colour for numbers: on a terminal wrapped between words, in a log one line each."""
+    from pome.cli.tables.text import wrap_message
+
+    for line in lines:
+        text = "\n".join(printable(piece, limit) for piece in line.split("\n"))
+        shown = wrap_message(text, console.width) if console.is_terminal else text
+        console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 def write_document(document: Iterable[str], done: str = "") -> None:
@@ -68,9 +77,14 @@ def write_document(document: Iterable[str], done: str = "") -> None:
 
 
 def complain(message: str) -> None:
-    """One error as a line on stderr."""
+    """One error as a message on stderr: on a terminal wrapped between words, elsewhere one line."""
+    from pome.cli.tables.text import wrap_message
+
+    text = f"error: {message}"
     with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            text = wrap_message(text, shutil.get_terminal_size().columns)
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe_error(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from pome.cli.console import print_lines
 from pome.config.outputs import Publication, Reports
@@ -17,27 +18,30 @@ if TYPE_CHECKING:
     from pome.manifest import Manifest
 
 
+HYPOTHESIS = "An edit is a hypothesis until `pome sweep` or a test of your own has tried it."
+_told: WeakSet[Console] = WeakSet()  # the consoles on which that was said
+
+
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
     """Tell what was edited, what was kept, and what OUT is now."""
-    from pome.checkpoint.sidefiles import MANIFEST_NAME
-    from pome.cli.tables.edit import describe_kept, describe_left_out, describe_warnings, make_closing_table
-    from pome.cli.tables.text import show_bytes
+    from pome.cli.tables.edit import (
+        describe_closing,
+        describe_kept,
+        describe_left_out,
+        describe_warnings,
+        make_closing_table,
+    )
 
     if manifest.tensors:
         console.print(make_closing_table(manifest))
-    for line in [*describe_kept(manifest.kept), *describe_left_out(manifest.not_copied), *describe_warnings(manifest)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    lines = [*describe_kept(manifest.kept), *describe_left_out(manifest.not_copied), *describe_warnings(manifest)]
     if not manifest.tensors:
         same = "OUT is BASE with the adapter merged" if manifest.template == "BASE" else "OUT equals FT"
-        console.print(f"warning: no matrix was edited; {same}", highlight=False)
-    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
-    merged = f"{len(manifest.merged)} merged, " if manifest.merged else ""
-    rest = f"{merged}every other byte as in {manifest.template}"
-    line = (
-        f"{printable(str(out))}  {size}, {len(manifest.tensors)} matrices edited, {rest}   "
-        f"manifest: {printable(str(out / MANIFEST_NAME))}"
-    )
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        lines.append(f"warning: no matrix was edited; {same}")
+    print_lines(console, [*lines, *describe_closing(manifest, out)])
+    if manifest.tensors and manifest.sweep is None and console not in _told:
+        _told.add(console)
+        print_lines(console, [HYPOTHESIS])
 
 
 def push(out: Path, publication: Publication, console: Console) -> None:

@@ -1,49 +1,73 @@
-"""Progress of a command: bars on a terminal, plain lines in a log."""
+"""Progress of an edit or a survey: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from pome.checkpoint.source import Checkpoint
-from pome.cli.tables.text import name_side, show_bytes
-from pome.editing.session import Opened
+from pome.cli.tables.text import show_bytes, show_clock, show_seconds, wrap_message
 from pome.errors import printable
 from pome.output.progress import Progress
 from pome.planning.units import Plan
-from pome.reports.sweep_data import show_number
-from pome.sweeping.trials import Listener, Trial
 
 VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
+SETTLED = 0.5  # seconds after which a speed says something
 
 
-class LineProgress(Progress):
-    """Plain lines for logs and CI."""
+@dataclass
+class Stage:
+    """What is known of one task: amounts in bytes or units, bytes moved, and work as `Unit.work` counts it."""
+
+    task: str
+    total: int
+    work: float
+    begun: float
+    done: int = 0
+    moved: int = 0
+    worked: float = 0.0
+    ended: float | None = None
+
+    def spend(self, now: float) -> float:
+        """Seconds since it began, until it ended."""
+        return (now if self.ended is None else self.ended) - self.begun
+
+    def describe_amount(self) -> str:
+        """`12/32` for units, `1.2 GB of 2.9 GB` for bytes."""
+        if self.task in COUNTED:
+            return f"{self.done}/{self.total}"
+        if self.done == self.total:
+            return show_bytes(self.total)
+        return f"{show_bytes(self.done)} of {show_bytes(self.total)}"
+
+    def describe_speed(self, now: float) -> str:
+        """Bytes a second, on the mean of the stage; empty while too little is known."""
+        spent = self.spend(now)
+        fresh = self.ended is None and spent < SETTLED
+        return "" if fresh or not self.moved or spent <= 0.0 else f"{show_bytes(self.moved / spent)}/s"
+
+    def estimate_left(self, now: float) -> float | None:
+        """Seconds until the end: by the work that is done where it is known, else by the amount."""
+        part = self.worked / self.work if self.work else self.done / self.total if self.total else 0.0
+        return self.spend(now) * (1.0 - part) / part if 0.0 < part < 1.0 else None
+
+
+class ShownProgress(Progress):
+    """Progress that a person reads: what both ways to show it have in common."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.totals: dict[str, int] = {}
-        self.done: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()
-        self.begun: dict[str, float] = {}
-        self.said = 0.0
+        self.stages: dict[str, Stage] = {}
+        self.running: str | None = None
+        self.stopping = False
 
     def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
         if resumed:
@@ -53,114 +77,151 @@ class LineProgress(Progress):
     def note(self, text: str) -> None:
         self.say(text)
 
-    def start(self, task: str, total: int) -> None:
-        self.totals[task] = total
-        self.begun[task] = self.said = time.monotonic()
+    def start(self, task: str, total: int, work: float = 0.0) -> None:
+        self.running = task
+        self.stages[task] = Stage(task, total, work, time.monotonic())
 
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        self.done[task] += amount
-        self.moved[task] += nbytes
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
+        stage = self.stages[task]
+        stage.done += amount
+        stage.moved += nbytes
+        stage.worked += work
+
+    def finish(self, task: str) -> None:
+        self.running = None
+        self.stages[task].ended = time.monotonic()
+
+    def acknowledge_interrupt(self) -> None:
+        """Say at once that Ctrl-C was heard; what is being worked on is finished first."""
+        if not self.stopping:
+            self.stopping = True
+            self.say("stopping after this matrix" if self.running in COUNTED else "stopping")
+
+    def say(self, line: str) -> None:
+        text = wrap_message(line, self.console.width) if self.console.is_terminal else line
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LineProgress(ShownProgress):
+    """Plain lines for logs and CI."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.said = 0.0
+
+    def start(self, task: str, total: int, work: float = 0.0) -> None:
+        super().start(task, total, work)
+        self.said = self.stages[task].begun
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
+        super().advance(task, amount, nbytes, note, work)
         now = time.monotonic()
         if now - self.said >= PLAIN_SECONDS:
             self.said = now
-            self.say(self._describe(task, now))
+            self.say(self._describe(self.stages[task], now))
 
     def finish(self, task: str) -> None:
-        total = self.totals[task]
-        amount = f"{total} units" if task in COUNTED else show_bytes(total)
-        self.say(f"{VERBS[task]} {amount}: done in {time.monotonic() - self.begun[task]:.1f} s")
+        super().finish(task)
+        stage = self.stages[task]
+        amount = f"{stage.total} units" if task in COUNTED else show_bytes(stage.total)
+        if task == "copy" and not stage.done and stage.total:
+            self.say(f"{VERBS[task]} {amount}: done by an earlier run")
+        else:
+            self.say(f"{VERBS[task]} {amount}: done in {show_seconds(stage.spend(time.monotonic()))}")
 
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _describe(self, task: str, now: float) -> str:
-        count, total = self.done[task], self.totals[task]
-        spent = now - self.begun[task]
-        amount = f"{count}/{total}" if task in COUNTED else f"{show_bytes(count)} of {show_bytes(total)}"
-        rate = f"  {show_bytes(self.moved[task] / spent)}/s" if spent > 0.5 else ""
-        left = f"  {spent / count * (total - count):.0f} s left" if 0 < count < total and spent > 0.5 else ""
-        return f"{VERBS[task]} {amount}{rate}{left}"
+    def _describe(self, stage: Stage, now: float) -> str:
+        left = stage.estimate_left(now) if stage.spend(now) > SETTLED else None
+        words = [stage.describe_speed(now), "" if left is None else f"{show_seconds(left)} left"]
+        return "  ".join([f"{VERBS[stage.task]} {stage.describe_amount()}", *filter(None, words)])
 
 
-class SweepLines(Listener):
-    """A line for every model scored, on a terminal and in a log: a score may take an hour, and none is like another."""
+class StageColumn(ProgressColumn):
+    """One text of a stage, as a method of BarProgress gives it."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def begin(self, opened: Opened, count: int, basis_bytes: int, copy_bytes: int, folder: Path) -> None:
-        copy = f", a copy of {show_bytes(copy_bytes)} to score from" if copy_bytes else ""
-        line = f"{name_side(opened.base)} -> {name_side(opened.ft)}   {count} models to score   "
-        place = f"in {printable(str(folder))}: decompositions of up to {show_bytes(basis_bytes)}"
-        self._say(line + place + copy)
-        for notice in opened.notices:
-            self._say(f"warning: {printable(notice, 2000)}")
-
-    def tell(self, trial: Trial, number: int, count: int) -> None:
-        said = f"no score: {trial.failed}" if trial.score is None else show_number(trial.score.scored.value)
-        when = "by an earlier run" if trial.earlier else f"{trial.seconds:.1f} s"
-        self._say(f"[{number}/{count}] {printable(trial.label)}  {printable(said)}  {when}")
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Amount(ProgressColumn):
-    """`12/32` for units, `1.2 GB` for bytes."""
+    def __init__(self, describe: str, justify: str = "left") -> None:
+        super().__init__()
+        self.describe, self.justify = describe, justify
 
     def render(self, task: Task) -> Text:
-        if task.fields["units"]:
-            return MofNCompleteColumn().render(task)
-        return Text(f"{show_bytes(task.completed)} of {show_bytes(task.total or 0)}")
+        bars: BarProgress = task.fields["owner"]
+        said: str = getattr(bars, self.describe)(bars.stages[task.fields["name"]])
+        return Text(said, style="dim" if self.justify == "right" else "", no_wrap=True)
 
 
-class _Rate(ProgressColumn):
-    """Bytes a second since the task began."""
+class StageBars(Bars):
+    """Bars, and below them the name of what is worked on, on a line of its own."""
 
-    def render(self, task: Task) -> Text:
-        moved = task.fields["moved"]
-        return Text(f"{show_bytes(moved / task.elapsed)}/s" if task.elapsed and moved else "", style="dim")
+    subject = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.subject:
+            yield Text(shorten_name(self.subject, self.console.width), style="dim", no_wrap=True)
 
 
-class BarProgress(Progress):
-    """Live bars on a terminal, from the first task on: before it the Hub's client may show its own. Use as a context
-    manager."""
+class BarProgress(ShownProgress):
+    """Live bars on a terminal, from the first task on: before it the Hub's client may show its own.
+
+    Use as a context manager.
+    """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.tasks: dict[str, TaskID] = {}
-        self.bars = Bars(
-            SpinnerColumn(),
+        super().__init__(console)
+        self.rows: dict[str, TaskID] = {}
+        self.bars = StageBars(
+            SpinnerColumn(finished_text="\u2713"),
             TextColumn("{task.description}"),
-            BarColumn(),
-            _Amount(),
-            _Rate(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            BarColumn(bar_width=None),
+            StageColumn("_describe_amount"),
+            StageColumn("_describe_speed", "right"),
+            StageColumn("_describe_time", "right"),
             console=console,
+            expand=True,
         )
 
     def __enter__(self) -> BarProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bars.subject = ""
         self.bars.stop()
 
-    def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
-        if resumed:
-            self.console.print(f"going on: {resumed} of {len(plan.units)} units were finished by an earlier run")
-
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, task: str, total: int) -> None:
+    def start(self, task: str, total: int, work: float = 0.0) -> None:
+        super().start(task, total, work)
         self.bars.start()
-        self.tasks[task] = self.bars.add_task(VERBS[task], total=total, note="", moved=0, units=task in COUNTED)
+        self.rows[task] = self.bars.add_task(VERBS[task], total=total, owner=self, name=task)
 
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        row = self.tasks[task]
-        moved = self.bars.tasks[row].fields["moved"] + nbytes
-        self.bars.update(row, advance=amount, moved=moved, note=printable(note, 60))
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
+        super().advance(task, amount, nbytes, note, work)
+        if note:
+            self.bars.subject = printable(note, 1000)
+        self.bars.update(self.rows[task], advance=amount)
 
     def finish(self, task: str) -> None:
-        self.bars.update(self.tasks[task], note="")
+        super().finish(task)
+        self.bars.subject = ""
+        # An earlier run may have done a part that this one tells nothing of.
+        self.bars.update(self.rows[task], completed=self.stages[task].total)
+        self.bars.stop_task(self.rows[task])
+
+    def _describe_amount(self, stage: Stage) -> str:
+        return stage.describe_amount() if stage.ended is None or stage.task in COUNTED else show_bytes(stage.total)
+
+    def _describe_speed(self, stage: Stage) -> str:
+        return stage.describe_speed(time.monotonic())
+
+    def _describe_time(self, stage: Stage) -> str:
+        now = time.monotonic()
+        if stage.ended is not None:
+            return (
+                "earlier run"
+                if stage.task == "copy" and not stage.done and stage.total
+                else show_seconds(stage.spend(now))
+            )
+        left = stage.estimate_left(now)
+        return "" if left is None else f"{show_clock(left)} left"
+
+
+def shorten_name(name: str, width: int) -> str:
+    """A name in one line: of a longer one the end, which tells tensors apart."""
+    return name if len(name) <= width else "\u2026" + name[-(width - 1) :]

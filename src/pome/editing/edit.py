@@ -191,13 +191,14 @@ class _Run:
             if file.name != ADAPTER_CONFIG:
                 staging.copy_file(file.name, file.path, advance_bytes(self.progress, "copy"))
         self.progress.finish("copy")
-        self.progress.start("edit", len(opened.plan.units))
+        self.progress.start("edit", len(opened.plan.units), sum(unit.work for unit in opened.plan.units))
         begun = time.perf_counter()
 
         def edit_each() -> Iterator[Any]:
             for lora in edit_loras(opened.plan, opened.ft, self.spec, device):
                 yield lora
-                self.progress.advance("edit", len(lora.units), sum(unit.nbytes for unit in lora.units), lora.low.key)
+                nbytes, work = (sum(amounts) for amounts in zip(*((u.nbytes, u.work) for u in lora.units), strict=True))
+                self.progress.advance("edit", len(lora.units), int(nbytes), lora.low.key, work)
 
         scratch = staging.folder / "factors"
         staging.finished |= {unit.key: {"tensors": [], "kept": []} for unit in opened.plan.units}
@@ -216,7 +217,7 @@ class _Run:
         opened = self.opened
         units = opened.plan.units
         todo = [unit for unit in units if unit.key not in staging.finished]
-        self.progress.start("edit", len(units))
+        self.progress.start("edit", len(units), sum(unit.work for unit in todo))
         self.progress.advance("edit", len(units) - len(todo))
         pending: list[dict[str, Any]] = []
         last = time.monotonic()
@@ -252,7 +253,8 @@ class _Run:
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
                 )
-                self.progress.advance("edit", 1, patch.unit.nbytes + patch.unit.base_nbytes, patch.unit.name)
+                unit = patch.unit
+                self.progress.advance("edit", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
                 if len(pending) >= COMMIT_UNITS or time.monotonic() - last > COMMIT_SECONDS:
                     commit()
                     last = time.monotonic()

@@ -45,7 +45,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
         devices = list_devices(spec.device)
         units = [unit for unit in opened.plan.units if unit.parts]
         progress.begin(opened.plan, opened.ft, devices, 0)
-        progress.start("survey", len(units))
+        progress.start("survey", len(units), sum(unit.work for unit in units))
 
         def read(unit: Unit) -> Data:
             return read_unit(unit, opened.ft, opened.base)
@@ -56,7 +56,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
         found: dict[str, list[Matrix | KeptRecord]] = {}
         for unit, records in map_units(units, devices, read, work):
             found[unit.key] = records
-            progress.advance("survey", 1, unit.nbytes + unit.base_nbytes, unit.name)
+            progress.advance("survey", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
         progress.finish("survey")
         for side in (opened.base, opened.ft):
             side.check_unchanged()

@@ -27,11 +27,17 @@ class Progress:
     def note(self, text: str) -> None:
         """Something that a user should know of the inputs, found by reading them."""
 
-    def start(self, task: str, total: int) -> None:
-        """A task of `total` bytes (`copy`, `hash`) or units (`edit`, `survey`) begins."""
+    def start(self, task: str, total: int, work: float = 0.0) -> None:
+        """A task of `total` bytes (`copy`, `hash`) or units (`edit`, `survey`) begins.
 
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
-        """`amount` more of the task is done, which moved `nbytes` bytes; `note` names what was worked on."""
+        `work` is the sum of `Unit.work` over what this run will do itself, for an estimate of the time left.
+        """
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
+        """`amount` more of the task is done, which moved `nbytes` bytes; `note` names what was worked on.
+
+        `work` is the part of the task's work that it took: 0 for what an earlier run finished.
+        """
 
     def finish(self, task: str) -> None:
         """The task is done."""

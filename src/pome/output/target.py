@@ -14,10 +14,11 @@ from pome.output.durable import as_output_error, clear_staging, read_object
 from pome.output.lock import LOCK_NAME, take_lock
 
 STAGING_SUFFIX, SWEEP_SUFFIX = ".pome-staging", ".pome-sweep"
+SCORER_LOG = "scorer.log"
 # All that ever lies in a staging folder: the run's own, the output before it is OUT, and a sweep's.
 STAGED = {
     *(LOCK_NAME, "command", "journal", "output", "replaced", "publishing", "factors"),
-    *("decompositions", "base", "scores.jsonl", "scores.new"),
+    *("decompositions", "base", "scores.jsonl", "scores.new", SCORER_LOG),
 }
 
 

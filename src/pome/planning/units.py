@@ -17,6 +17,7 @@ from pome.roles.layout import Block, Layout, Part, matrix_shape
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
 Added = dict[str, list[tuple[str, str, tuple[int, ...]]]]  # file -> name, dtype and shape of tensors that FT lacks
+BYTE_WORK = 32.0  # to read, merge or write a byte takes about as long as so many multiply-adds
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
 
 
@@ -79,6 +80,15 @@ class Unit:
     @property
     def key(self) -> str:
         return json.dumps([self.name, self.expert])  # a name may hold any character: no two units share a key
+
+    @property
+    def work(self) -> float:
+        """What the unit costs beside others, for an estimate of the time left: m n min(m, n) of each matrix, and the
+        bytes that are moved."""
+        shapes = [fan_out_in(self, part) for part in self.parts]
+        return sum(m * n * min(m, n) for m, n in shapes) + BYTE_WORK * (
+            self.nbytes + self.base_nbytes + self.out_nbytes
+        )
 
     def label(self, part: Part) -> str | None:
         """The manifest's `part`: None for a whole 2-D tensor, else such as `expert=3,half=up`."""

@@ -11,8 +11,14 @@ from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 from pome.sweeping.trials import Outcome
 
-# Options of which a sweep takes numbers, and the largest that each may be.
-NUMBERS = {"beta": math.inf, "rank_ratio": 1.0, "rank": math.inf, "energy": 1.0}
+# Options of which a sweep takes numbers, with the least and the largest that each may be.
+NUMBERS = {
+    "beta": (0.0, math.inf),
+    "power": (0.0, 8.0),
+    "rank_ratio": (0.0, 1.0),
+    "rank": (1, math.inf),
+    "energy": (0.0, 1.0),
+}
 
 
 def describe_outcome(outcome: Outcome) -> list[str]:
@@ -61,7 +67,7 @@ def describe_failures(outcome: Outcome) -> list[str]:
 def advise_grid(outcome: Outcome) -> str:
     """Which values to try next where the best candidate has the first or last of those tried; else nothing."""
     assert outcome.best is not None and outcome.best.candidate is not None
-    tried: dict[str, list[Any]] = {"beta": outcome.grid["beta"]}
+    tried: dict[str, list[Any]] = {name: outcome.grid[name] for name in ("beta", "power")}
     for options in outcome.grid["cuts"]:
         for name, value in options.items():
             tried.setdefault(name, []).append(value)
@@ -71,9 +77,10 @@ def advise_grid(outcome: Outcome) -> str:
         if name not in NUMBERS or len(values) < 2:
             continue
         option = f"--{name.replace('_', '-')}"
-        if value == max(values) and value < NUMBERS[name]:
+        least, most = NUMBERS[name]
+        if value == max(values) and value < most:
             advice.append(f"{option} above {value:g}")
-        elif value == min(values):
+        elif value == min(values) and value > least:
             advice.append(f"{option} below {value:g}")
     return " and ".join(advice)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
@@ -21,7 +22,7 @@ from pome.manifest import Manifest, read_manifest
 from pome.output.copying import Template, copy_files, count_space, make_config
 from pome.output.progress import Progress
 from pome.output.staging import Staging
-from pome.output.target import SWEEP_SUFFIX, check_target
+from pome.output.target import SCORER_LOG, SWEEP_SUFFIX, check_target
 from pome.planning.units import Plan
 from pome.sweeping.fingerprints import Fingerprints, remove_changed, take_fingerprints
 from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
@@ -196,6 +197,7 @@ class _SweepRun:
         except StopIteration:
             pass
         self.opened.check_unchanged()
+        self.listener.finish()
         trials, beats = rank_trials(list(self.trials.values()), reference.score, self.scorer.minimize)
         return Outcome(
             trials=trials,
@@ -237,6 +239,7 @@ class _SweepRun:
             trial = Trial(key, label, candidate, known.score, known.failed, known.seconds, earlier=True)
         else:
             score, failed = None, None
+            self.listener.start(label, len(self.trials) + 1, self.count)
             try:
                 score = self._score(key, candidate)
             except (ScoreError, NumericalError) as error:
@@ -291,8 +294,11 @@ class _SweepRun:
             copy_files(self.opened.template, self.staging, Progress())
 
     def _score_model(self, model: Any, tokenizer: Any) -> Score:
+        log = self.staging.folder / SCORER_LOG
         try:
-            return cast(ModelScorer, self.scorer).score_model(model, tokenizer)
+            # What libraries print while they score would tear the screen; it is kept beside the scores.
+            with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                return cast(ModelScorer, self.scorer).score_model(model, tokenizer)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             # From inside a model: an index beyond a vocabulary, memory that a device does not have.
             reason = str(error).strip().splitlines()[:1] or [""]

@@ -82,5 +82,11 @@ class Listener:
     def begin(self, opened: Opened, count: int, decomposition_bytes: int, copy_bytes: int, folder: Path) -> None:
         """`count` models will be scored; so much disk goes to decompositions and to the scratch copy, in `folder`."""
 
+    def start(self, label: str, number: int, count: int) -> None:
+        """A model is about to be made and scored, the `number`-th of `count`."""
+
     def tell(self, trial: Trial, number: int, count: int) -> None:
         """A model was scored, or could not be."""
+
+    def finish(self) -> None:
+        """Every model was scored."""

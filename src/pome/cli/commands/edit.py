@@ -61,16 +61,15 @@ def run(
 
 
 def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, as_json: bool, overwrite: bool) -> None:
-    from pome.cli.tables.edit import describe_left_out, describe_plan, make_plan_table
-    from pome.cli.tables.text import show_bytes
+    from pome.cli.tables.edit import describe_left_out, describe_needs, describe_plan, make_plan_table
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
     with open_pair(base, ft, spec) as opened:
-        check_target(out, opened.list_inputs(), overwrite)
+        target = check_target(out, opened.list_inputs(), overwrite=True)  # that it exists is said, not refused
         print_lines(console, [describe_plan(opened), *describe_left_out(opened.not_copied)])
         console.print(make_plan_table(opened))
-        console.print(f"expected memory: {show_bytes(opened.plan.memory)}", highlight=False)
+        print_lines(console, describe_needs(opened, spec, target, overwrite))
         if as_json:
             print(json.dumps(opened.to_json(), indent=1))
 

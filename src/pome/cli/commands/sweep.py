@@ -119,7 +119,7 @@ class SweepJob(Job):
 
 def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
     """Score, tell people, write the reports."""
-    from pome.cli.progress import SweepLines
+    from pome.cli.sweep_progress import SweepBar, SweepLines
     from pome.cli.tables.sweep import make_sweep_tables
     from pome.cli.tables.text import show_bytes
     from pome.reports.files import check_targets
@@ -133,9 +133,10 @@ def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
         from pome.output.upload import check_login
 
         check_login(job.publication.push_to_hub)
-    with show_progress(console) as progress:
+    shown = SweepBar(console) if console.is_terminal and not console.quiet else SweepLines(console)
+    with show_progress(console) as progress, shown as listener:
         outcome = sweep(
-            base, ft, out, job.grid, job.scorer, listener=SweepLines(console), progress=progress,
+            base, ft, out, job.grid, job.scorer, listener=listener, progress=progress,
             overwrite=job.replacing.overwrite, fresh=job.replacing.fresh, write_best=job.write_best,
             retry_failed=job.retry_failed, card=job.publication.has_card,
         )  # fmt: skip

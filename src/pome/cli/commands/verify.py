@@ -63,15 +63,19 @@ def check_sides(base: str | None, ft: str | None, full: bool) -> None:
 
 
 def report_verdict(verdict: Verdict, out: str, console: Console) -> None:
-    from pome.cli.tables.text import show_bytes
+    """Every difference as an error, what was checked, and at the end OK or the number of differences."""
+    from pome.cli.tables.text import count_noun, show_bytes
 
     for item in verdict.differences:
         where = f"{printable(item.file)}: {printable(item.tensor)}" if item.tensor else printable(item.file)
         complain(f"{where}: {item.what}")
-    checked = f"{verdict.files} files hashed, {show_bytes(verdict.bytes_compared)} compared with FT, "
-    checked += f"{verdict.edits} edits recomputed"
-    ending = "as the manifest says" if verdict.ok else f"{len(verdict.differences)} differences"
-    print_lines(console, [f"{printable(out)}: {ending} ({checked})"])
+    checked = [f"{count_noun(verdict.files, 'file')} hashed"]
+    if verdict.bytes_compared:
+        checked.append(f"{show_bytes(verdict.bytes_compared)} compared with FT")
+    if verdict.edits:
+        checked.append(f"{count_noun(verdict.edits, 'edit')} recomputed")
+    ending = "OK" if verdict.ok else count_noun(len(verdict.differences), "difference")
+    print_lines(console, [f"{printable(out)}: {', '.join(checked)}", ending])
 
 
 def list_differences(verdict: Verdict) -> list[dict[str, Any]]:
@@ -99,8 +103,10 @@ class VerifyJob(Job):
         report_verdict(verdict, self.out, console)
         if verdict.ok:
             return {"status": "done", "matrices": verdict.edits}
-        count = len(verdict.differences)
-        return {"status": "failed", "error": f"{count} differences", "differences": list_differences(verdict)}
+        from pome.cli.tables.text import count_noun
+
+        error = count_noun(len(verdict.differences), "difference")
+        return {"status": "failed", "error": error, "differences": list_differences(verdict)}
 
 
 TAKES = (VerifyJob,)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.cli.tables.fitted import FittedTable
-from pome.cli.tables.text import name_side, show_bytes
+from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
+from pome.config.spec import EditSpec
 from pome.editing.session import Opened
 from pome.errors import printable
-from pome.manifest import KeptRecord, Manifest, TensorRecord
+from pome.inspection.suggest import Notice
+from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord
 from pome.planning.units import fan_out_in
+from pome.reports.edit_warnings import group_warnings
 
 
 def describe_plan(opened: Opened) -> str:
@@ -28,6 +35,27 @@ def describe_plan(opened: Opened) -> str:
         f"{show_bytes(plan.bytes_read)} to read, {show_bytes(plan.bytes_written)} to write"
     )
     return "\n".join([line, *describe_pair_notices(opened)])
+
+
+def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool) -> list[str]:
+    """What the edit of a dry run would need: device, memory and disk; and that OUT exists, if it does."""
+    template = opened.template
+    sizes = {name: file.header.file_size for name, file in template.weights.files.items()}
+    sizes |= {name: header.file_size for name, (_, header) in template.layouts.items()}
+    sizes |= {file.name: file.size for file in template.side_files}
+    folder = next(place for place in target.parents if place.is_dir())
+    free = shutil.disk_usage(folder).free
+    device = "auto (chosen when the edit starts)" if spec.device == "auto" else spec.device
+    place = printable(str(folder), 1000)
+    lines = [
+        f"device {device}, expected memory {show_bytes(opened.plan.memory)}",
+        f"disk: {show_bytes(sum(sizes.values()))} needed (less where the file system can share blocks with the input), "
+        f"{show_bytes(free)} free in {place}",
+    ]
+    if target.exists():
+        then = "it will be replaced" if overwrite else "the edit needs --overwrite to replace it, or another OUT"
+        lines.append(f"{printable(str(target), 1000)} exists: {then}")
+    return lines
 
 
 def make_plan_table(opened: Opened) -> FittedTable:
@@ -51,8 +79,8 @@ def make_plan_table(opened: Opened) -> FittedTable:
 
 
 def make_closing_table(manifest: Manifest) -> FittedTable:
-    """A row for each role: how many matrices, and the medians (the worst, for errors) of what was measured."""
-    measured = ("energy kept", "||edit||/||delta||", "lost to rounding", "1-objective", "warnings")
+    """A row for each role: how many matrices, and the medians of what was measured."""
+    measured = ("energy kept", "departure", "lost to rounding", "warnings")
     table = FittedTable("role", "matrices", "rank", "k", *measured, where="the manifest has them")
     by_role: dict[str, list[TensorRecord]] = {}
     for record in manifest.tensors:
@@ -60,10 +88,8 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
     for role, records in by_role.items():
         median: dict[str, float] = {
             name: statistics.median(getattr(record, name) for record in records)
-            for name in ("rank", "k", "energy_kept", "rounding")
+            for name in ("rank", "k", "energy_kept", "departure", "rounding")
         }
-        ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
-        worst = max(1 - record.objective for record in records)
         warned = sum(bool(record.warnings) for record in records)
         table.add_row(
             role,
@@ -71,27 +97,47 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
             f"{median['rank']:.0f}",
             f"{median['k']:.0f}",
             f"{median['energy_kept']:.3f}",
-            f"{ratio:.3f}",
+            f"{median['departure']:.3f}",
             f"{median['rounding']:.2g}",
-            f"{max(worst, 0):.0e}",
             str(warned) if warned else "-",
         )
     return table
 
 
+def describe_closing(manifest: Manifest, out: Path) -> list[str]:
+    """What OUT is now and how long it took, and the command that verifies it."""
+    size = show_bytes(sum(file.bytes for file in manifest.files.values()))
+    count = count_noun(len(manifest.tensors), "matrix", "matrices")
+    merged = f", {len(manifest.merged)} merged" if manifest.merged else ""
+    seconds = manifest.timing.get("total_seconds")
+    took = f", in {show_seconds(seconds)}" if isinstance(seconds, float | int) else ""
+    shown = printable(str(out), 1000)
+    sides = [name_input(manifest.base), name_input(manifest.fine_tuned)]
+    command = shlex.join(["pome", "verify", str(out), "--base", sides[0], "--ft", sides[1]])
+    return [
+        f"{shown}: {size}, {count} edited{merged}, every other byte as in {manifest.template}{took}",
+        f"manifest: {printable(str(out / MANIFEST_NAME), 1000)}",
+        "to verify it:",
+        f"  {printable(command, 2000)}",
+    ]
+
+
+def name_input(side: SideRecord) -> str:
+    """An input as a command takes it: with its commit where it is on the Hub."""
+    return f"{side.source.partition('@')[0]}@{side.revision}" if side.on_hub else side.source
+
+
 def describe_warnings(manifest: Manifest) -> list[str]:
-    """Each kind of warning once, with how many matrices have it and the first of them."""
-    found: dict[str, list[str]] = {}
-    for record in manifest.tensors:
-        for warning in record.warnings:
-            found.setdefault(warning, []).append(record.name)
-    lines = []
-    for warning, names in list(found.items())[:10]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"warning: {printable(names[0])}{more}: {warning}")
-    if len(found) > 10:
-        lines.append(f"warning: {len(found) - 10} more kinds; the manifest lists all")
-    return lines
+    """Each kind of warning once: in how many matrices, the first of them, and the option that answers it."""
+    return [describe_notice(notice, len(manifest.tensors)) for notice in group_warnings(manifest.tensors)]
+
+
+def describe_notice(notice: Notice, total: int) -> str:
+    """A warning about some of the matrices, as one message."""
+    named = printable(notice.matrices[0])
+    more = f" and {notice.count - 1} more" if notice.count > 1 else ""
+    answer = f" Answer: {notice.option}" if notice.option else ""
+    return f"warning: {notice.count} of {total}: {printable(notice.text, 400)}{answer} ({named}{more})"
 
 
 def describe_pair_notices(opened: Opened) -> list[str]:

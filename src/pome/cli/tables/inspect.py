@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from pome.cli.tables.edit import describe_pair_notices
+from pome.cli.tables.edit import describe_notice, describe_pair_notices
 from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import name_side, show_bytes
 from pome.editing.session import Opened
-from pome.errors import printable
 from pome.reports.sheet import Sheet, summarise_places, summarise_roles
 
 
@@ -42,8 +41,4 @@ def _show_median(value: float) -> str:
 
 def describe_notices(sheet: Sheet) -> list[str]:
     """The warnings of a sheet, each with the option that answers it."""
-    lines = []
-    for notice in sheet.warnings:
-        answer = f" Answer: {notice.option}" if notice.option else ""
-        lines.append(f"warning: {notice.count} of {len(sheet.rows)}: {printable(notice.text, 400)}{answer}")
-    return lines
+    return [describe_notice(notice, len(sheet.rows)) for notice in sheet.warnings]
