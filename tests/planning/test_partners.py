@@ -85,6 +85,24 @@ def packed(m: Matrices, turned: bool = False) -> dict[str, Tensor]:
     return {name: t.mT for name, t in tensors.items()} if turned else tensors
 
 
+def interleaved(m: Matrices) -> dict[str, Tensor]:
+    """As gpt-oss: packed (in, out), gate and up in turn."""
+    tensors = packed(m, turned=True)
+    fused = {n: t.unflatten(-1, (2, F)).mT.flatten(-2) for n, t in tensors.items() if "gate_up" in n}
+    return tensors | fused
+
+
+def below_each_other(m: Matrices) -> dict[str, Tensor]:
+    """As DBRX: the experts of a layer in one matrix, down stored (in, out)."""
+    words = {"gate": "w1", "up": "v1", "down": "w2"}
+    tensors = {}
+    for i in sorted({i for i, _, _ in m}):
+        for role, word in words.items():
+            stack = [m[i, e, role].T if role == "down" else m[i, e, role] for e in range(E)]
+            tensors[f"transformer.blocks.{i}.ffn.experts.mlp.{word}"] = torch.cat(stack)
+    return tensors
+
+
 PHI3 = {"model_type": "phi3", "hidden_size": H, "num_attention_heads": HEADS}
 GPT2 = {"model_type": "gpt2", "n_embd": H, "n_head": HEADS}
 NO_GATE = {
@@ -100,6 +118,13 @@ DENSE = {
     "wrapped": (lambda m: plain(m, "module.model.layers.{}._orig_mod.", "_fsdp_wrapped_module.mlp."), CONFIG),
 }
 EXPERTS = {
+    "separate": (separate, MOE),
+    "packed": (packed, MOE),
+    "interleaved": (interleaved, {"model_type": "gpt_oss", "hidden_size": H, "num_local_experts": E}),
+    "below each other": (below_each_other, {"model_type": "dbrx", "d_model": H, "ffn_config": {"moe_num_experts": E}}),
+}
+# Side by side and interleaved halves differ in no shape: those two against each other are refused.
+TURNED = {
     "separate": (separate, MOE),
     "packed": (packed, MOE),
     "packed (in, out)": (lambda m: packed(m, turned=True), LLAMA4),
@@ -118,8 +143,8 @@ def define_edits(base: Matrices, ft: Matrices) -> Matrices:
 
 @pytest.mark.parametrize(
     ("layouts", "count", "layers"),
-    [(DENSE, None, ("ffn", "attention")), (EXPERTS, E, ("ffn",)), (NO_GATE, None, ("ffn",))],
-    ids=["dense", "experts", "no gate"],
+    [(DENSE, None, ("ffn", "attention")), (EXPERTS, E, ("ffn",)), (TURNED, E, ("ffn",)), (NO_GATE, None, ("ffn",))],
+    ids=["dense", "experts", "turned experts", "no gate"],
 )
 def test_every_layout_is_edited_against_every_other(
     layouts: dict[str, Any], count: int | None, layers: tuple[str, ...], tmp_path: Path
