@@ -169,6 +169,25 @@ def test_two_optimisers_share_a_merger():
     assert not first.state and not second.state
 
 
+def test_a_skipped_step_does_not_count_and_wrappers_are_looked_through():
+    model = make_model()
+    inner = adamw(model)
+
+    class Wrapper:  # as accelerate wraps an optimiser under a gradient scaler
+        optimizer = inner
+        step_was_skipped = False
+
+    wrapper = Wrapper()
+    merger = Merger(model, wrapper, every=2)
+    train(model, inner, None, batches(2))
+    assert not merger.step()
+    wrapper.step_was_skipped = True
+    assert not merger.step() and merger.steps == 1
+    wrapper.step_was_skipped = False
+    assert merger.step()
+    assert all(layer.poet_in not in inner.state for layer in poet_layers(model))
+
+
 def test_resampling_and_early_merges():
     model = make_model()
     optimizer = adamw(model)

@@ -304,3 +304,21 @@ def test_inits_have_the_spectra_they_say():
     conv = make_model("gpt2")
     wrap(conv, PoetConfig(init="normalized"))
     torch.testing.assert_close(conv.transformer.h[0].mlp.c_fc.weight.norm(dim=0), torch.ones(96))
+
+
+def test_a_real_pretrained_model_keeps_its_logits(smollm2):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    ids = torch.arange(1, 17)[None] * 37
+    with torch.no_grad():
+        before = model(ids).logits
+        report = wrap(model, PoetConfig(block_size=64))
+        assert len(report.wrapped) == 210 and list(report.kept) == ["model.embed_tokens", "lm_head"]
+        assert torch.equal(model(ids).logits, before)
+        generator = torch.Generator().manual_seed(0)
+        for layer in poet_layers(model):
+            layer.poet_in.normal_(std=0.003, generator=generator)
+            layer.poet_out.normal_(std=0.003, generator=generator)
+        turned = model(ids).logits
+        assert (turned - before).norm() > 0.01 * before.norm()
+        unwrap(model)
+        assert (model(ids).logits - turned).norm() <= 1e-5 * turned.norm()
