@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,7 +27,7 @@ from pome.sweeping.grid import BASE, FINE_TUNED, Candidate, Grid, walk
 from pome.sweeping.journal import Journal
 from pome.sweeping.scorers.base import FolderScorer, ModelScorer, Score
 from pome.sweeping.scorers.language import load_model
-from pome.sweeping.trials import Listener, Outcome, Trial
+from pome.sweeping.trials import Listener, Outcome, Trial, measure_peak
 
 if TYPE_CHECKING:
     from pome.sweeping.candidates import Maker
@@ -107,7 +105,7 @@ def sweep(
             else:
                 shutil.rmtree(staging.folder / "decompositions", ignore_errors=True)
                 staging.clear_output()
-    return dataclasses.replace(outcome, peak_bytes=_measure_peak())
+    return dataclasses.replace(outcome, peak_bytes=measure_peak())
 
 
 def _find_written(out: Path, grid: Grid, scorer: FolderScorer | ModelScorer) -> Manifest | None:
@@ -140,11 +138,6 @@ def _make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
 def _make_base_template(opened: Opened) -> Template:
     """The files of BASE, as it is scored."""
     return Template(opened.base, {}, list_side_files(opened.base)[0], make_config(opened.base, ""))
-
-
-def _measure_peak() -> int:
-    """Resident memory of this process at its most, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
 class _SweepRun:

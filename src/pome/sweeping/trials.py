@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,3 +92,8 @@ class Listener:
 
     def finish(self) -> None:
         """Every model was scored."""
+
+
+def measure_peak() -> int:
+    """Resident memory of this process at its most, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
