@@ -38,7 +38,8 @@ class TableMatcher:
         if name is None:
             self._match_absent(plain, module, entry, found)
         elif self.shapes[name] != entry.shape:
-            resized = self._roles(name) <= TABLES and entry.shape[1:] == self.shapes[name][1:]
+            table = self.names.get(f"{module}.weight", name)  # of a bias, the table beside it
+            resized = self._roles(table) <= TABLES and entry.shape[1:] == self.shapes[name][1:]
             if resized and not self.merges:
                 found.unmatched.append(entry.name)
                 return
