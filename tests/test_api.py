@@ -41,7 +41,7 @@ def test_the_manifest_holds_what_the_contract_names(tmp_path: Path) -> None:
     assert raw["tensors"][0].keys() == {
         "name", "part", "file", "role", "shape", "dtype", "rank", "k", "alpha", "beta", "sigma_max", "sigma_k",
         "sigma_next", "noise_floor", "delta_norm", "edit_norm", "energy_kept", "departure", "rounding",
-        "objective", "orthogonality", "solver", "warnings", "spectrum",
+        "objective", "orthogonality", "power_residual", "solver", "warnings", "spectrum",
     }  # fmt: skip
     assert raw["timing"].keys() >= {"total_seconds", "kernel_seconds"}
 

@@ -101,20 +101,20 @@ class RankRule:
 
     @classmethod
     def from_options(cls, name: str, numbers: Mapping[str, float | None], noise_floor: float | None = None) -> RankRule:
-        """The rule `name`, with its number out of those of every option by name; `rank` beside `ratio` means `fixed`.
+        """The rule `name`, with its number out of those of all options by name; `rank` beside `ratio` means `fixed`.
 
         Raises ValueError for a number out of its range, also where the rule does not take it, and for a `rank` beside
         another rule.
         """
         for other, option in OPTIONS.items():
-            if option and (option != "rank" or numbers[option] is not None):
+            if option and option in numbers and (option != "rank" or numbers[option] is not None):
                 check_number(other, numbers[option])
-        if numbers["rank"] is not None:
+        if numbers.get("rank") is not None:
             if name not in ("ratio", "fixed"):
                 raise ValueError(f"rank_rule {name!r} and a rank exclude each other: only 'fixed' takes one")
             name = "fixed"
         option = OPTIONS.get(name)
-        return cls(name, numbers[option] if option else None, noise_floor)
+        return cls(name, numbers.get(option) if option else None, noise_floor)
 
     def choose(self, sigma: Tensor, rank: int, shape: tuple[int, int], slack: float = 0.0) -> int:
         """k in 1..rank for the singular values of an m x n matrix of that rank, known up to a relative `slack`."""
