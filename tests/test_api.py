@@ -74,10 +74,10 @@ def test_progress_is_told_in_bytes_and_units_that_add_up(tmp_path: Path) -> None
     notes: list[str] = []
 
     class Recorder(pome.Progress):
-        def start(self, task: str, total: int) -> None:
+        def start(self, task: str, total: int, work: float = 0.0) -> None:
             totals[task] = total
 
-        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
             done[task] += amount
             notes.append(note)
 
