@@ -74,15 +74,34 @@ def test_an_edit_from_end_to_end(pair: tuple[str, str], capsys: pytest.CaptureFi
     assert re.fullmatch(r"copying \d+\.\d kB: done in \d+\.\d s", lines[2])
     assert re.fullmatch(r"editing 2 units: done in \d+\.\d s", lines[3])
     assert re.fullmatch(r"hashing \d+\.\d kB: done in \d+\.\d s", lines[4])
-    assert lines[5].split("  ") == [
-        "role", "matrices", "rank", "k", "energy kept", "||edit||/||delta||", "lost to rounding", "1-objective",
-        "warnings",
-    ]  # fmt: skip
+    heads = ["role", "matrices", "rank", "k", "energy kept", "departure", "lost to rounding", "warnings"]
+    assert lines[5].split("  ") == heads
     cells = lines[6].split()
     assert cells[:4] == ["up", "2", "16", "8"]
-    assert 0.5 < float(cells[4]) < 1 and cells[5] == "1.000"
-    assert re.fullmatch(r"out  \d+\.\d kB, 2 matrices edited, every other byte as in FT   manifest: .*json", lines[7])
-    assert len(lines) == 8
+    assert 0.5 < float(cells[4]) < 1 and 0.1 < float(cells[5]) < 1
+    assert re.fullmatch(r"out: \d+\.\d kB, 2 matrices edited, every other byte as in FT, in \d+\.\d s", lines[7])
+    assert lines[8:] == [
+        "manifest: out/pome_manifest.json",
+        "to verify it:",
+        "  pome verify out --base base --ft ft",
+        "An edit is a hypothesis until `pome sweep` or a test of your own has tried it.",
+    ]
+    assert run(capsys, *lines[10].split()[1:])[0] == 0
+
+
+def test_verify_ends_with_ok_or_the_number_of_differences(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "edit", *pair, "out", "--quiet")[0] == 0
+    status, _, err = run(capsys, "verify", "out", "--base", "base", "--ft", "ft")
+    assert status == 0
+    assert re.fullmatch(r"out: 2 files hashed, \d+\.\d kB compared with FT, 2 edits recomputed\nOK\n", err)
+    Path("out/config.json").write_text("{}")
+    status, _, err = run(capsys, "verify", "out")
+    assert status == 1
+    assert err.splitlines()[-2:] == ["out: 2 files hashed", "1 difference"]
+    Path("out/more.json").write_text("{}")
+    assert run(capsys, "verify", "out")[2].splitlines()[-1] == "2 differences"
 
 
 def test_quiet_prints_nothing_and_json_one_document(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,12 +126,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         "gate         2  40 x 16  F32 -> BF16  10.2 kB  2.6 kB",
         "up           2  40 x 16  F32 -> BF16  10.2 kB  2.6 kB",
     ]
-    assert re.fullmatch(r"expected memory: \d+\.\d [MG]B", err.splitlines()[5])
+    assert re.fullmatch(
+        r"device auto \(chosen when the edit starts\), expected memory \d+\.\d [MG]B", err.splitlines()[5]
+    )
+    needed = r"disk: \d+\.\d kB needed \(less where .*\), \d+\.\d [kMGT]B free in (.*)"
+    assert re.fullmatch(needed, err.splitlines()[6])[1] == str(tmp_path)
+    assert len(err.splitlines()) == 7
     status, out, _ = run(capsys, "edit", *pair, "out", "--dry-run", "--json")
     document = json.loads(out)
     assert [item["name"] for item in document["edit"]] == UP
     assert (document["keep"], document["bytes_written"]) == ([], 2 * 40 * 16 * 4)
     assert hash_tree(tmp_path) == before
+    Path("out").mkdir()
+    status, _, err = run(capsys, "edit", *pair, "out", "--dry-run", "--device", "cpu")
+    assert status == 0 and "device cpu, expected memory" in err
+    assert err.endswith(f"{tmp_path}/out exists: the edit needs --overwrite to replace it, or another OUT\n")
 
 
 def test_warnings_and_kept_tensors_are_said(
@@ -126,7 +154,8 @@ def test_warnings_and_kept_tensors_are_said(
     status, _, err = run(capsys, "edit", "base", "ft", "out")
     assert status == 0
     assert "kept 1: its delta is zero: FT equals BASE\n" in err
-    assert re.search(rf"warning: {UP[1]}: the cut at k=8 falls into a cluster", err)
+    assert f"above it. Answer: --rank-ratio or --rank, with another number ({UP[1]})\n" in err
+    assert "warning: 1 of 1: The singular values on both sides of the cut are as good as equal" in err
     write_checkpoint(tmp_path / "same", base, config=LLAMA)
     status, _, err = run(capsys, "edit", "base", "same", "out2")
     assert status == 0
@@ -434,6 +463,36 @@ def patch_slowly(*arguments):
 pome.editing.unit.patch_unit, pome.editing.edit.COMMIT_UNITS = patch_slowly, 1
 main()
 """
+
+
+# A matrix that is finished when a file appears, and not before.
+HELD = SLOWLY.replace(
+    "time.sleep(0.2)", "open('begun', 'w').close()\n    while not os.path.exists('go'): time.sleep(0.01)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_acknowledged_while_a_matrix_is_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    llama_pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    held = [sys.executable, "-c", f"import os{HELD}", "edit", "base", "ft", "out"]
+    with subprocess.Popen(held, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        while not Path("begun").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(how)
+        assert process.stderr is not None
+        said = ""
+        while said != "stopping after this matrix\n":
+            said = process.stderr.readline()
+            assert said, "the process ended without a word"
+        Path("go").touch()
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert err.startswith("error: interrupted; 1 of 2 units are safe in ")
 
 
 @pytest.mark.slow

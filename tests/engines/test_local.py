@@ -1,6 +1,8 @@
 """The map over units: every result, whatever it is, once; the first error after all workers have stopped."""
 
+import signal
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -43,3 +45,17 @@ def test_closing_stops_the_workers():
     next(results)
     results.close()
     assert len(seen) < many and len(find_workers()) == before
+
+
+def test_ctrl_c_yields_what_the_worker_is_at_and_then_is_raised():
+    def work(number, _, __):
+        if number == 1:
+            signal.raise_signal(signal.SIGINT)  # handled in the main thread, which waits for this very result
+            time.sleep(0.2)
+        return number
+
+    found, before = [], len(find_workers())
+    with pytest.raises(KeyboardInterrupt):
+        for result in map_units(range(100), ["cpu"], lambda n: n, work):
+            found.append(result)
+    assert found == [0, 1] and len(find_workers()) == before

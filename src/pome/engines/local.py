@@ -33,8 +33,9 @@ def map_units(
 ) -> Generator[Result, None, None]:
     """Yield `work(unit, read(unit), device)` for every unit, reading one unit ahead on each device.
 
-    The first error of any worker is raised here after the others have finished the unit that they are at. Closing the
-    iterator (or an exception in the caller, Ctrl-C included) stops the workers in the same way.
+    The first error of any worker, or Ctrl-C, is raised here after the workers have finished the units that they are at
+    and their results were yielded; a second Ctrl-C waits for nothing. Closing the iterator (or an exception in
+    the caller) stops the workers in the same way, without their results.
     """
     todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
     done: queue.SimpleQueue[_Done[Result] | BaseException | None] = queue.SimpleQueue()
@@ -73,10 +74,20 @@ def map_units(
     for worker in workers:
         worker.start()
     failure: BaseException | None = None
+    patient = True
     try:
         running = len(workers)
         while running:
-            item = done.get()
+            try:
+                item = done.get()
+            except KeyboardInterrupt as interrupt:
+                if isinstance(failure, KeyboardInterrupt):
+                    patient = False
+                    raise
+                # What the workers are at is finished and yielded, so that its work is not lost; then it is raised.
+                stop.set()
+                failure = interrupt
+                continue
             if item is None:
                 running -= 1
             elif isinstance(item, BaseException):
@@ -87,5 +98,5 @@ def map_units(
             raise failure
     finally:
         stop.set()
-        for worker in workers:
+        for worker in workers if patient else ():
             worker.join()

@@ -108,6 +108,7 @@ def _encode(sheet: Sheet) -> dict[str, Any]:
         "floor": [_shorten(row.floor) for row in sheet.rows],
         "rules": [rule.name for rule in SURVEYED_RULES] if sheet.kind == "survey" else [],
         "after": EDIT_KEYS[sheet.kind],
+        "power": [row.power for row in sheet.rows] if any(row.power for row in sheet.rows) else [],
         "grids": [list(grid) for grid in grids],
         "grid": [grids[tuple(i for i, _ in row.points)] for row in sheet.rows],
         "levels": [LEVELS, LOWEST, DECADES, ALPHABET],

@@ -133,7 +133,8 @@ def _draw_spectra(rows: Sequence[Row], role: str, is_edit: bool) -> Figure:
         axes.loglog(*zip(*points, strict=True), color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
         if is_edit:
             k, alpha = row.after
-            axes.loglog([1, k], [alpha, alpha], "--", color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
+            edited = [(i, alpha * s**row.power) for i, s in points if i <= k]
+            axes.loglog(*zip(*edited, strict=True), "--", color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
     floors = [row.floor for row in rows if row.floor > 0.0]
     floor = statistics.median(floors) if floors else 0.0
     if floor > axes.get_ylim()[0] / 100.0:

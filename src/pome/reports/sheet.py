@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.choices import ROLES
-from pome.errors import VerificationError, printable
+from pome.config.spec import EditSpec
+from pome.errors import SpecError, VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
 from pome.manifest import Manifest, TensorRecord, spread_indices
@@ -24,7 +25,8 @@ class Row:
     """One matrix.
 
     points: (index from 1, singular value of the delta), by index. floor: largest singular value of storage rounding.
-    after: (k, alpha) of the edit; of a survey, those of an edit with defaults.
+    after: (k, alpha) of the edit; of a survey, those of an edit with defaults. power: the edit makes alpha s^power of a
+    singular value s that it keeps.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Row:
     points: list[tuple[int, float]]
     floor: float
     after: tuple[int, float]
+    power: float = 0.0
 
     @property
     def title(self) -> str:
@@ -96,14 +99,18 @@ def _estimate_departure(matrix: Matrix) -> float:
 
 
 def make_edit_sheet(manifest: Manifest) -> Sheet:
-    """The sheet of an output, from its manifest: before and after."""
-    rows = _sort_rows(_make_edited_row(record) for record in manifest.tensors)
+    """The sheet of an output, from its manifest: before and after. Raises VerificationError."""
+    try:
+        spec = EditSpec.from_mapping(manifest.spec)
+    except SpecError as error:
+        raise VerificationError(f"{MANIFEST_NAME}: spec: {error}; give an output of pome") from None
+    rows = _sort_rows(_make_edited_row(record, spec.resolve(record.name).power) for record in manifest.tensors)
     kept = tuple((record.name, record.reason) for record in manifest.kept)
     sides = manifest.base.source, manifest.fine_tuned.source
     return Sheet("edit", *sides, EDITED, rows, kept, tuple(group_warnings(manifest.tensors)), None)
 
 
-def _make_edited_row(record: TensorRecord) -> Row:
+def _make_edited_row(record: TensorRecord, power: float) -> Row:
     """Raises VerificationError for a record that pome did not write: a manifest may come from anybody."""
     values = {q.key: getattr(record, q.key) for q in EDITED if hasattr(record, q.key)}
     try:
@@ -123,7 +130,7 @@ def _make_edited_row(record: TensorRecord) -> Row:
         points[record.k + 1] = record.sigma_next
     place, after = find_place(record.name), (record.k, record.alpha)
     name, part, floor = record.name, record.part, record.noise_floor
-    return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after)
+    return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after, power)
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 
 from pome.checkpoint.source import Checkpoint
@@ -11,8 +12,8 @@ from pome.errors import show_bytes as show_bytes
 
 # A number and its unit stay on one line.
 TOGETHER = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|TB|s|min|h|%)(?:\W|$))")
-CONTINUED = " \\"
-HANG = "  "  # what the later lines of a message begin with
+COMMAND = re.compile(r" +pome ")  # a line that can be copied
+HANG, NARROW = "  ", 40  # what the later lines of a message begin with, where there is place for it
 
 
 def name_side(side: Checkpoint) -> str:
@@ -48,18 +49,29 @@ def wrap_message(text: str, width: int) -> str:
     What is longer than a line (a path, the name of a tensor, a number) has a line of its own and stays whole. A command
     goes on after a backslash, so that it can be copied from the screen.
     """
-    lines = []
-    for line in text.split("\n"):
-        joined = TOGETHER.sub("\u00a0", line)
-        indent = HANG if line[:1] != " " else line[: len(line) - len(line.lstrip())] + HANG
-        more = CONTINUED if line.lstrip().startswith("pome ") else ""
-        pieces = textwrap.wrap(
-            joined, max(1, width - len(more)), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
-            replace_whitespace=False, drop_whitespace=True,
-        )  # fmt: skip
-        whole = [piece.replace("\u00a0", " ") for piece in pieces] or [""]
-        lines += [*(f"{piece}{more}" for piece in whole[:-1]), whole[-1]]
-    return "\n".join(lines)
+    return "\n".join(
+        _wrap_command(line, width) if COMMAND.match(line) else _wrap(line, width) for line in text.split("\n")
+    )
+
+
+def _wrap(line: str, width: int) -> str:
+    hang = HANG if width >= NARROW else ""
+    start = line[: len(line) - len(line.lstrip())]
+    pieces = textwrap.wrap(
+        TOGETHER.sub("\u00a0", line), width, subsequent_indent=start + hang, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(pieces).replace("\u00a0", " ")
+
+
+def _wrap_command(line: str, width: int) -> str:
+    start = line[: len(line) - len(line.lstrip())]
+    lines = [start]
+    for word in map(shlex.quote, shlex.split(line)):
+        if lines[-1].strip() and len(f"{lines[-1]}{word} \\") > width:
+            lines.append(start + HANG)
+        lines[-1] += f"{word} "
+    return " \\\n".join(each.rstrip() for each in lines)
 
 
 def wrap_name(name: str, width: int) -> str:

@@ -15,7 +15,10 @@ function drawSpectrum() {
   box.replaceChildren();
   const width = Math.max(280, box.clientWidth), height = width < 460 ? 300 : 340;
   const left = 58, right = 14, top = 14, bottom = 40, floor = data.floor[chosen];
-  const [kept, alpha] = data.after.map((key) => data.values[key][chosen]);
+  const [kept, alpha] = data.after.map((key) => data.values[key][chosen]), power = data.power[chosen] || 0;
+  const edited = power
+    ? points.filter(([k]) => k <= kept).map(([k, s]) => [k, alpha * s ** power])
+    : [[1, alpha], [kept, alpha]];
   const svg = make("svg", null, box, {
     viewBox: "0 0 " + width + " " + height,
     role: "img",
@@ -23,7 +26,7 @@ function drawSpectrum() {
   });
 
   // Both axes are logarithmic; the vertical one holds the values before and after, and the noise where it is near.
-  const n = Math.max(2, all[all.length - 1][0]), heights = [...points.map(([, s]) => s), alpha];
+  const n = Math.max(2, all[all.length - 1][0]), heights = [...points, ...edited].map(([, s]) => s);
   const high = Math.ceil(Math.log10(Math.max(...heights)) * 4) / 4 + 0.05;
   let low = Math.log10(Math.min(...heights));
   if (floor > 0 && Math.log10(floor) > low - 2.5) low = Math.min(low, Math.log10(floor));
@@ -56,11 +59,12 @@ function drawSpectrum() {
     item.append(text);
   };
   const before = { class: "before" }, after = { class: "edited" }, noise = { class: "noise" };
-  make("path", null, svg, { d: path([[1, alpha], [kept, alpha]]) + "L" + end + "L" + X(1) + " " + (height - bottom) + "Z", class: "fill" });
+  make("path", null, svg, { d: path(edited) + "L" + end + "L" + X(1) + " " + (height - bottom) + "Z", class: "fill" });
   make("path", null, svg, { d: path(points), ...before });
-  make("path", null, svg, { d: path([[1, alpha], [kept, alpha]]) + drop, ...after });
+  make("path", null, svg, { d: path(edited) + drop, ...after });
   entry(before, "before: singular values of the delta");
-  entry(after, (data.kind === "edit" ? "after: " : "after an edit with defaults: ") + kept + " values of " + show(alpha));
+  const values = power ? " values of " + show(alpha) + " s^" + show(power) : " values of " + show(alpha);
+  entry(after, (data.kind === "edit" ? "after: " : "after an edit with defaults: ") + kept + values);
   if (floor > 0) {
     const visible = Math.log10(floor) >= low;
     if (visible) line(left, Y(floor), width - right, Y(floor), noise);
