@@ -217,7 +217,7 @@ def test_a_gated_repository_names_what_to_do(
     ("base", "said"),
     [
         ("models/ft", "models/ft: neither a local file or folder nor a repository that the Hub shows you;"),
-        ("org/base@v9", "org/base@v9: the repository has no such revision; check what stands after the @"),
+        ("org/base@v9", "as a Hub id: the repository has no such revision; check what stands after the @"),
         ("org/base@0123456789012345678901234567890123456789", "the repository has no such revision"),
         ("a/b/c", "a/b/c: no such file or folder; give a folder with .safetensors files"),
         ("org/base--x..y", "check the name"),
@@ -316,7 +316,7 @@ def test_a_signed_address_is_used_again_until_it_expires(
         ({"pattern": "GET /storage", "cut": 0}, "cannot reach the Hub"),
         ({"pattern": "GET /storage", "no_ranges": True}, "answered 200 (the whole file) to a request for bytes from 0"),
         ({"pattern": "HEAD /org/ft/resolve", "status": 500}, "config.json: the Hub answered 500; try again later"),
-        ({"pattern": "GET /api/models/org/ft", "status": 500}, "org/ft: the Hub answered 500; try again later"),
+        ({"pattern": "GET /api/models/org/ft", "status": 500}, "as a Hub id: the Hub answered 500; try again later"),
     ],
 )  # fmt: skip
 def test_lasting_failures_end_in_a_message_of_one_line(
@@ -446,7 +446,7 @@ def test_an_interrupted_run_goes_on_although_base_was_cached_meanwhile(
 
     # Headers are read through one address; the first tensor of the second layer is asked for when units are worked on.
     class Stop(pome.Progress):
-        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
             if task == "edit" and amount:
                 raise KeyboardInterrupt
 

@@ -190,7 +190,7 @@ class Stop(pome.Progress):
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
         self.left -= task == "edit" and amount > 0
         if not self.left:
             raise KeyboardInterrupt

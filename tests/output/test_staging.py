@@ -535,7 +535,7 @@ def test_an_interrupt_does_not_wait_for_the_hashing(tmp_path: Path, monkeypatch:
     hashed: list[str] = []
 
     class Stop(pome.Progress):
-        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "") -> None:
+        def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
             if task == "hash":
                 hashed.append(note)
                 raise KeyboardInterrupt
