@@ -75,10 +75,12 @@ def test_power_one_with_scale_unit_is_the_best_approximation(kind, ratio):
     U, s, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
     best = (U[:, : edit.k] * s[: edit.k]) @ Vh[: edit.k]
     assert edit.alpha == pytest.approx(1.0, rel=1e-12)
-    assert float((edit.value.double() - best).norm()) <= 1e-5 * float(s.norm())
-    # Eckart and Young: no matrix of rank k is nearer to the delta than what it leaves of the spectrum.
+    if float(s[edit.k - 1] - s[edit.k]) > 1e-3 * float(s[edit.k - 1]):
+        assert float((edit.value.double() - best).norm()) <= 1e-4 * float(best.norm())  # as at every power
+    # Eckart and Young: no matrix of rank k is nearer to the delta than what it leaves of the spectrum. That distance is
+    # off by the square of what the entries are off by; what remains is the rounding of float32 entries.
     missed = float((delta.double() - edit.value.double()).square().sum())
-    assert missed == pytest.approx(float(s[edit.k :].square().sum()), abs=1e-5 * float(s.square().sum()))
+    assert missed == pytest.approx(float(s[edit.k :].square().sum()), abs=1e-7 * float(s.square().sum()))
     assert edit.edit_norm == pytest.approx(float(best.norm()), rel=1e-5)
 
 

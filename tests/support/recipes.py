@@ -20,7 +20,8 @@ def make_recipe(
     noise_floor: float | None = None,
     scale: str = "frobenius",
     beta: Any = 1.0,
+    power: Any = 0.0,
     **numbers: Any,
 ) -> Recipe:
     """A recipe for `equalize_matrix` and `equalize_product`."""
-    return Recipe(make_rule(rank_rule, noise_floor, **numbers), scale, beta)
+    return Recipe(make_rule(rank_rule, noise_floor, **numbers), scale, beta, power)
