@@ -3,7 +3,7 @@
 
     scripts/mutate.py                                   all packages below, every site: hours
     scripts/mutate.py --package roles planning --sample 60
-    scripts/mutate.py --module src/pome/kernel/rank.py --tests tests/kernel/test_rules.py --sample 30 --seed 1
+    scripts/mutate.py --module src/pome/kernel/rank.py --tests tests/kernel/test_rank.py --sample 30 --seed 1
 
 The faults are those of cosmic-ray: another operator or comparison, a number off by one, a negated condition, a loop
 that never runs, a missing decorator. A site is a place in the source. One of its faults is drawn by the seed, and
