@@ -110,7 +110,8 @@ def make_config(config: LoraConfig, loras: Iterable[tuple[LowRank, int]]) -> byt
             if alpha != config.get("lora_alpha"):
                 alphas[keys[low.key]] = alpha
         changed |= {"rank_pattern": ranks, "alpha_pattern": alphas}
-    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+    # The patterns keep their order, which decides between two that match.
+    return (json.dumps(dict(sorted(changed.items())), indent=2) + "\n").encode()
 
 
 def name_alone(keys: Sequence[str]) -> dict[str, str]:
