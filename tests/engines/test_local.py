@@ -1,5 +1,6 @@
 """The map over units: every result, whatever it is, once; the first error after all workers have stopped."""
 
+import os
 import signal
 import threading
 import time
@@ -50,12 +51,16 @@ def test_closing_stops_the_workers():
 def test_ctrl_c_yields_what_the_worker_is_at_and_then_is_raised():
     def work(number, _, __):
         if number == 1:
-            signal.raise_signal(signal.SIGINT)  # handled in the main thread, which waits for this very result
+            taken.wait()
+            time.sleep(0.2)  # until the main thread waits again
+            os.kill(os.getpid(), signal.SIGINT)  # which the main thread gets while it waits for this very result
             time.sleep(0.2)
         return number
 
+    taken = threading.Event()
     found, before = [], len(find_workers())
     with pytest.raises(KeyboardInterrupt):
         for result in map_units(range(100), ["cpu"], lambda n: n, work):
             found.append(result)
+            taken.set()
     assert found == [0, 1] and len(find_workers()) == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,10 +39,16 @@ def map_units(
     the caller) stops the workers in the same way, without their results.
     """
     todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-    done: queue.SimpleQueue[_Done[Result] | BaseException | None] = queue.SimpleQueue()
+    done: deque[_Done[Result] | BaseException | None] = deque()
+    more = threading.Condition()
     stop = threading.Event()
     for unit in units:
         todo.put(unit)
+
+    def tell(item: _Done[Result] | BaseException | None) -> None:
+        with more:
+            done.append(item)
+            more.notify()
 
     def fetch(reader: ThreadPoolExecutor) -> tuple[Unit, Future[Data]] | None:
         if stop.is_set():
@@ -62,13 +69,13 @@ def map_units(
                     ahead = fetch(reader)
                     if stop.is_set():
                         break
-                    done.put(_Done(work(unit, ready, device)))
+                    tell(_Done(work(unit, ready, device)))
                     del ready, data  # else the worker holds one unit's bytes while it waits for the next
         except BaseException as error:
             stop.set()
-            done.put(error)
+            tell(error)
         finally:
-            done.put(None)
+            tell(None)
 
     workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices]
     for worker in workers:
@@ -79,7 +86,8 @@ def map_units(
         running = len(workers)
         while running:
             try:
-                item = done.get()
+                with more:  # an interrupt while it waits takes nothing away
+                    more.wait_for(lambda: done)
             except KeyboardInterrupt as interrupt:
                 if isinstance(failure, KeyboardInterrupt):
                     patient = False
@@ -88,6 +96,7 @@ def map_units(
                 stop.set()
                 failure = interrupt
                 continue
+            item = done.popleft()
             if item is None:
                 running -= 1
             elif isinstance(item, BaseException):
