@@ -197,9 +197,10 @@ def test_stochastic_rounding_keeps_small_steps_on_average():
 
 
 def test_stochastic_rounding_of_float16_is_refused_by_name():
-    model = nn.Sequential(nn.Linear(8, 8)).half()
-    with pytest.raises(SpecError, match=r"^0: stochastic rounding is for bfloat16"):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).half())
+    with pytest.raises(SpecError, match=r"^1: stochastic rounding is for bfloat16"):
         wrap(model, PoetConfig(rounding="stochastic"))
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
 
 
 def test_what_is_kept_for_backward_is_small():
@@ -251,6 +252,19 @@ def test_state_of_other_options_is_refused_by_name():
     wrap(other, PoetConfig(block_size=4))
     with pytest.raises(RuntimeError, match="up: this layer was wrapped with"):
         other.load_state_dict(states.state_dict())
+    wider = nn.ModuleDict({"up": nn.Linear(8, 8)})
+    wrap(wider, PoetConfig(block_size=5))
+    with pytest.raises(RuntimeError, match=r"\[3, 1, 0, 4, 4\], the state was saved with \[3, 1, 0, 5, 5\]"):
+        other.load_state_dict(wider.state_dict())
+
+
+def test_a_layer_that_is_not_whole_is_not_merged():
+    layer = make_layer(8, 8, PoetConfig(block_size=4), dtype=torch.float32)
+    layer.poet_out = nn.Parameter(layer.poet_out.detach()[:5])
+    before = layer.weight.clone()
+    with pytest.raises(SpecError, match="sharded over processes"):
+        layer.fold()
+    assert torch.equal(layer.weight, before)
 
 
 def test_a_state_carries_its_permutations():

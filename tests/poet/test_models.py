@@ -145,8 +145,16 @@ def test_bfloat16_and_autocast_stay_near_float32():
             wanted = reference[f"{layer.poet_name}.poet_in"]
             assert (layer.poet_in.grad - wanted).norm() < 0.15 * wanted.norm()
     assert mixed.model.layers[0].mlp.up_proj(torch.ones(1, 24)).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert mixed.model.layers[0].self_attn.q_proj(torch.ones(1, 24)).dtype == torch.bfloat16
+    layer = mixed.model.layers[0].self_attn.q_proj
+    kept = []
+    own = {tensor.data_ptr() for tensor in [*layer.parameters(), *layer.buffers()]}
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        assert layer(torch.ones(2, 24, requires_grad=True)).dtype == torch.bfloat16
+    activations = [tensor for tensor in kept if tensor.data_ptr() not in own]
+    assert activations and all(tensor.dtype == torch.bfloat16 for tensor in activations)
 
 
 # torch's tracer instantiates the autograd function itself, and warns of it.
@@ -299,8 +307,10 @@ def test_inits_have_the_spectra_they_say():
     assert values.square().mean().item() == pytest.approx(1, rel=1e-5)
     _, values = spectrum(lambda count: torch.linspace(2, 0, count))
     torch.testing.assert_close(values, torch.linspace(2, 0, 30), rtol=1e-5, atol=1e-6)
-    with pytest.raises(SpecError, match="init for 0 gave"):
-        spectrum(lambda count: [1.0])
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 5))
+    with pytest.raises(SpecError, match="init for 1 gave"):
+        wrap(model, PoetConfig(init=lambda count: [1.0] * 4))
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
     conv = make_model("gpt2")
     wrap(conv, PoetConfig(init="normalized"))
     torch.testing.assert_close(conv.transformer.h[0].mlp.c_fc.weight.norm(dim=0), torch.ones(96))

@@ -42,9 +42,9 @@ def round_stochastically(weight: Tensor, randomness: torch.Generator) -> Tensor:
     return bits.bitwise_and(~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
-def draw_weight(init: str | SpectrumFunction, fan_out: int, fan_in: int, *parts: int | str) -> Tensor:
+def draw_weight(init: str | SpectrumFunction, fan_out: int, fan_in: int, seed: int, name: str) -> Tensor:
     """A weight for training from scratch, (fan_out, fan_in) float32; `init` as in `PoetConfig`."""
-    randomness = generator(*parts, "init")
+    randomness = generator(seed, name, "init")
     gaussian = torch.randn(fan_out, fan_in, generator=randomness)
     if init == "normalized":
         return nn.functional.normalize(gaussian, dim=1)
@@ -60,14 +60,15 @@ def draw_weight(init: str | SpectrumFunction, fan_out: int, fan_in: int, *parts:
         spectrum = torch.arange(1, short + 1, dtype=torch.float64) ** -0.5
         spectrum = spectrum * (short / spectrum.square().sum()).sqrt()
     else:
-        spectrum = _given_spectrum(init, short, parts[-1])
+        assert not isinstance(init, str)
+        spectrum = given_spectrum(init, short, name)
     left, _ = torch.linalg.qr(torch.randn(fan_out, short, generator=randomness))
     right, _ = torch.linalg.qr(torch.randn(fan_in, short, generator=randomness))
     return torch.mm(left * spectrum.float(), right.T)
 
 
-def _given_spectrum(init: str | SpectrumFunction, count: int, name: int | str) -> Tensor:
-    assert not isinstance(init, str)
+def given_spectrum(init: SpectrumFunction, count: int, name: str) -> Tensor:
+    """Singular values of the user's function for one layer, (count,) float64. Raises `SpecError` for others."""
     spectrum = torch.as_tensor(init(count), dtype=torch.float64).cpu()
     if spectrum.shape != (count,) or not bool(spectrum.isfinite().all()) or bool((spectrum < 0).any()):
         raise SpecError(

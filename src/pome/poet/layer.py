@@ -30,7 +30,7 @@ class PoetLinear(nn.Module):
       or float64 for a float64 weight, whatever `Module.to` is told.
     - `poet_index_in`, `poet_index_out`: the rotated dimensions, block after block. They are stored, since another
       version of torch may draw other permutations from the same seed.
-    - `poet_counts`: format, draws, merges, neumann_terms (-1 for exact), correct, sampling.
+    - `poet_counts`: format, draws, merges, neumann_terms (-1 for exact), correct, sampling, both block sizes.
     - `poet_probe_in`, `poet_probe_out`, `poet_norm`, `poet_spectrum`: what `measure` compares with.
     """
 
@@ -103,7 +103,19 @@ class PoetLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Merge: the weight takes up the rotation, Q becomes zero, the function stays."""
+        """Merge: the weight takes up the rotation, Q becomes zero, the function stays.
+
+        Raises `SpecError` where this process does not hold the whole layer.
+        """
+        for tensor, numbers in (
+            (self.poet_in, self.poet_blocks_in.parameters),
+            (self.poet_out, self.poet_blocks_out.parameters),
+            (self.weight, self.poet_probe_in.numel() * self.poet_probe_out.numel()),
+        ):
+            if tensor.numel() != numbers or type(tensor.data) is not Tensor:
+                raise SpecError(
+                    f"{self.poet_name} is sharded over processes; a merge needs it whole (DDP keeps it whole)"
+                )
         weight = self.effective_weight()
         for side, probe in zip(SIDES, self.rotated_probes(), strict=True):
             getattr(self, f"poet_probe_{side}").copy_(probe)
@@ -179,11 +191,11 @@ class PoetLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         counts = state_dict.get(prefix + "poet_counts")
-        mine = settings(self.poet_config)
+        mine = _settings(self.poet_config, self.poet_blocks_in, self.poet_blocks_out)
         if counts is not None and (counts[0].item() != _FORMAT or counts[3:].tolist() != mine):
             error_msgs.append(
-                f"{prefix[:-1]}: this layer was wrapped with (neumann_terms, correct, full sampling) {mine}, the state "
-                f"was saved with {counts[3:].tolist()}; wrap with the options of the saved run"
+                f"{prefix[:-1]}: this layer was wrapped with (neumann_terms, correct, full sampling, block sizes) "
+                f"{mine}, the state was saved with {counts[3:].tolist()}; wrap with the options of the saved run"
             )
             return
         super()._load_from_state_dict(
@@ -201,20 +213,17 @@ class PoetLinear(nn.Module):
         )
 
 
-def settings(config: PoetConfig) -> list[int]:
+def _settings(config: PoetConfig, blocks_in: Blocks, blocks_out: Blocks) -> list[int]:
     """Options on which the meaning of a saved Q depends, as integers."""
     terms: Terms = config.neumann_terms
-    return [-1 if terms == "exact" else terms, int(config.correct), int(config.sampling == "full")]
+    numbers = [-1 if terms == "exact" else terms, int(config.correct), int(config.sampling == "full")]
+    return [*numbers, blocks_in.size, blocks_out.size]
 
 
 def make_poet(module: nn.Module, name: str, config: PoetConfig, transposed: bool) -> PoetLinear:
     """`module` as a `PoetLinear`, in place. Its weight must be a dense floating-point matrix that nothing else uses."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    if config.rounding == "stochastic" and weight.dtype == torch.float16:
-        raise SpecError(
-            f"{name}: stochastic rounding is for bfloat16, and the weight is float16; use rounding='nearest'"
-        )
     plain = type(module)
     object.__setattr__(module, "__class__", PoetLinear)
     layer = cast(PoetLinear, module)
@@ -237,7 +246,8 @@ def make_poet(module: nn.Module, name: str, config: PoetConfig, transposed: bool
         inverse = index.argsort() if blocks.dimensions == dimension else None
         layer.register_buffer(f"poet_inverse_{side}", inverse, persistent=False)
         layer.register_buffer(f"poet_probe_{side}", draw_probe(config.seed, name, side, dimension).to(device))
-    layer.register_buffer("poet_counts", torch.tensor([_FORMAT, 0, 0, *settings(config)], device=device))
+    numbers = _settings(config, layer.poet_blocks_in, layer.poet_blocks_out)
+    layer.register_buffer("poet_counts", torch.tensor([_FORMAT, 0, 0, *numbers], device=device))
     values = weight.detach().to(wide)
     layer.register_buffer("poet_norm", values.norm())
     layer.register_buffer("poet_spectrum", torch.linalg.svdvals(values) if config.track_spectrum else None)

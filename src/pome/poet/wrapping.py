@@ -11,7 +11,7 @@ from torch import nn
 
 from pome.errors import SelectionError, SpecError
 from pome.poet.config import DEFAULT_EXCLUDE, PoetConfig, patterns
-from pome.poet.draws import draw_weight
+from pome.poet.draws import draw_weight, given_spectrum
 from pome.poet.layer import PoetLinear, make_plain, make_poet
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,6 +58,8 @@ def wrap(model: nn.Module, config: PoetConfig | None = None) -> Report:
     wrapped already, `SelectionError` where no layer is left to wrap.
     """
     config = config or PoetConfig()
+    if not hasattr(torch, "get_autocast_dtype"):
+        raise SpecError(f"POET needs torch 2.4 or later; this is {torch.__version__}")
     if poet_layers(model):
         raise SpecError("the model is in POET training already; call unwrap first")
     before = _trainable(model)
@@ -80,6 +82,7 @@ def wrap(model: nn.Module, config: PoetConfig | None = None) -> Report:
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise SelectionError(f"no linear layer to wrap ({reasons or 'the model has no linear layer'})")
+    _check_options(chosen, config)  # before the first change, so that an error leaves the model as it was
     layers = []
     for name, module, transposed in chosen:
         if config.init != "keep":
@@ -208,6 +211,18 @@ def _bare_matrices(name: str, module: nn.Module) -> dict[str, str]:
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.ndim >= 2
     }
+
+
+def _check_options(chosen: list[tuple[str, nn.Module, bool]], config: PoetConfig) -> None:
+    for name, module, _ in chosen:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        if config.rounding == "stochastic" and weight.dtype == torch.float16:
+            raise SpecError(
+                f"{name}: stochastic rounding is for bfloat16, the weight is float16; use rounding='nearest'"
+            )
+        if not isinstance(config.init, str):
+            given_spectrum(config.init, min(weight.shape), name)
 
 
 @torch.no_grad()
