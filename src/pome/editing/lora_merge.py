@@ -49,8 +49,9 @@ def make_patch(unit: Unit, data: Data, spec: EditSpec, device: str, caches: patc
 def see_ft(unit: Unit, data: Data) -> bytes:
     """The bytes of one unit in FT: as they are stored, or as PEFT would merge them."""
     mine, base_bytes = data
-    if unit.change is None or not isinstance(mine, dict):
-        return bytes(mine)  # type: ignore[arg-type]
+    if not isinstance(mine, dict):
+        return bytes(mine)
+    assert unit.change is not None  # `read_unit` gives a mapping for an adapter's change alone
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     _, stored = merge_as_peft(unit.change, load_pieces(mine), unit.expert, base)
     return bytes(to_bytes(stored))
