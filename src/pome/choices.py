@@ -91,6 +91,8 @@ SEARCHES = _by_name(
     ]
 )
 
+MOST_POWER = 8.0  # of the singular values: a larger one leaves nothing but the first direction
+
 ROLES = ("gate", "up", "down", "q", "k", "v", "o", "embed", "head", "router", "other")
 GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 

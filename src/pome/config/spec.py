@@ -12,6 +12,7 @@ from pome.choices import (
     DTYPES,
     ENGINES,
     GROUPS,
+    MOST_POWER,
     OUT_FORMATS,
     RANK_RULES,
     ROLES,
@@ -186,7 +187,7 @@ class EditSpec:
             "Edit alpha U_k S_k^P V_k^T: 0 equalizes, 1 keeps the singular values.",
             more="With `--scale unit`, 1 is plain truncation (the paper's Figure 1). Scales keep their meaning for the "
             "singular values of the edit.",
-            metavar="P", group=HOW, range=Range(0, 8), axis=True, override=True, commands=("edit", "sweep"),
+            metavar="P", group=HOW, range=Range(0, MOST_POWER), axis=True, override=True, commands=("edit", "sweep"),
         ),
     ] = 0.0  # fmt: skip
     device: Annotated[

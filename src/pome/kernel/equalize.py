@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pome.choices import RankRuleName, ScaleName
+from pome.choices import MOST_POWER, RankRuleName, ScaleName
 from pome.kernel.certificate import Certificate, certify, certify_factored
 from pome.kernel.decomposition import DecompositionCache, Truncation
 from pome.kernel.decomposition import ZeroDelta as ZeroDelta
@@ -30,8 +30,6 @@ from pome.kernel.operands import (
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
 from pome.kernel.scale import Cut, check_scale, find_gain, raise_to
-
-MOST_POWER = 8.0  # a larger one leaves nothing but the first direction
 
 
 @dataclass(frozen=True)

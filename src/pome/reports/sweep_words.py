@@ -6,6 +6,7 @@ import math
 import shlex
 from typing import Any
 
+from pome.config.spec import EDIT_OPTIONS
 from pome.reports.sweep_data import find_reference, list_scored, measure_gain, show_number
 from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
@@ -13,11 +14,9 @@ from pome.sweeping.trials import Outcome
 
 # Options of which a sweep takes numbers, with the least and the largest that each may be.
 NUMBERS = {
-    "beta": (0.0, math.inf),
-    "power": (0.0, 8.0),
-    "rank_ratio": (0.0, 1.0),
-    "rank": (1, math.inf),
-    "energy": (0.0, 1.0),
+    name: (option.range.low, option.range.high) if option.range else (1, math.inf)
+    for name, option in EDIT_OPTIONS.items()
+    if option.axis and option.plain_type in (int, float)
 }
 
 
