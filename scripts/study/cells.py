@@ -1,0 +1,177 @@
+"""Cells of the study, in the order in which they are run, and the run of one of them.
+
+A cell is a base, a task, a tuning and a seed. Its first part scores the fixed edits, its second the rest of the grid.
+A finished part is a file of the results, one JSON line an edit; of an unfinished one the lines so far are kept in the
+cache, so that nothing is done twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from study.data import folder
+from study.edits import FIXED, Edit, Pair, list_wide, pome
+from study.reactions import load_reactions
+from study.scoring import COMPRESSIONS, Scores, compress, is_finite, score_rows, set_weights
+from study.tuning import TUNINGS, Base, State, fine_tune, load_base, load_data, load_other_text, make_hash
+
+RESULTS = Path(__file__).resolve().parent / "results"
+REACTION_COUNT = {"fixed": 2000, "wide": 1000}
+COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
+VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
+TASKS = ("sums", "records", "sentiment", "definitions")
+VERSION = 1  # of what a cell measures
+
+
+@dataclass(frozen=True)
+class Cell:
+    """part: `fixed`, `wide` or `quick`."""
+
+    base: str
+    task: str
+    tuning: str
+    seed: int
+    part: str = "fixed"
+
+    @property
+    def title(self) -> str:
+        return ".".join((self.base, self.task, self.tuning, str(self.seed), self.part))
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.title}.jsonl"
+
+    def list_edits(self, roles: set[str]) -> list[Edit]:
+        if self.part == "quick":
+            return [FIXED[0], FIXED[-1]]
+        return FIXED if self.part == "fixed" else [edit for edit in list_wide(roles) if edit not in FIXED]
+
+
+def list_cells() -> list[Cell]:
+    """All cells, the cheapest and most telling first."""
+    main = ("adamw", "bf16", "adamw-long", "adamw-short", "muon", "lora", "poet")
+    llama = [Cell("llama-4m", task, tuning, 0) for tuning in main for task in TASKS]
+    reactions = [Cell("rxnfp", task, "as published", 0) for task in VARIANTS]
+    smol = [Cell("smollm2-135m", task, tuning, 0) for tuning in ("bf16", "adamw") for task in ("sums", "sentiment")]
+    cells = llama[:5] + reactions[:1] + llama[5:8] + reactions[1:] + [wide(llama[0])] + llama[8:] + smol[:1]
+    cells += [wide(reactions[0])] + [wide(cell) for cell in llama[1:8]] + smol[1:3]
+    cells += [Cell("llama-4m", "sums", extra, seed) for seed in range(3) for extra in ("neftune", "ema")]
+    cells += [Cell("llama-4m", task, tuning, seed) for seed in (1, 2) for tuning in main for task in TASKS]
+    cells += [wide(cell) for cell in llama[8:]] + smol[3:] + [wide(reactions[1]), *map(wide, smol)]
+    return list(dict.fromkeys(cells))
+
+
+def wide(cell: Cell) -> Cell:
+    return Cell(cell.base, cell.task, cell.tuning, cell.seed, "wide")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model whose weights may be set and that is then scored: on held-out or training examples, on other text."""
+
+    model: Any
+    pair: Pair
+    score: Callable[[str], Scores]
+
+
+def open_cell(cell: Cell) -> Bench:
+    """The pair of a cell, fine-tuned if it is not cached."""
+    if cell.base == "rxnfp":
+        found = load_reactions(VARIANTS[cell.task], REACTION_COUNT[cell.part])
+        return Bench(found.model, Pair(found.base, found.tuned), found.score)
+    base = keep_base(cell.base)
+    state = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    tuned = fine_tune(cell.base, base, cell.task, cell.tuning, cell.seed)
+    train, test = load_data(cell.base, base, cell.task)
+    rows = {"test": test, "train": train[:100], "other": load_other_text(cell.base)}
+    stored = getattr(torch, TUNINGS[cell.tuning].dtype)
+    return Bench(base.model, Pair(state, tuned, stored), lambda split: score_rows(base.model, rows[split]))
+
+
+@functools.lru_cache(maxsize=1)
+def keep_base(name: str) -> Base:
+    return load_base(name)
+
+
+def run_cell(cell: Cell, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Lines of a cell's part; those that an interrupted run left are taken from the cache."""
+    part = (
+        folder() / f"part-{make_hash(VERSION, cell.title, [e.name for e in cell.list_edits({'gate', 'up', 'down'})])}"
+    )
+    done = {row["edit"]: row for row in map(json.loads, part.read_text().splitlines())} if part.exists() else {}
+    bench = open_cell(cell)
+    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    rows = []
+    try:
+        for name, measure in list_measures(cell, bench):
+            if name not in done:
+                row = {"base": cell.base, "task": cell.task, "tuning": cell.tuning, "seed": cell.seed, "edit": name}
+                done[name] = row | measure()
+                with part.open("a") as file:
+                    file.write(json.dumps(done[name], allow_nan=False) + "\n")
+                say(f"{cell.title}: {name}: loss {done[name]['score']:.4f}, right {done[name]['accuracy']:.3f}")
+            rows.append(done[name])
+    finally:
+        set_weights(bench.model, before)
+    return rows
+
+
+def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and measurement of each line."""
+    pair, fixed = bench.pair, cell.part != "wide"
+    languages = cell.base != "rxnfp"
+
+    def measure(weights: State, splits: tuple[str, ...]) -> dict[str, Any]:
+        set_weights(bench.model, pair.tuned, weights)
+        scores = bench.score("test")
+        if not is_finite(scores):
+            raise ArithmeticError(f"{cell.title}: the loss is not finite")
+        found = scores.to_json()
+        for split in splits:
+            other = bench.score(split)
+            found[f"{split}_loss"] = round(float(other.loss.mean()), 5)
+            found[f"{split}_accuracy"] = round(float(other.right.mean()), 4)
+        return found
+
+    def edited(edit: Edit) -> dict[str, Any]:
+        weights, departure = pair.apply(edit, cell.seed)
+        grid = edit.kind == "pome" and edit.power == 0.0 and edit.rule == "ratio"
+        splits = ("train", "other") if fixed and languages else ("train",) if languages and grid else ()
+        return measure(weights, splits) | {"departure": None if math.isnan(departure) else round(departure, 5)}
+
+    if fixed:
+        splits = ("train", "other") if languages else ("train",)
+        yield "base", lambda: measure(pair.base, splits)
+        yield "fine-tuned", lambda: measure({}, splits) | {"matrices": pair.describe()}
+    for edit in cell.list_edits(set(pair.roles.values())):
+        if pair.select(edit.roles) or edit.roles == "model":
+            yield edit.name, functools.partial(edited, edit)
+    if fixed and cell.seed == 0 and cell.part != "quick":
+        for chosen in (None, *COMPRESSED):
+            for how in COMPRESSIONS:
+                name = f"{chosen.name if chosen else 'fine-tuned'} + {how}"
+                yield name, functools.partial(measure_compressed, pair, chosen, how, measure)
+
+
+def measure_compressed(
+    pair: Pair, edit: Edit | None, how: str, measure: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Scores after an edit (or none) and a compression of all matrices."""
+    weights = pair.apply(edit)[0] if edit else {}
+    return measure(weights | compress(pair.tuned | weights, pair.roles, how), ())
+
+
+def finish(cell: Cell, rows: list[dict[str, Any]]) -> None:
+    """Write a finished part to the results, whole."""
+    RESULTS.mkdir(exist_ok=True)
+    fresh = cell.path.with_suffix(".new")
+    fresh.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    fresh.rename(cell.path)
