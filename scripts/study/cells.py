@@ -24,7 +24,7 @@ from study.scoring import COMPRESSIONS, Scores, compress, is_finite, score_rows,
 from study.tuning import TUNINGS, Base, State, fine_tune, load_base, load_data, load_other_text, make_hash
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REACTION_COUNT = {"fixed": 2000, "wide": 1000}
+REACTION_COUNT = 1200
 COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
 VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
 TASKS = ("sums", "records", "sentiment", "definitions")
@@ -85,7 +85,7 @@ class Bench:
 def open_cell(cell: Cell) -> Bench:
     """The pair of a cell, fine-tuned if it is not cached."""
     if cell.base == "rxnfp":
-        found = load_reactions(VARIANTS[cell.task], REACTION_COUNT[cell.part])
+        found = load_reactions(VARIANTS[cell.task], REACTION_COUNT)
         return Bench(found.model, Pair(found.base, found.tuned), found.score)
     base = keep_base(cell.base)
     state = {name: p.detach().clone() for name, p in base.model.named_parameters()}

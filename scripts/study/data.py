@@ -28,40 +28,14 @@ VADER = SourceArchive(
 )
 VOCABULARY, TOKENIZER_TEXT = 2048, 4_000_000
 HELD_OUT_SHARE = 20  # one part in so many of the dictionary is kept from training
-NAMES = [
-    "Tom",
-    "Anna",
-    "Ben",
-    "Lucy",
-    "Sam",
-    "Mary",
-    "Paul",
-    "Rosa",
-    "Jack",
-    "Nina",
-    "Karl",
-    "Emma",
-    "Omar",
-    "Ruth",
-    "Leo",
-    "Ida",
-]
+# fmt: off
+NAMES = ["Tom", "Anna", "Ben", "Lucy", "Sam", "Mary", "Paul", "Rosa", "Jack", "Nina", "Karl", "Emma", "Omar", "Ruth",
+         "Leo", "Ida"]
 THINGS = ["apples", "books", "coins", "shells", "cards", "stones", "pens", "cakes", "plums", "hats", "keys", "nuts"]
 PLACES = ["Paris", "Rome", "Oslo", "Lima", "Cairo", "Bern", "Riga", "Kiev", "Delhi", "Tokyo", "Quito", "Dover"]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December"]
+# fmt: on
 
 
 class Example(NamedTuple):
