@@ -25,7 +25,9 @@ from study.tuning import TUNINGS, Base, State, fine_tune, load_base, load_data, 
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REACTION_COUNT = 1200
+TRAIN_COUNT = 80  # training examples that edits are scored on
 COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
+COMPRESSED_TUNINGS = ("adamw", "bf16", "as published")
 VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
 TASKS = ("sums", "records", "sentiment", "definitions")
 VERSION = 1  # of what a cell measures
@@ -91,7 +93,7 @@ def open_cell(cell: Cell) -> Bench:
     state = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     tuned = fine_tune(cell.base, base, cell.task, cell.tuning, cell.seed)
     train, test = load_data(cell.base, base, cell.task)
-    rows = {"test": test, "train": train[:100], "other": load_other_text(cell.base)}
+    rows = {"test": test, "train": train[:TRAIN_COUNT], "other": load_other_text(cell.base)}
     stored = getattr(torch, TUNINGS[cell.tuning].dtype)
     return Bench(base.model, Pair(state, tuned, stored), lambda split: score_rows(base.model, rows[split]))
 
@@ -154,7 +156,7 @@ def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], 
     for edit in cell.list_edits(set(pair.roles.values())):
         if pair.select(edit.roles) or edit.roles == "model":
             yield edit.name, functools.partial(edited, edit)
-    if fixed and cell.seed == 0 and cell.part != "quick":
+    if fixed and cell.seed == 0 and cell.tuning in COMPRESSED_TUNINGS:
         for chosen in (None, *COMPRESSED):
             for how in COMPRESSIONS:
                 name = f"{chosen.name if chosen else 'fine-tuned'} + {how}"

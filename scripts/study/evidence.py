@@ -121,7 +121,7 @@ def to_scored(values: Sequence[float]) -> Scored:
 
 @dataclass(frozen=True)
 class Pooled:
-    """An edit over many cells: mean effect with its 95 % interval, a two-sided p, and in how many cells the loss fell."""
+    """An edit over many cells: mean effect with its 95 % interval, two-sided p, in how many cells the loss fell."""
 
     mean: float
     interval: tuple[float, float]
@@ -176,7 +176,7 @@ def correct_holm(p: Mapping[str, float]) -> dict[str, float]:
 
 def correlate_ranks(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation, ties by their mean rank; nan where one side is constant."""
-    a, b = (torch.tensor(rank(values)) for values in (x, y))
+    a, b = (torch.tensor(rank(values), dtype=torch.float64) for values in (x, y))
     a, b = a - a.mean(), b - b.mean()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size else math.nan
@@ -232,7 +232,7 @@ def list_role_effects(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
 
 
 def compare_choice(cell: CellResult) -> dict[str, Any] | None:
-    """The edit with the least loss on training data beside the one with the least held-out loss (POME, appendix A.3)."""
+    """The edit with the least training loss beside the one with the least held-out loss (POME, appendix A.3)."""
     names = [n for n, line in cell.lines.items() if "pome" in n and "+" not in n and "train_loss" in line]
     if len(names) < 2:
         return None

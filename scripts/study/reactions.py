@@ -48,7 +48,7 @@ def load_reactions(variant: str, count: int) -> Reactions:
     names = [name for name, _ in model.named_parameters()]
     base = {name: base[name] for name in names if name in base and not name.startswith(HEAD)}
     tuned = {name: tuned[name] for name in names if name in tuned}
-    chosen = {"test": choose(test.examples, count), "train": choose(train.examples, min(count, 500))}
+    chosen = {"test": choose(test.examples, count), "train": choose(train.examples, min(count, 300))}
 
     def prepare(examples: list[Any]) -> tuple[list[list[int]], Tensor]:
         ids = [encode(each.reaction, vocabulary, model.config.max_position_embeddings) for each in examples]

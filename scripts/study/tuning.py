@@ -263,6 +263,6 @@ def load_other_text(base_name: str) -> tuple[Row, ...]:
     """Windows of the held-out dictionary with every token learnt: text outside the task, to see what is forgotten."""
     base = load_base(base_name)
     text = read_dictionary()[1]
-    starts = range(0, len(text) - 400, len(text) // 24)
+    starts = range(0, len(text) - 400, len(text) // 16)
     ids = [base.encode(text[at : at + 400])[:96] for at in starts]
     return tuple((each, [-100, *each[1:]]) for each in ids)

@@ -1,0 +1,249 @@
+"""docs/study.md and its plots, from the results: tables by the functions here, words by page.md.j2."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jinja2
+
+from study import plots
+from study.cells import COMPRESSED, RESULTS, list_cells
+from study.edits import FIXED, Edit, pome
+from study.evidence import (
+    PREDICTORS,
+    CellResult,
+    Pooled,
+    Setting,
+    choose_rule,
+    compare_choice,
+    correct_holm,
+    correlate_ranks,
+    judge,
+    list_role_effects,
+    pool,
+    read_results,
+)
+from study.scoring import COMPRESSIONS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FIXED_NAMES = [edit.name for edit in FIXED]
+
+
+def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """With its sign."""
+    return f"{100 * value:+.{digits}f} %"
+
+
+def span(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+
+
+def by_setting(cells: Sequence[CellResult]) -> dict[Setting, list[CellResult]]:
+    found: dict[Setting, list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(cell.setting, []).append(cell)
+    return found
+
+
+def tabulate_cells(cells: Sequence[CellResult]) -> str:
+    """What was fine-tuned, how well, and how its deltas look."""
+
+    def row(setting: Setting, seeds: list[CellResult]) -> list[str]:
+        def mean(value: Callable[[CellResult], float]) -> float:
+            return statistics.fmean(map(value, seeds))
+
+        trained = mean(lambda c: c.tuned["train_accuracy"])
+        return [
+            setting.base, setting.task, setting.tuning, str(len(seeds)),
+            f"{mean(lambda c: c.lines['base']['score']):.3f}", f"{mean(lambda c: c.tuned['score']):.3f}",
+            f"{mean(lambda c: c.tuned['accuracy']):.3f}", f"{trained:.3f}",
+            f"{mean(lambda c: c.feature('delta_over_weight')):.3f}", f"{mean(lambda c: c.feature('entropy_rank')):.2f}",
+            f"{mean(lambda c: c.feature('departure')):.2f}",
+        ]  # fmt: skip
+
+    head = ["base", "task", "fine-tuning", "seeds", "loss of base", "loss", "right", "right in training"]
+    head += ["delta / weight", "entropy rank", "departure"]
+    return make_table(head, [row(*each) for each in by_setting(cells).items()])
+
+
+def count_words(cells: Sequence[CellResult], edit: str) -> Counter[str]:
+    """In how many cells an edit was better or worse beyond noise, allowing for the number of edits."""
+    return Counter(judge(cell, FIXED_NAMES)[edit].word for cell in cells if edit in cell.lines)
+
+
+def pool_edits(cells: Sequence[CellResult], edits: Sequence[str]) -> dict[str, Pooled]:
+    found = {edit: pool(cells, edit) for edit in edits}
+    return {edit: pooled for edit, pooled in found.items() if pooled}
+
+
+def tabulate_fixed(cells: Sequence[CellResult]) -> str:
+    """The twelve edits over all cells."""
+    pooled = pool_edits(cells, FIXED_NAMES)
+    holm = correct_holm({edit: each.p for edit, each in pooled.items()})
+    rows = []
+    for edit, each in pooled.items():
+        words = count_words(cells, edit)
+        right = pool(cells, edit, "right", relative=False)
+        assert right
+        with_it = [cell for cell in cells if edit in cell.lines]
+        forgot = [
+            cell.lines[edit]["other_loss"] - cell.tuned["other_loss"] for cell in with_it if "other_loss" in cell.tuned
+        ]
+        gap = statistics.fmean(cell.lines[edit]["calibration"] - cell.tuned["calibration"] for cell in with_it)
+        departure = statistics.median(cell.lines[edit]["departure"] for cell in with_it)
+        rows.append([
+            edit, f"{departure:.2f}", percent(each.mean), span(each.interval), f"{holm[edit]:.3f}",
+            f"{each.fell} of {each.cells}", f"{words['better']} / {words['worse']}",
+            f"{100 * right.mean:+.1f} ({span(right.interval)})",
+            f"{statistics.fmean(forgot):+.3f}" if forgot else "", f"{100 * gap:+.1f}",
+        ])  # fmt: skip
+    head = ["edit", "departure", "share of the gain lost", "95 % interval", "p (Holm)", "loss fell in"]
+    head += ["better / worse beyond noise", "points right", "other text, nats", "calibration error, points"]
+    return make_table(head, rows)
+
+
+def tabulate_settings(cells: Sequence[CellResult], edits: Sequence[str]) -> str:
+    """Share of the gain that each edit loses, by setting, with the interval over examples and seeds."""
+    rows = []
+    for setting, seeds in by_setting(cells).items():
+        row = [setting.base, setting.task, setting.tuning]
+        for edit in edits:
+            each = pool(seeds, edit)
+            row.append(f"{100 * each.mean:+.1f} ({span(each.interval)})" if each else "")
+        rows.append(row)
+    return make_table(["base", "task", "fine-tuning", *edits], rows)
+
+
+def tabulate_wide(cells: Sequence[CellResult]) -> str:
+    """Every edit of the grid on the cells that have it, the best mean first."""
+    wide = [cell for cell in cells if pome("up", 0.25).name in cell.lines]
+    edits = list(dict.fromkeys(name for cell in wide for name in cell.lines if "+" not in name))
+    pooled = pool_edits(wide, [name for name in edits if name not in ("base", "fine-tuned")])
+    holm = correct_holm({edit: each.p for edit, each in pooled.items()})
+    rows = [
+        [edit, percent(each.mean), span(each.interval), f"{holm[edit]:.2f}", f"{each.fell} of {each.cells}"]
+        for edit, each in sorted(pooled.items(), key=lambda item: item[1].mean)
+    ]
+    return make_table(["edit", "share of the gain lost", "95 % interval", "p (Holm)", "loss fell in"], rows)
+
+
+def tabulate_compression(cells: Sequence[CellResult]) -> str:
+    """What compression costs, and what an edit changes before it and after it, in shares of the gain."""
+    seen = [cell for cell in cells if any(name.endswith("8 bits") for name in cell.lines)]
+    rows = []
+    for edit in (None, *(each.name for each in COMPRESSED)):
+        row = [edit or "no edit: cost of the compression", percent(mean_share(seen, edit)) if edit else ""]
+        for how in COMPRESSIONS:
+            rest = f"fine-tuned + {how}"
+            after = f"{edit or 'fine-tuned'} + {how}"
+            both = [cell for cell in seen if after in cell.lines]
+            row.append(percent(statistics.fmean(c.share(after) - (c.share(rest) if edit else 0.0) for c in both)))
+        rows.append(row)
+    return make_table(["edit", "stored in full", *COMPRESSIONS], rows)
+
+
+def mean_share(cells: Sequence[CellResult], edit: str) -> float:
+    return statistics.fmean(cell.share(edit) for cell in cells if edit in cell.lines)
+
+
+def tabulate_choice(cells: Sequence[CellResult]) -> str:
+    """The edit chosen on training data."""
+    rows = []
+    for found in filter(None, map(compare_choice, cells)):
+        cell = found["cell"]
+        row = [str(cell.setting), str(cell.seed), str(found["edits"]), found["by_train"]]
+        rows.append([*row, percent(found["change_by_train"] / cell.gain), found["best"],
+                     percent(found["change_best"] / cell.gain)])  # fmt: skip
+    head = ["cell", "seed", "edits", "best on training data", "its held-out share lost", "best held-out", "its share"]
+    return make_table(head, rows)
+
+
+def tabulate_rule(cells: Sequence[CellResult]) -> tuple[str, str, bool]:
+    """What the rule of the choosing half does on the other half; the rule in words; whether it may be called safe."""
+    rule = choose_rule(cells, FIXED_NAMES)
+    limit = "always" if math.isinf(rule.limit) else f"where the median departure is at most {rule.limit:g}"
+    rows, safe = [], True
+    for half, wanted in (("choosing", True), ("judging", False)):
+        mine = [cell for cell in cells if cell.setting.chooses is wanted]
+        effects = [rule.effect(cell) for cell in mine]
+        words = Counter(judge(c, FIXED_NAMES)[rule.edit].word for c in mine if rule.effect(c))
+        better = sum(effect < 0 for effect in effects)
+        rows.append([half, str(len(mine)), percent(statistics.fmean(effects), 2), percent(max(effects), 2), str(better),
+                     str(words["better"]), str(words["worse"])])  # fmt: skip
+        safe = safe and not words["worse"] and 2 * better > len(mine)
+    head = ["half", "cells", "mean share lost", "worst", "loss fell in", "better beyond noise", "worse beyond noise"]
+    return make_table(head, rows), f"`{rule.edit}`, {limit}", safe
+
+
+def tabulate_predictors(cells: Sequence[CellResult]) -> str:
+    """Rank correlation of each predictor with the harm of an edit of one role, on both halves."""
+    effects = list_role_effects(cells)
+    rows = []
+    for name in (*PREDICTORS, "departure x delta/weight"):
+        row = [name]
+        for chooses in (True, False):
+            mine = [each for each in effects if each["cell"].setting.chooses is chooses]
+            value = correlate_ranks([each[name] for each in mine], [each["effect"] for each in mine])
+            row.append(f"{value:+.2f} ({len(mine)})")
+        rows.append(row)
+    return make_table(["predictor", "choosing half (pairs of cell and role)", "judging half"], rows)
+
+
+def list_missing() -> str:
+    """Cells that were planned and are not finished, by base, part, task and fine-tuning."""
+    groups: dict[str, list[str]] = {}
+    for cell in list_cells():
+        if not cell.path.exists():
+            part = "the twelve edits" if cell.part == "fixed" else "the rest of the grid"
+            groups.setdefault(f"{cell.base}, {part}", []).append(f"{cell.task} {cell.tuning} (seed {cell.seed})")
+    return "\n".join(f"- {group}: {', '.join(names)}." for group, names in groups.items()) or "- none."
+
+
+def make_page(cells: Sequence[CellResult]) -> str:
+    """The page."""
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
+        (Path(__file__).parent / "page.md.j2").read_text(encoding="utf-8")
+    )
+    rule_table, rule, safe = tabulate_rule(cells)
+    pooled = pool_edits(cells, FIXED_NAMES)
+    shown = [pome("up"), pome("ffn"), Edit("scale", "model", beta=1.1), Edit("step", "ffn", bound=0.1)]
+    return template.render(
+        cells=tabulate_cells(cells),
+        count=len(cells),
+        settings=len(by_setting(cells)),
+        lines=sum(len(cell.lines) for cell in cells),
+        fixed=tabulate_fixed(cells),
+        by_setting=tabulate_settings(cells, [edit.name for edit in shown]),
+        wide=tabulate_wide(cells),
+        wide_count=sum(pome("up", 0.25).name in cell.lines for cell in cells),
+        compression=tabulate_compression(cells),
+        choice=tabulate_choice(cells),
+        rule_table=rule_table,
+        rule=rule,
+        safe=safe,
+        predictors=tabulate_predictors(cells),
+        missing=list_missing(),
+        pooled=pooled,
+        words={edit: count_words(cells, edit) for edit in pooled},
+        percent=percent,
+        span=span,
+    )
+
+
+def write_page() -> None:
+    """Page and plots, from the results in the repository."""
+    cells = read_results(RESULTS)
+    plots.draw_effects(cells, FIXED_NAMES, DOCS / "pictures" / "study-edits.png")
+    plots.draw_departure(cells, DOCS / "pictures" / "study-departure.png")
+    plots.draw_curves(cells, DOCS / "pictures" / "study-curves.png")
+    (DOCS / "study.md").write_text(make_page(cells), encoding="utf-8")
