@@ -27,10 +27,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 REACTION_COUNT = 1200
 TRAIN_COUNT = 80  # training examples that edits are scored on
 COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
-COMPRESSED_TUNINGS = ("adamw", "bf16", "as published")
+COMPRESSED_TUNINGS = ("adamw", "bf16", "published")
 VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
 TASKS = ("sums", "records", "sentiment", "definitions")
-VERSION = 1  # of what a cell measures
+VERSION = 2  # of what a cell measures
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Cell:
 
 def list_cells() -> list[Cell]:
     """All cells, the cheapest and most telling first."""
-    main = ("adamw", "bf16", "adamw-long", "adamw-short", "muon", "lora", "poet")
+    main = ("adamw", "bf16", "adamw-full", "adamw-long", "adamw-short", "muon", "lora", "poet")
     llama = [Cell("llama-4m", task, tuning, 0) for tuning in main for task in TASKS]
-    reactions = [Cell("rxnfp", task, "as published", 0) for task in VARIANTS]
+    reactions = [Cell("rxnfp", task, "published", 0) for task in VARIANTS]
     smol = [Cell("smollm2-135m", task, tuning, 0) for tuning in ("bf16", "adamw") for task in ("sums", "sentiment")]
     cells = llama[:5] + reactions[:1] + llama[5:8] + reactions[1:] + [wide(llama[0])] + llama[8:] + smol[:1]
     cells += [wide(reactions[0])] + [wide(cell) for cell in llama[1:8]] + smol[1:3]
@@ -93,7 +93,7 @@ def open_cell(cell: Cell) -> Bench:
     state = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     tuned = fine_tune(cell.base, base, cell.task, cell.tuning, cell.seed)
     train, test = load_data(cell.base, base, cell.task)
-    rows = {"test": test, "train": train[:TRAIN_COUNT], "other": load_other_text(cell.base)}
+    rows = {"test": test, "train": train[:TRAIN_COUNT], "other": load_other_text(base)}
     stored = getattr(torch, TUNINGS[cell.tuning].dtype)
     return Bench(base.model, Pair(state, tuned, stored), lambda split: score_rows(base.model, rows[split]))
 
@@ -156,7 +156,7 @@ def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], 
     for edit in cell.list_edits(set(pair.roles.values())):
         if pair.select(edit.roles) or edit.roles == "model":
             yield edit.name, functools.partial(edited, edit)
-    if fixed and cell.seed == 0 and cell.tuning in COMPRESSED_TUNINGS:
+    if cell.part == "fixed" and cell.seed == 0 and cell.tuning in COMPRESSED_TUNINGS:
         for chosen in (None, *COMPRESSED):
             for how in COMPRESSIONS:
                 name = f"{chosen.name if chosen else 'fine-tuned'} + {how}"

@@ -1,12 +1,11 @@
 """Bases and their fine-tunes: one loop (completion loss, cosine, AdamW of the paper's recipe scaled down), cached.
 
 The small Llama (3.9M parameters) is pretrained here on the dictionary; SmolLM2-135M comes as it is published, in 4
-bits. Both bases are rounded to bfloat16 once, as published checkpoints are. Products run in bfloat16 autocast.
+bits. Both bases are rounded to bfloat16 once, published checkpoints are. Products run in bfloat16 autocast.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -31,9 +30,9 @@ Row = tuple[list[int], list[int]]  # token ids, and labels: -100 where nothing i
 LENGTH, WINDOWS = 128, 16  # of pretraining: tokens a window, windows a step
 PRETRAIN_STEPS, PRETRAIN_RATE = 300, 2e-3
 SIZES: dict[str, dict[str, tuple[int, int]]] = {  # examples to train on and held out, by base and task
-    "llama-4m": {"sums": (1000, 200), "records": (600, 150), "sentiment": (1000, 250), "definitions": (600, 200)},
-    "smollm2-135m": {"sums": (500, 150), "sentiment": (500, 150)},
-    "quick": {"sums": (64, 32)},
+    "llama-4m": {"sums": (1200, 200), "records": (600, 150), "sentiment": (1000, 250), "definitions": (600, 200)},
+    "smollm2-135m": {"sums": (480, 150), "sentiment": (500, 150)},
+    "quick": {"sums": (80, 32)},
 }
 
 
@@ -55,6 +54,7 @@ TUNINGS = {
     "adamw": Tuning(),
     "adamw-short": Tuning(rate=2e-4, passes=1),
     "adamw-long": Tuning(passes=15, share=0.2),
+    "adamw-full": Tuning(passes=12),
     "bf16": Tuning(dtype="bfloat16"),
     "muon": Tuning("muon"),
     "lora": Tuning("lora", rate=5e-3),
@@ -258,11 +258,8 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
         handle.remove()
 
 
-@functools.lru_cache(maxsize=4)
-def load_other_text(base_name: str) -> tuple[Row, ...]:
+def load_other_text(base: Base) -> list[Row]:
     """Windows of the held-out dictionary with every token learnt: text outside the task, to see what is forgotten."""
-    base = load_base(base_name)
     text = read_dictionary()[1]
-    starts = range(0, len(text) - 400, len(text) // 16)
-    ids = [base.encode(text[at : at + 400])[:96] for at in starts]
-    return tuple((each, [-100, *each[1:]]) for each in ids)
+    ids = [base.encode(text[at : at + 400])[:96] for at in range(0, len(text) - 400, len(text) // 16)]
+    return [(each, [-100, *each[1:]]) for each in ids]
