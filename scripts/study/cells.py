@@ -103,6 +103,12 @@ def keep_base(name: str) -> Base:
     return load_base(name)
 
 
+def find_part(cell: Cell) -> Path:
+    """Where the lines of an unfinished cell are."""
+    edits = [edit.name for edit in cell.list_edits({"gate", "up", "down"})]
+    return folder() / f"part-{make_hash(VERSION, cell.title, edits)}"
+
+
 def run_cell(cell: Cell, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Lines of a cell's part; those that an interrupted run left are taken from the cache."""
     part = (
@@ -177,3 +183,4 @@ def finish(cell: Cell, rows: list[dict[str, Any]]) -> None:
     fresh = cell.path.with_suffix(".new")
     fresh.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     fresh.rename(cell.path)
+    find_part(cell).unlink(missing_ok=True)

@@ -27,6 +27,7 @@ VADER = SourceArchive(
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, TOKENIZER_TEXT = 2048, 4_000_000
 HELD_OUT_SHARE = 20  # one part in so many of the dictionary is kept from training
 # fmt: off
@@ -53,17 +54,20 @@ def folder() -> Path:
     return made
 
 
-@functools.lru_cache(maxsize=1)
-def read_dictionary() -> tuple[str, str]:
-    """The dictionary's text: to train on, and held out."""
-    text = fetch_text(folder() / "text")
+@functools.lru_cache(maxsize=2)
+def read_text(name: str) -> tuple[str, str]:
+    """A text to pretrain on, and its end, which is held out: `dictionary`, or this repository's `docs` (small)."""
+    if name == "docs":
+        text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md")))
+    else:
+        text = fetch_text(folder() / "text")
     border = len(text) - len(text) // HELD_OUT_SHARE
     return text[:border], text[border:]
 
 
-def load_tokenizer() -> Tokenizer:
-    """Byte-level BPE of the dictionary, digits one by one; made once."""
-    kept = folder() / "tokenizer.json"
+def load_tokenizer(name: str) -> Tokenizer:
+    """Byte-level BPE of a text, digits one by one; made once."""
+    kept = folder() / f"tokenizer-{name}.json"
     if not kept.exists():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,8 +77,8 @@ def load_tokenizer() -> Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=VOCABULARY, show_progress=False, initial_alphabet=alphabet, special_tokens=["<end>"]
         )
-        text = read_dictionary()[0]
-        tokenizer.train_from_iterator((text[at : at + 100_000] for at in range(0, TOKENIZER_TEXT, 100_000)), trainer)
+        text = read_text(name)[0][:TOKENIZER_TEXT]
+        tokenizer.train_from_iterator((text[at : at + 100_000] for at in range(0, len(text), 100_000)), trainer)
         tokenizer.save(str(kept))
     return Tokenizer.from_file(str(kept))
 
@@ -129,7 +133,7 @@ def read_definitions() -> list[Example]:
     entry = re.compile(
         r"\n\n([A-Z][a-z]{3,12}) \\[^\\]{1,40}\\,? ([^.]{1,12}\.)[^\n]*?\. ([A-Z][^\[\]{}\n]{20,110}?\.)"
     )
-    text = read_dictionary()[1]
+    text = read_text("dictionary")[1]
     found = {match[1]: Example(f"Define {match[1].lower()}:", f" {match[3]}") for match in entry.finditer(text)}
     return list(found.values())
 

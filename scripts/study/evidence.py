@@ -203,7 +203,7 @@ class Rule:
         return cell.share(self.edit)
 
 
-LIMITS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, math.inf)
+LIMITS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, math.inf)
 
 
 def choose_rule(cells: Sequence[CellResult], edits: Sequence[str]) -> Rule:

@@ -172,17 +172,18 @@ def tabulate_rule(cells: Sequence[CellResult]) -> tuple[str, str, bool]:
     """What the rule of the choosing half does on the other half; the rule in words; whether it may be called safe."""
     rule = choose_rule(cells, FIXED_NAMES)
     limit = "always" if math.isinf(rule.limit) else f"where the median departure is at most {rule.limit:g}"
+    words = f"`{rule.edit}`, {limit}" if rule.limit else "leave every model alone"
     rows, safe = [], True
     for half, wanted in (("choosing", True), ("judging", False)):
         mine = [cell for cell in cells if cell.setting.chooses is wanted]
         effects = [rule.effect(cell) for cell in mine]
-        words = Counter(judge(c, FIXED_NAMES)[rule.edit].word for c in mine if rule.effect(c))
+        found = Counter(judge(c, FIXED_NAMES)[rule.edit].word for c in mine if rule.effect(c))
         better = sum(effect < 0 for effect in effects)
         rows.append([half, str(len(mine)), percent(statistics.fmean(effects), 2), percent(max(effects), 2), str(better),
-                     str(words["better"]), str(words["worse"])])  # fmt: skip
-        safe = safe and not words["worse"] and 2 * better > len(mine)
+                     str(found["better"]), str(found["worse"])])  # fmt: skip
+        safe = safe and not found["worse"] and 2 * better > len(mine)
     head = ["half", "cells", "mean share lost", "worst", "loss fell in", "better beyond noise", "worse beyond noise"]
-    return make_table(head, rows), f"`{rule.edit}`, {limit}", safe
+    return make_table(head, rows), words, safe
 
 
 def tabulate_predictors(cells: Sequence[CellResult]) -> str:

@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 COLORS = {
-    "adamw": "#1f4e79", "adamw-full": "#c00000", "adamw-long": "#ad1457", "adamw-short": "#7f9fbf", "bf16": "#e08a00", "muon": "#2e7d32",
+    "adamw": "#1f4e79", "adamw-full": "#c00000", "adamw-long": "#ad1457",
+    "adamw-short": "#7f9fbf", "bf16": "#e08a00", "muon": "#2e7d32",
     "lora": "#7b3fa0", "poet": "#00838f", "published": "#000000",
 }  # fmt: skip
 OTHER = "#999999"

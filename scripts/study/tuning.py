@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pome.poet import Merger, PoetConfig, parameter_groups, unwrap, wrap
 from real_weights import smollm2
-from study.data import Example, folder, load_tokenizer, read_dictionary, split_task, tokenize
+from study.data import Example, folder, load_tokenizer, read_text, split_task, tokenize
 from train_poet import make_optimizers, make_plan, run_step, scale_rates
 
 State = dict[str, Tensor]
@@ -73,6 +73,7 @@ class Base:
     model: Any
     encode: Callable[[str], list[int]]
     end: int
+    text: str = "dictionary"  # whose held-out end shows what is forgotten
 
     def rows(self, examples: list[Example]) -> list[Row]:
         """Ids and labels; only the completion and the end after it are learnt."""
@@ -112,12 +113,12 @@ def make_llama(seed: int, width: int = 256, layers: int = 4) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(width: int = 256, layers: int = 4, steps: int = PRETRAIN_STEPS) -> Path:
-    """The small Llama's pretrained weights, on random windows of the dictionary. Cached."""
+def pretrain(width: int = 256, layers: int = 4, steps: int = PRETRAIN_STEPS, text: str = "dictionary") -> Path:
+    """The small Llama's pretrained weights, on random windows of a text. Cached."""
     path = folder() / f"base-{make_hash(width, layers, steps, PRETRAIN_RATE, WINDOWS, LENGTH)}.safetensors"
     if path.exists():
         return path
-    tokens = tokenize(load_tokenizer(), read_dictionary()[0][: steps * WINDOWS * LENGTH * 3])
+    tokens = tokenize(load_tokenizer(text), read_text(text)[0][: steps * WINDOWS * LENGTH * 3])
     model = make_llama(0, width, layers).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
@@ -146,12 +147,12 @@ def load_base(name: str) -> Base:
         model = transformers.AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
         slow = transformers.AutoTokenizer.from_pretrained(smollm2())
         return Base(model.eval(), lambda text: slow(text, add_special_tokens=False)["input_ids"], slow.eos_token_id)
-    sizes = {"width": 64, "layers": 2} if name == "quick" else {}
+    sizes, text = ({"width": 64, "layers": 2}, "docs") if name == "quick" else ({}, "dictionary")
     model = make_llama(0, **sizes)
-    weights = load_file(pretrain(**sizes, **({"steps": 40} if sizes else {})))
+    weights = load_file(pretrain(**sizes, steps=40 if sizes else PRETRAIN_STEPS, text=text))
     put(model, {name: tensor.bfloat16().float() for name, tensor in weights.items()})
-    tokenizer = load_tokenizer()
-    return Base(model.eval(), lambda text: tokenizer.encode(text).ids, 0)
+    tokenizer = load_tokenizer(text)
+    return Base(model.eval(), lambda given: tokenizer.encode(given).ids, 0, text)
 
 
 def take(model: nn.Module) -> State:
@@ -259,7 +260,7 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
 
 
 def load_other_text(base: Base) -> list[Row]:
-    """Windows of the held-out dictionary with every token learnt: text outside the task, to see what is forgotten."""
-    text = read_dictionary()[1]
+    """Windows of the held-out end of a text, every token learnt: text outside the task, for what is forgotten."""
+    text = read_text(base.text)[1]
     ids = [base.encode(text[at : at + 400])[:96] for at in range(0, len(text) - 400, len(text) // 16)]
     return [(each, [-100, *each[1:]]) for each in ids]
