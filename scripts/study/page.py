@@ -176,6 +176,10 @@ def tabulate_rule(cells: Sequence[CellResult]) -> tuple[str, str, bool]:
     rows, safe = [], True
     for half, wanted in (("choosing", True), ("judging", False)):
         mine = [cell for cell in cells if cell.setting.chooses is wanted]
+        if not mine:
+            rows.append([half, "0", *[""] * 5])
+            safe = False
+            continue
         effects = [rule.effect(cell) for cell in mine]
         found = Counter(judge(c, FIXED_NAMES)[rule.edit].word for c in mine if rule.effect(c))
         better = sum(effect < 0 for effect in effects)
@@ -195,7 +199,7 @@ def tabulate_predictors(cells: Sequence[CellResult]) -> str:
         for chooses in (True, False):
             mine = [each for each in effects if each["cell"].setting.chooses is chooses]
             value = correlate_ranks([each[name] for each in mine], [each["effect"] for each in mine])
-            row.append(f"{value:+.2f} ({len(mine)})")
+            row.append(f"{value:+.2f} ({len(mine)})" if math.isfinite(value) else f"({len(mine)})")
         rows.append(row)
     return make_table(["predictor", "choosing half (pairs of cell and role)", "judging half"], rows)
 
@@ -246,5 +250,6 @@ def write_page() -> None:
     cells = read_results(RESULTS)
     plots.draw_effects(cells, FIXED_NAMES, DOCS / "pictures" / "study-edits.png")
     plots.draw_departure(cells, DOCS / "pictures" / "study-departure.png")
-    plots.draw_curves(cells, DOCS / "pictures" / "study-curves.png")
+    if any(pome("up", 0.25).name in cell.lines for cell in cells):
+        plots.draw_curves(cells, DOCS / "pictures" / "study-curves.png")
     (DOCS / "study.md").write_text(make_page(cells), encoding="utf-8")
