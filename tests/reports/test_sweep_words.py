@@ -58,7 +58,7 @@ def test_the_verdict_knows_that_less_is_better():
         ({"rank_ratio": [0.5, 1.0]}, [210, 240], None),  # there is no share above 1
         (
             {"rank_ratio": [0.5, 1.0], **BETAS},
-            [200, 200, 200, 200, 240, 200],
+            [200, 200, 240, 200, 200, 200],
             "try --rank-ratio below 0.5 and --beta above 1.5.",
         ),
         ({"rank": [8, 16]}, [210, 240], "try --rank above 16."),
