@@ -31,6 +31,15 @@ from study.scoring import COMPRESSIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FIXED_NAMES = [edit.name for edit in FIXED]
+CONTROLS = [
+    pome("ffn").name,
+    *(pome("ffn", power=power).name for power in (0.5, 1.0)),
+    pome("ffn", 1.0, power=0.5).name,
+    *(Edit("truncate", "ffn", K).name for K in (0.1, 0.25, 0.5)),
+    *(Edit("scale", "ffn", beta=c).name for c in (0.8, 0.9, 1.1, 1.2, 1.3)),
+    *(Edit("step", "ffn", bound=bound).name for bound in (0.05, 0.1, 0.2)),
+    *(Edit(kind, "ffn").name for kind in ("equivalence", "rotate", "noise")),
+]
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -204,6 +213,18 @@ def tabulate_predictors(cells: Sequence[CellResult]) -> str:
     return make_table(["predictor", "choosing half (pairs of cell and role)", "judging half"], rows)
 
 
+def tabulate_controls(cells: Sequence[CellResult]) -> str:
+    """How far edits of the feed-forward block move it, and what that does."""
+    rows = []
+    for edit in CONTROLS:
+        with_it = [cell for cell in cells if edit in cell.lines]
+        pooled = pool(with_it, edit)
+        if pooled:
+            departure = statistics.median(cell.lines[edit]["departure"] for cell in with_it)
+            rows.append([edit, str(len(with_it)), f"{departure:.2f}", percent(pooled.mean, 2), span(pooled.interval)])
+    return make_table(["edit", "cells", "departure", "share of the gain lost", "95 % interval"], rows)
+
+
 def list_missing() -> str:
     """Cells that were planned and are not finished, by base, part, task and fine-tuning."""
     groups: dict[str, list[str]] = {}
@@ -221,6 +242,8 @@ def make_page(cells: Sequence[CellResult]) -> str:
     )
     rule_table, rule, safe = tabulate_rule(cells)
     pooled = pool_edits(cells, FIXED_NAMES)
+    choices = [found for found in map(compare_choice, cells) if found]
+    planned = list_cells()
     shown = [pome("up"), pome("ffn"), Edit("scale", "model", beta=1.1), Edit("step", "ffn", bound=0.1)]
     return template.render(
         cells=tabulate_cells(cells),
@@ -237,9 +260,17 @@ def make_page(cells: Sequence[CellResult]) -> str:
         rule=rule,
         safe=safe,
         predictors=tabulate_predictors(cells),
+        role_pairs=len(list_role_effects(cells)),
+        controls=tabulate_controls(cells),
+        choice_hits=(
+            sum(found["by_train"] == found["best"] for found in choices),
+            len(choices),
+            sum(found["change_by_train"] < 0 for found in choices),
+        ),
+        planned_count=len(planned),
+        missing_count=sum(not cell.path.exists() for cell in planned),
         missing=list_missing(),
         pooled=pooled,
-        words={edit: count_words(cells, edit) for edit in pooled},
         percent=percent,
         span=span,
     )

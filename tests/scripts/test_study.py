@@ -18,6 +18,7 @@ from study import evidence, scoring
 from study.cells import RESULTS, Cell, list_cells
 from study.edits import FIXED, Edit, Pair, list_wide, pome
 from study.evidence import CellResult, Setting, correct_holm, correlate_ranks, judge, pool, read_results
+from study.page import make_page
 from support.checkpoints import ROOT
 
 RUN = ROOT / "scripts/study/run"
@@ -166,6 +167,16 @@ def test_results_hold_what_each_line_needs() -> None:
         assert {"base", "fine-tuned"} < cell.lines.keys()
         for line in cell.lines.values():
             assert sum(line["loss"]) / len(line["loss"]) == pytest.approx(line["score"], abs=2e-5)
+
+
+def test_what_inspect_says_of_the_study_is_so() -> None:
+    """`pome inspect` says that the default edit raised the loss more often than it lowered it."""
+    pooled = pool(read_results(RESULTS), pome("up").name)
+    assert pooled and 2 * pooled.fell < pooled.cells
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    assert make_page(read_results(RESULTS)) == (ROOT / "docs/study.md").read_text()
 
 
 def test_a_finished_cell_is_not_listed_as_missing() -> None:
