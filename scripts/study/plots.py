@@ -84,6 +84,7 @@ def draw_departure(cells: Sequence[CellResult], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), "o", color=color, markersize=3.5, alpha=0.6, label=f"ffn: {kind}")
     axes.set_xscale("log")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
     axes.set_yscale("symlog", linthresh=1.0)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set_yticks([-10, -1, 0, 1, 10, 100], ["-10", "-1", "0", "1", "10", "100"])
