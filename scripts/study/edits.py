@@ -116,7 +116,7 @@ class Pair:
     stored: torch.dtype = torch.float32
     roles: dict[str, str] = field(default_factory=dict)
     _caches: dict[str, DecompositionCache] = field(default_factory=dict)
-    _found: dict[tuple[Any, ...], tuple[Tensor, float]] = field(default_factory=dict)
+    _found: dict[tuple[Any, ...], tuple[Tensor, int]] = field(default_factory=dict)
     _svd: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

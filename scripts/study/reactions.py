@@ -21,7 +21,7 @@ from study.data import folder
 from study.scoring import Scores, score_classes, set_weights
 from study.tuning import State
 
-PROBE_EXAMPLES = 2000
+PROBE_EXAMPLES, CLASSES = 2000, 50
 HEAD = "classifier."
 
 
@@ -90,9 +90,8 @@ def load_probe(model: Any, tuned: State, data: tuple[list[list[int]], Tensor], p
 
 def fit_probe(features: Tensor, labels: Tensor, decay: float = 1e-4) -> State:
     """Multinomial logistic regression by L-BFGS: examples x features, float64."""
-    classes = int(labels.max()) + 1
-    weight = torch.zeros(50 if classes <= 50 else classes, features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(weight.shape[0], dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(CLASSES, features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def close() -> Tensor:
