@@ -30,12 +30,13 @@ def split_rows(matrix: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
 
 
-def draw_gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
+def draw_gaussian(rows: int, columns: int, like: Tensor, stream: int = 0) -> Tensor:
     """Seeded Gaussian matrix (rows x columns) in the dtype and on the device of `like`.
 
-    The same numbers on every device and in every call, drawn without touching the global generator.
+    The same numbers on every device and in every call, drawn without touching the global generator. Those of another
+    `stream` are independent.
     """
-    generator = torch.Generator(device="cpu").manual_seed(SEED)
+    generator = torch.Generator(device="cpu").manual_seed(SEED + stream)
     drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
     return drawn.to(like.device, like.dtype)
 
