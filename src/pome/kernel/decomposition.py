@@ -37,11 +37,12 @@ class Decomposition:
     residual (n x strong) what they leave in D^T D. noise: absolute error bound of sigma^2. tail: from which index on
     sigma was found without squaring.
 
-    The thin solver knows the leading k + 1 values and k vectors, no rank (None), and what they may have missed.
+    The thin solver knows the leading k + 1 values and k vectors only, counts those as the rank, and bounds what they
+    may have `missed`.
     """
 
     sigma: Tensor
-    rank: int | None
+    rank: int
     V: Tensor
     U: Tensor | None = None
     residual: Tensor | None = None
@@ -87,9 +88,10 @@ class Truncation:
     """M = U_k (S_k / s_1)^P V_k^T of a delta, with the spectrum that it was cut from.
 
     M: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
-    zero from `rank` on; only the k + 1 largest where the rank is not known (None). resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two
-    directions apart. power: P. isometry: factors of U_k V_k^T in M's dtype; None where P = 0 and M is that product.
-    is_product: whether M was multiplied from those factors, with their weights in between, and from nothing else.
+    zero from `rank` on; only the k + 1 largest where the rank is not known (None). resolution: the least gap (s_k -
+    s_{k+1}) / s_k at which the solver can tell the two directions apart. power: P. isometry: factors of U_k V_k^T in
+    M's dtype; None where P = 0 and M is that product. is_product: whether M was multiplied from those factors, with
+    their weights in between, and from nothing else.
     missed: bound on the share by which the true s_1^(1+P) + ... + s_k^(1+P) exceeds that of sigma.
     """
 

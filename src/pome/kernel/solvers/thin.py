@@ -38,10 +38,10 @@ from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule
 
-STEPS = 9  # at most; from the second on, what the others would gain at the rate so far decides whether they are worth it
+STEPS = 9  # at most; from the second on, what the rest would gain at the rate so far decides whether they are worth it
 MISSED = 3e-6  # share of the objective that may be missed: the certificate allows 1e-5 for all
 RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
-AFTER, AFTER_GAP = 1e-5, 0.1  # relative error of s_{k+1}: the first, or the second times the gap where that is wide
+AFTER, AFTER_GAP = 1e-5, 0.25  # relative error of s_{k+1}: the first, or the second times the gap where that is wide
 ROUNDED = 1e-6  # relative error of norm_F(D)^2, and to spare
 # s_1 / s_{k+1} up to which rounding leaves the kept directions alone, by dtype.
 STEEPEST = {torch.float32: 3000.0, torch.float64: 1e4}
@@ -63,9 +63,10 @@ class Outlook:
     gap: float
 
     @property
-    def is_good(self) -> bool:
-        good = self.missed <= MISSED and self.angle <= SUBSPACE and self.residual <= RESIDUAL
-        return good and self.after <= max(AFTER, AFTER_GAP * self.gap)
+    def excess(self) -> float:
+        """What is worst, over what is allowed."""
+        after = self.after / max(AFTER, AFTER_GAP * self.gap)
+        return max(self.missed / MISSED, self.angle / SUBSPACE, self.residual / RESIDUAL, after)
 
 
 def solve_thin(D: Tensor, rule: RankRule, cache: DecompositionCache | None = None, power: float = 0.0) -> Truncation:
@@ -99,15 +100,17 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
         length = float(coupling[:k].norm())
         if step:
             h, outlook = choose_count(squares, coupling, k, power)
-            if outlook.is_good:
+            if outlook.excess <= 1.0:
                 rest = min(bound_squared_norm(D, V[:, :h]), (1.0 + ROUNDED) * total - float(squares[:h].sum()))
                 outlook = judge(squares, coupling, k, h, rest, power)
-                if outlook.is_good:
+                if outlook.excess <= 1.0:
                     sigma, noise = squares[: k + 1].sqrt(), float(coupling[k - 1] / squares[k - 1])
-                    return Decomposition(sigma, None, V[:, :k].contiguous(), noise=noise, missed=outlook.missed)
+                    return Decomposition(sigma, k + 1, V[:, :k].contiguous(), noise=noise, missed=outlook.missed)
             hoped = coupling * min(1.0, length / before) ** (STEPS - 1 - step)
-            if not (bool(moving.any()) and choose_count(squares, hoped, k, power)[1].is_good):
+            if not choose_count(squares, hoped, k, power)[1].excess <= 1.0:
                 break
+        if not bool(moving.any()):
+            break
         before = length
         new = orthonormalise(project_out(Q, orthonormalise(project_out(Q, E[:, moving.to(E.device)]))))
     raise Undecided(f"the {k} leading directions are not known after {step + 1} steps")
@@ -118,7 +121,7 @@ def choose_count(squares: Tensor, coupling: Tensor, k: int, power: float) -> tup
     most = coupling.numel()
     counts = sorted({k + (most - k) * i // 8 for i in range(1, 9)})
     outlooks = [judge(squares, coupling, k, h, SLACK * float(squares[h]), power) for h in counts]
-    best = min(range(len(counts)), key=lambda i: outlooks[i].missed)
+    best = min(range(len(counts)), key=lambda i: outlooks[i].excess)
     return counts[best], outlooks[best]
 
 
