@@ -38,7 +38,7 @@ from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule
 
-STEPS = 9  # at most; from the second on, what the rest would gain at the rate so far decides whether they are worth it
+STEPS = 9  # at most: what the rest of them can still gain decides whether they are worth it
 MISSED = 3e-6  # share of the objective that may be missed: the certificate allows 1e-5 for all
 RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
 AFTER, AFTER_GAP = 1e-5, 0.25  # relative error of s_{k+1}: the first, or the second times the gap where that is wide
@@ -73,7 +73,7 @@ def solve_thin(D: Tensor, rule: RankRule, cache: DecompositionCache | None = Non
     """Truncation of D (m x n, float32 or float64) at the k of the rule `fixed`; its rank is None, and sigma ends after
     s_{k+1}. Raises Undecided where the bounds do not close."""
     k, tall = int(rule.number or 0), D if D.shape[0] >= D.shape[1] else D.mT
-    found = find_decomposition(cache, f"thin-{k}-{power:g}", D, lambda: decompose_thin(tall, k, power))
+    found = find_decomposition(cache, f"thin-{k}-{power}", D, lambda: decompose_thin(tall, k, power))
     sigma = found.sigma
     B = scaled_image(tall, found.V, sigma[:k])
     M, isometry = multiply_power(B, found.V, sigma[:k], tall is not D, 0, power)
@@ -84,7 +84,7 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
     """The k leading right singular vectors of D (m x n, m >= n) and k + 1 singular values. Raises Undecided."""
     block, total = k + k // 2 + 8, squared_norm(D)
     Q, F, H = D.new_empty(D.shape[1], 0), D.new_empty(0, D.shape[0]), torch.zeros(0, 0, dtype=torch.float64)
-    new, before = orthonormalise(D.mT @ draw_gaussian(D.shape[0], block, D)), math.inf
+    new, before = orthonormalise(D.mT @ draw_gaussian(D.shape[0], block, D)), 1.0
     for step in range(STEPS):
         Q, F = torch.cat((Q, new), 1), torch.cat((F, (D @ new).mT))
         beside = (to_float64(F) @ to_float64(F[-new.shape[1] :]).mT).cpu()
@@ -98,18 +98,16 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
         coupling = torch.linalg.vector_norm(E, dim=0).cpu().double()
         moving = coupling > torch.finfo(D.dtype).eps * (squares[:block] * total).sqrt()
         length = float(coupling[:k].norm())
-        if step:
-            h, outlook = choose_count(squares, coupling, k, power)
+        h, outlook = choose_count(squares, coupling, k, power)
+        if outlook.excess <= 1.0:
+            rest = min(bound_squared_norm(D, V[:, :h]), (1.0 + ROUNDED) * total - float(squares[:h].sum()))
+            outlook = judge(squares, coupling, k, h, rest, power)
             if outlook.excess <= 1.0:
-                rest = min(bound_squared_norm(D, V[:, :h]), (1.0 + ROUNDED) * total - float(squares[:h].sum()))
-                outlook = judge(squares, coupling, k, h, rest, power)
-                if outlook.excess <= 1.0:
-                    sigma, noise = squares[: k + 1].sqrt(), float(coupling[k - 1] / squares[k - 1])
-                    return Decomposition(sigma, k + 1, V[:, :k].contiguous(), noise=noise, missed=outlook.missed)
-            hoped = coupling * min(1.0, length / before) ** (STEPS - 1 - step)
-            if not choose_count(squares, hoped, k, power)[1].excess <= 1.0:
-                break
-        if not bool(moving.any()):
+                sigma, noise = squares[: k + 1].sqrt(), float(coupling[k - 1] / squares[k - 1])
+                return Decomposition(sigma, k + 1, V[:, :k].contiguous(), noise=noise, missed=outlook.missed)
+        # From the second step on: at twice the rate so far, which grows with the space. The first rate says little.
+        hoped = coupling * (0.0 if step < 2 else min(1.0, length / before) ** (2 * (STEPS - 1 - step)))
+        if not bool(moving.any()) or (step and not choose_count(squares, hoped, k, power)[1].excess <= 1.0):
             break
         before = length
         new = orthonormalise(project_out(Q, orthonormalise(project_out(Q, E[:, moving.to(E.device)]))))
@@ -118,8 +116,8 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
 
 def choose_count(squares: Tensor, coupling: Tensor, k: int, power: float) -> tuple[int, Outlook]:
     """How many leading Ritz vectors best bound what they miss, and the outlook that is to be expected."""
-    most = coupling.numel()
-    counts = sorted({k + (most - k) * i // 8 for i in range(1, 9)})
+    most = min(coupling.numel(), squares.numel() - 1)
+    counts = sorted({k + 1 + (most - k - 1) * i // 7 for i in range(8)})
     outlooks = [judge(squares, coupling, k, h, SLACK * float(squares[h]), power) for h in counts]
     best = min(range(len(counts)), key=lambda i: outlooks[i].excess)
     return counts[best], outlooks[best]
