@@ -189,10 +189,11 @@ def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str 
     """The first field in which a record differs from a recomputed one, in words; None if they agree."""
     if recorded is None:
         return "has no record, though its delta is not zero"
-    # Another machine may leave a matrix to another route, which knows its rank and whole spectrum, or does not.
-    is_whole = None not in (recorded.rank, fresh.rank)
+    # Another machine or release may leave a matrix to another route, and know its rank and whole spectrum, or not.
     is_other = (recorded.rank is None) != (fresh.rank is None)
-    for field in ("file", "role", "shape", "dtype", *(["rank"] if is_whole else []), "k"):
+    if is_other and not fresh.k <= (recorded.rank or fresh.k) <= min(fresh.shape):
+        return f"rank {recorded.rank}, with k {fresh.k} of shape {fresh.shape}"
+    for field in ("file", "role", "shape", "dtype", *(() if is_other else ("rank",)), "k"):
         if getattr(recorded, field) != getattr(fresh, field):
             return f"{field} {getattr(recorded, field)}, recomputed {getattr(fresh, field)}"
     for field in ("alpha", "beta", "sigma_max", "noise_floor", "delta_norm", "edit_norm", "energy_kept"):

@@ -107,7 +107,9 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
                 return Decomposition(sigma, k + 1, V[:, :k].contiguous(), noise=noise, missed=outlook.missed)
         # From the second step on: at twice the rate so far, which grows with the space. The first rate says little.
         hoped = coupling * (0.0 if step < 2 else min(1.0, length / before) ** (2 * (STEPS - 1 - step)))
-        if not bool(moving.any()) or (step and not choose_count(squares, hoped, k, power)[1].excess <= 1.0):
+        if not 0 < int(moving.sum()) <= V.shape[0] - Q.shape[1] or (
+            step and not choose_count(squares, hoped, k, power)[1].excess <= 1.0
+        ):
             break
         before = length
         new = orthonormalise(project_out(Q, orthonormalise(project_out(Q, E[:, moving.to(E.device)]))))
