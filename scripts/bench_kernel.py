@@ -142,9 +142,9 @@ def bench_thin(shape: str, kind: str, ranks: list[int], power: float, repeat: in
         objective = float(sum((D[i] * edit.value[i]).double().sum() for i in range(m))) / edit.alpha
         objective /= float(sigma[:k].pow(1.0 + power).sum())
         print(
-            f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):7.2f}{min(slow):8.2f}{min(slow) / min(thin):13.2f}"
-            f"{'thin' if chosen else 'ladder':>8}{1 - edit.objective:10.0e}{1 - objective:10.0e}{edit.orthogonality:9.0e}"
-            f"{edit.power_residual:10.0e}",
+            f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):7.2f}{min(slow):8.2f}"
+            f"{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}{1 - edit.objective:10.0e}{1 - objective:10.0e}"
+            f"{edit.orthogonality:9.0e}{edit.power_residual:10.0e}",
             flush=True,
         )
 
@@ -214,8 +214,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {given.threads} threads, seconds, best of {given.repeat}\n")
     if given.ranks:
         print(
-            f"{'shape':>11} {'spectrum':<13}{'k':>5} {'solver':<17}{'thin':>7}{'ladder':>8}{'ladder/thin':>13}{'rule':>8}"
-            f"{'1-obj':>10}{'true':>10}{'orth':>9}{'residual':>10}"
+            f"{'shape':>11} {'spectrum':<13}{'k':>5} {'solver':<17}{'thin':>7}{'ladder':>8}{'ladder/thin':>13}"
+            f"{'rule':>8}{'1-obj':>10}{'true':>10}{'orth':>9}{'residual':>10}"
         )
         for shape in given.shapes.split(","):
             for kind in given.spectra.split(","):

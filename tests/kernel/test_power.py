@@ -85,10 +85,10 @@ def test_power_one_with_scale_unit_is_the_best_approximation(kind, ratio):
 def test_truncation_is_as_near_to_the_delta_as_any_matrix_of_its_rank(kind, ratio):
     """Eckart and Young, to 1e-5, on every spectrum, ties at the cut included.
 
-    The theorem is about the distance, and only that is meant. The entries of the best approximation depend on the
-    gap at the cut: rounding turns a kept direction by a small angle t towards a dropped one, with t about 1e-7 over the relative
-    gap. The entries move by t, which is 1e-5 and more where the gap is below 1e-2, and by everything where there is no
-    gap and the best approximation is not unique. The distance grows by t^2 times the gap.
+    The theorem is about the distance, and only that is meant. The entries of the best approximation depend on the gap
+    at the cut: rounding turns a kept direction by a small angle t towards a dropped one, with t about 1e-7 over the
+    relative gap. The entries move by t, which is 1e-5 and more where the gap is below 1e-2, and by everything where
+    there is no gap and the best approximation is not unique. The distance grows by t^2 times the gap.
     """
     delta = make_delta(kind, 300, 200, 1)
     edit = equalize(delta, rank_ratio=ratio, power=1.0, scale="unit")
