@@ -32,7 +32,6 @@ def any_size(monkeypatch):
     """Small matrices and any k take the route, which by itself is for large ones."""
     monkeypatch.setattr(ladder, "THIN", 0)
     monkeypatch.setattr(ladder, "SHARE", 1.0)
-    monkeypatch.setattr(ladder, "SMALL", 16)
 
 
 def assert_proved(edit, delta, k, power=0.0):
@@ -202,7 +201,8 @@ def test_a_direction_that_the_start_misses_is_not_missed(monkeypatch, hidden):
 def test_the_least_mass_is_the_quantile_of_its_chi_square():
     half = torch.tensor(PROBES / 2, dtype=torch.float64)
     below = torch.special.gammainc(half, torch.tensor(LEAST_MASS / 2, dtype=torch.float64))
-    assert 0.9e-6 < float(below) <= 1e-6
+    assert 0.99e-7 < float(below) <= 1e-7
+    assert thin.STEPS * 1e-7 < 1e-6
 
 
 @settings(deadline=None, max_examples=60)
