@@ -60,6 +60,11 @@ class ExtractSpec(EditSpec):
     ] = False  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.rank is None and self.rank_rule == "fixed":
+            raise SpecError(
+                "rank: give the rank of the LoRAs, or how it is chosen (energy, rank_ratio, rank_rule)",
+                options=["rank", "energy", "rank_ratio", "rank_rule"],
+            )
         super().__post_init__()
         for name, default in (("dtype", "keep"), ("out_format", "full"), ("common_rows", False)):
             if getattr(self, name) != default:

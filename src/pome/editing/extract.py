@@ -26,6 +26,8 @@ from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.planning.extract_plan import ExtractPlan, plan_extraction
 from pome.planning.remainder import HEAD, Rest, list_rest
+from pome.roles.model_config import config_of, size_of
+from pome.roles.roles import find_layout
 
 if TYPE_CHECKING:
     from pome.editing.extract_cell import Extracted
@@ -235,30 +237,37 @@ def gather_contents(
     ranked = rank_loras(extraction.loras, ranks, spec)
     left = dataclasses.replace(extraction, loras=tuple(one.lora for one in ranked))
     rests = list(list_rest(left, base, ft))
-    progress.start("copy", sum(ft.tensors[rest.name][1].nbytes for rest in rests))
+    progress.start("compare", sum(ft.tensors[rest.name][1].nbytes for rest in rests))
     found: list[LostRecord] = []
     for rest in rests:
         change = find_change(rest, base, ft)
         if change is not None:
             found.append(change)
         nbytes = ft.tensors[rest.name][1].nbytes
-        progress.advance("copy", nbytes, nbytes, rest.name)
-    progress.finish("copy")
+        progress.advance("compare", nbytes, nbytes)
+    progress.finish("compare")
     changed = {change.name for change in found} if spec.save_modules else set()
-    contents = choose_contents(ranked, rests, changed, is_tied(base))
+    contents = choose_contents(ranked, rests, changed, find_tied(base))
     held = set(contents.saved.values())
     lost = tuple(change for change in found if change.name not in held)
     return contents, lost, describe_resized(rests, held, base, ft)
 
 
-def is_tied(base: Checkpoint) -> bool:
-    """Whether a base with a head has it in its embedding's tensor."""
+def find_tied(base: Checkpoint) -> str | None:
+    """The embedding of a base with a head, in whose tensor the head is."""
     config = base.config or {}
     kinds = config.get("architectures")
-    headed = isinstance(kinds, list) and any(
-        str(k).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for k in kinds
-    )
-    return headed and config.get("tie_word_embeddings") is not False and HEAD not in base.tensors
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    headed = isinstance(kinds, list) and any(str(kind).endswith(heads) for kind in kinds)
+    if not headed or config.get("tie_word_embeddings") is False or HEAD in base.tensors:
+        return None
+    tables = [
+        name
+        for name, (_, entry) in base.tensors.items()
+        if {part.role for part in find_layout(name, entry.shape, config).parts} == {"embed"}
+        and entry.shape[0] == size_of(config_of(name, config), "vocab_size")
+    ]
+    return tables[0] if len(tables) == 1 else None
 
 
 def describe_resized(rests: list[Rest], held: set[str], base: Checkpoint, ft: Checkpoint) -> list[str]:

@@ -62,10 +62,10 @@ def rank_loras(loras: Iterable[Lora], ranks: Mapping[str, int], spec: ExtractSpe
     return tuple(Ranked(one.lora, most if spec.uniform_rank else one.rank, one.ranks) for one in found)
 
 
-def choose_contents(ranked: tuple[Ranked, ...], rests: Sequence[Rest], changed: set[str], is_tied: bool) -> Contents:
+def choose_contents(ranked: tuple[Ranked, ...], rests: Sequence[Rest], changed: set[str], tied: str | None) -> Contents:
     """An adapter with LoRAs, and all of the modules of which a tensor `changed`, as far as they may be saved.
 
-    Where BASE's head is its embedding, the head is saved as the embedding: PEFT takes the two apart.
+    tied: the embedding of BASE that is its head as well. It is saved for both: PEFT takes the two apart.
     """
     adapted = {one.lora.module for one in ranked}
     modules = {rest.module for rest in rests if rest.may_save and rest.name in changed}
@@ -75,7 +75,7 @@ def choose_contents(ranked: tuple[Ranked, ...], rests: Sequence[Rest], changed: 
             module, _, leaf = rest.parameter.rpartition(".")
             inner = ".base_layer" if module in adapted else ""
             saved[f"{KEY}{module}{inner}.{leaf}"] = rest.name
-            if rest.role == "embed" and is_tied and KEY + HEAD not in saved:
+            if tied is not None and rest.partner == tied and not any(one.name == HEAD for one in rests):
                 saved[KEY + HEAD] = rest.name
                 modules.add(HEAD.rpartition(".")[0])
     return Contents(ranked, saved, tuple(sorted(modules - adapted)), bool(modules & adapted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
 from pome.checkpoint.source import Checkpoint
@@ -97,6 +98,21 @@ class ExtractPlan:
     def plan(self) -> Plan:
         """The cells as units of a plan, for tables and progress."""
         return replace(self.base, units=tuple(cell.unit for cell in self.cells), kept=self.kept, layouts={})
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--dry-run --json`."""
+        plan = self.plan.to_json()
+        loras = [
+            {
+                "name": lora.name,
+                "target": lora.key,
+                "shape": list(lora.size),
+                "experts": lora.experts,
+                "dtype": lora.dtype,
+            }
+            for lora in self.loras
+        ]
+        return {"loras": loras, **{("extract" if key == "edit" else key): value for key, value in plan.items()}}
 
 
 def plan_extraction(plan: Plan, base: Checkpoint, spec: EditSpec) -> ExtractPlan:
