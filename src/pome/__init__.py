@@ -1,9 +1,8 @@
 """pome: replace the update of FFN matrices by its equalized truncated SVD (POME, arXiv 2510.06627).
 
 `edit` does the whole job from checkpoint to checkpoint, `equalize` one matrix, `extract` makes an adapter of the
-update; `inspect` looks before an edit, `sweep`
-chooses one by its score, `verify` proves one. Names but the errors are imported when first used, so that `import pome`
-alone loads no torch.
+update; `inspect` looks before an edit, `sweep` chooses one by its score, `verify` proves one. Names but the errors are
+imported when first used, so that `import pome` alone loads no torch.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 class Progress:
     """Listener to a run: subclass it and override what you show. This class shows nothing.
 
-    Tasks are `copy`, `compare` and `hash`, counted in bytes, and `edit` and `survey`, counted in units (2-D tensors, or single
-    experts of a 3-D one). Calls come from the thread that started the run, but for `advance` of `hash`, which may come
-    from another.
+    Tasks are `copy`, `compare` and `hash`, counted in bytes, and `edit` and `survey`, counted in units (2-D tensors, or
+    single experts of a 3-D one). Calls come from the thread that started the run, but for `advance` of `hash`, which
+    may come from another.
     """
 
     def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
