@@ -67,10 +67,9 @@ class Trained:
             return peft.PeftModel.from_pretrained(self.load(self.base, dtype), adapter).eval()
 
     def merge(self, adapter: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The parameters of BASE with the adapter merged by PEFT, by the model's names."""
+        """The weights of BASE with the adapter merged by PEFT, by the model's names; tied ones under all of theirs."""
         with quietly():
-            merged = self.load_adapted(adapter, dtype).merge_and_unload()
-        return {name: weight.detach() for name, weight in merged.named_parameters()}
+            return dict(self.load_adapted(adapter, dtype).merge_and_unload().state_dict())
 
 
 def train(

@@ -13,6 +13,8 @@ from pome.config.spec import EDIT_OPTIONS, EditSpec
 from pome.errors import SpecError
 
 EXTRACT = "extract"
+# Projections of an attention that are neither q, k, v nor o, such as those to and from a latent space.
+PROJECTIONS = r"re:(attn|attention)\w*\.([\w.]+\.)?\w*_proj\w*\.weight$"
 
 
 def _again(name: str, **changes: Any) -> Option:
@@ -29,7 +31,7 @@ class ExtractSpec(EditSpec):
     rank k. `rank` or another rule for k must be given. Raises SpecError.
     """
 
-    layers: Annotated[tuple[str, ...], _again("layers")] = ("ffn", "attention")
+    layers: Annotated[tuple[str, ...], _again("layers")] = ("ffn", "attention", PROJECTIONS)
     rank: Annotated[int | None, _again("rank", help="Rank of every LoRA: k = min(N, rank of the update).")] = None
     rank_rule: Annotated[RankRuleName, _again("rank_rule")] = "fixed"
     scale: Annotated[ScaleName, _again("scale")] = "unit"

@@ -25,9 +25,7 @@ from pome.output.progress import Progress
 from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.planning.extract_plan import ExtractPlan, plan_extraction
-from pome.planning.remainder import HEAD, Rest, list_rest
-from pome.roles.model_config import config_of, size_of
-from pome.roles.roles import find_layout
+from pome.planning.remainder import Rest, find_shared_table, list_rest
 
 if TYPE_CHECKING:
     from pome.editing.extract_cell import Extracted
@@ -247,27 +245,11 @@ def gather_contents(
         progress.advance("compare", nbytes, nbytes)
     progress.finish("compare")
     changed = {change.name for change in found} if spec.save_modules else set()
-    contents = choose_contents(ranked, rests, changed, find_tied(base))
+    shared, has_known_head = find_shared_table(base, extraction.names)
+    contents = choose_contents(ranked, rests, changed, shared if has_known_head else None)
     held = set(contents.saved.values())
     lost = tuple(change for change in found if change.name not in held)
     return contents, lost, describe_resized(rests, held, base, ft)
-
-
-def find_tied(base: Checkpoint) -> str | None:
-    """The embedding of a base with a head, in whose tensor the head is."""
-    config = base.config or {}
-    kinds = config.get("architectures")
-    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    headed = isinstance(kinds, list) and any(str(kind).endswith(heads) for kind in kinds)
-    if not headed or config.get("tie_word_embeddings") is False or HEAD in base.tensors:
-        return None
-    tables = [
-        name
-        for name, (_, entry) in base.tensors.items()
-        if {part.role for part in find_layout(name, entry.shape, config).parts} == {"embed"}
-        and entry.shape[0] == size_of(config_of(name, config), "vocab_size")
-    ]
-    return tables[0] if len(tables) == 1 else None
 
 
 def describe_resized(rests: list[Rest], held: set[str], base: Checkpoint, ft: Checkpoint) -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pome.checkpoint.source import Checkpoint
 from pome.choices import GROUPS
 from pome.planning.extract_plan import ExtractPlan
+from pome.planning.loaded_names import LoadedNames
 from pome.planning.selection import EDITABLE, find_tensor_layouts
 from pome.roles.layout import Layout, Part
+from pome.roles.model_config import config_of, size_of
 from pome.roles.pairing import pair_names
 
 SAVE = "--save-modules takes it along"
-HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"  # of the models of transformers that continue a text
+_HEADLESS = re.compile(r"(?<!LMHead)Model$|Classification$|QuestionAnswering$")
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class _Modules:
     """The modules that may go along whole: those that hold nothing else and that no LoRA is of."""
 
     def __init__(self, extraction: ExtractPlan, base: Checkpoint, ft: Checkpoint) -> None:
-        self.base, self.ft = base, ft
+        self.ft = ft
         self.adapted = {lora.module for lora in extraction.loras}
-        self.modules = {name.rpartition(".")[0] for name in extraction.names.list_parameters()}
+        self.parameters = set(extraction.names.list_parameters())
+        self.modules = {name.rpartition(".")[0] for name in self.parameters}
         paths = [name.split(".") for name in self.modules]
         self.containers = {".".join(words[:at]) for words in paths for at in range(len(words))}
+        self.shared, self.has_known_head = find_shared_table(base, extraction.names)
 
     def find_obstacle(self, name: str, partner: str | None, parameter: str, role: str) -> str | None:
         """Why a tensor cannot be saved whole, or None."""
@@ -78,16 +84,38 @@ class _Modules:
             return "it is not selected; --layers takes it into a LoRA"
         if self.ft.tensors[name][1].dtype not in EDITABLE:
             return "it holds no weights of a module"
-        if partner is None and not self._is_untied_head(name):
+        if partner is None and (name != HEAD or HEAD in self.parameters):
             return "BASE has no such tensor"
+        if partner is not None and partner == self.shared and not self.has_known_head:
+            return "the model shares it with other modules, and PEFT would take it apart from them"
         if leaf == "bias" and module in self.adapted:
             return None
-        if module in self.adapted | self.containers or leaf not in ("weight", "bias"):
+        if module in self.adapted | self.containers:
             return "a parameter of a module that holds others, which no adapter holds alone"
+        if leaf == "bias" and f"{module}.weight" not in self.parameters and partner is not None:
+            return "a bias beside a weight that the model shares with another module"
         if not module or any(other != module and other.endswith(module) for other in self.modules):
             return "PEFT would take another module of a like name for its own"
         return None
 
-    def _is_untied_head(self, name: str) -> bool:
-        """Whether FT has a head of its own where BASE's is its embedding."""
-        return name == HEAD and HEAD not in self.base.tensors
+
+def find_shared_table(base: Checkpoint, names: LoadedNames) -> tuple[str | None, bool]:
+    """The embedding of BASE that other modules of the model share, and whether the one of them is the head alone."""
+    config = base.config or {}
+    kinds = config.get("architectures")
+    kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
+    headless = bool(kinds) and all(_HEADLESS.search(kind) for kind in kinds)
+    has_head = any({part.role for part in layout.parts} == {"head"} for layout in find_tensor_layouts(base).values())
+    many = bool(config.get("is_encoder_decoder"))
+    if not many and (headless or has_head or config.get("tie_word_embeddings") is False):
+        return None, False
+    tables = [
+        name
+        for name, layout in find_tensor_layouts(base).items()
+        if {part.role for part in layout.parts} == {"embed"}
+        and base.tensors[name][1].shape[0] == size_of(config_of(name, config), "vocab_size")
+    ]
+    known = not many and any(
+        kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds
+    )
+    return (tables[0] if len(tables) == 1 else None), known

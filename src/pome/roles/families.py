@@ -86,6 +86,7 @@ _MOONSHINE = Family(fused_up=("up", "gate"))
 _QWEN3_VL_MOE = Family(in_out_halves="side by side", turned_on_load=True)  # its checkpoints exist both ways
 
 _BLOCK_SPARSE = ((r"\.block_sparse_moe\.", ".mlp."),)
+_PHIMOE = (*_BLOCK_SPARSE, (r"\.mlp\.gate\.", ".mlp.router."))
 _GRANITE = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
@@ -102,7 +103,7 @@ _PLAIN_EXPERTS = words(
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN_EXPERTS, Family(experts="out_in")),
-    **dict.fromkeys(words("kimi_linear minimax_m2 mixtral phimoe"), Family(experts="out_in", renames=_BLOCK_SPARSE)),
+    **dict.fromkeys(words("kimi_linear minimax_m2 mixtral"), Family(experts="out_in", renames=_BLOCK_SPARSE)),
     **dict.fromkeys(words("granitemoe granitemoehybrid granitemoeshared"), Family(experts="out_in", renames=_GRANITE)),
     "aria_text": Family(
         experts="in_out",
@@ -125,7 +126,7 @@ FAMILIES: dict[str, Family] = {
     "gpt-sw3": Family(conv1d=True),
     "gpt2": Family(conv1d=True, prefix="transformer"),
     "gpt_bigcode": Family(qkv=_multi_query_or_per_head),
-    "gpt_neox": Family(qkv=_per_head),
+    "gpt_neox": Family(qkv=_per_head, renames=((r"^embed_out\.", "lm_head."),)),
     "gpt_neox_japanese": Family(qkv=_per_head),
     "gpt_oss": Family(experts="in_out", in_out_halves="interleaved", marked_in_out=True),
     "imagegpt": Family(conv1d=True),
@@ -147,6 +148,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe_text": _QWEN3_VL_MOE,
     "RefinedWeb": Family(qkv=lambda config, heads: _falcon(config, heads, new=True)),
     "RefinedWebModel": Family(qkv=_falcon),
+    "phimoe": Family(experts="out_in", renames=_PHIMOE),
     "rwkv": Family(ffn_names={"key": "up", "value": "down"}),
 }
 _UNKNOWN = Family()
