@@ -74,5 +74,5 @@ class ExtractSpec(EditSpec):
 
 
 def read_spec(options: Mapping[str, Any]) -> EditSpec:
-    """The spec that a manifest holds: of an extraction, or of an edit. Raises SpecError and TypeError."""
-    return ExtractSpec(**options) if "save_modules" in options else EditSpec(**options)
+    """The spec that a manifest holds: of an extraction, or of an edit. Raises SpecError."""
+    return (ExtractSpec if "save_modules" in options else EditSpec).from_mapping(options)

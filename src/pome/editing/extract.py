@@ -25,7 +25,7 @@ from pome.output.progress import Progress
 from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.planning.extract_plan import ExtractPlan, plan_extraction
-from pome.planning.remainder import Rest, find_shared_table, list_rest
+from pome.planning.remainder import Rest, find_shared_tables, list_rest
 
 if TYPE_CHECKING:
     from pome.editing.extract_cell import Extracted
@@ -245,8 +245,8 @@ def gather_contents(
         progress.advance("compare", nbytes, nbytes)
     progress.finish("compare")
     changed = {change.name for change in found} if spec.save_modules else set()
-    shared, has_known_head = find_shared_table(base, extraction.names)
-    contents = choose_contents(ranked, rests, changed, shared if has_known_head else None)
+    shared, by_head_alone = find_shared_tables(base)
+    contents = choose_contents(ranked, rests, changed, next(iter(shared)) if by_head_alone else None)
     held = set(contents.saved.values())
     lost = tuple(change for change in found if change.name not in held)
     return contents, lost, describe_resized(rests, held, base, ft)

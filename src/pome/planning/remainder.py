@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pome.checkpoint.source import Checkpoint
 from pome.choices import GROUPS
 from pome.planning.extract_plan import ExtractPlan
-from pome.planning.loaded_names import LoadedNames
 from pome.planning.selection import EDITABLE, find_tensor_layouts
 from pome.roles.layout import Layout, Part
 from pome.roles.model_config import config_of, size_of
@@ -75,7 +74,7 @@ class _Modules:
         self.modules = {name.rpartition(".")[0] for name in self.parameters}
         paths = [name.split(".") for name in self.modules]
         self.containers = {".".join(words[:at]) for words in paths for at in range(len(words))}
-        self.shared, self.has_known_head = find_shared_table(base, extraction.names)
+        self.shared, self.has_known_head = find_shared_tables(base)
 
     def find_obstacle(self, name: str, partner: str | None, parameter: str, role: str) -> str | None:
         """Why a tensor cannot be saved whole, or None."""
@@ -86,7 +85,7 @@ class _Modules:
             return "it holds no weights of a module"
         if partner is None and (name != HEAD or HEAD in self.parameters):
             return "BASE has no such tensor"
-        if partner is not None and partner == self.shared and not self.has_known_head:
+        if partner in self.shared and not self.has_known_head:
             return "the model shares it with other modules, and PEFT would take it apart from them"
         if leaf == "bias" and module in self.adapted:
             return None
@@ -99,8 +98,9 @@ class _Modules:
         return None
 
 
-def find_shared_table(base: Checkpoint, names: LoadedNames) -> tuple[str | None, bool]:
-    """The embedding of BASE that other modules of the model share, and whether the one of them is the head alone."""
+def find_shared_tables(base: Checkpoint) -> tuple[frozenset[str], bool]:
+    """The embeddings of BASE that other modules of the model may share; and whether there is one, shared by the head
+    alone."""
     config = base.config or {}
     kinds = config.get("architectures")
     kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
@@ -108,14 +108,14 @@ def find_shared_table(base: Checkpoint, names: LoadedNames) -> tuple[str | None,
     has_head = any({part.role for part in layout.parts} == {"head"} for layout in find_tensor_layouts(base).values())
     many = bool(config.get("is_encoder_decoder"))
     if not many and (headless or has_head or config.get("tie_word_embeddings") is False):
-        return None, False
-    tables = [
+        return frozenset(), False
+    tables = frozenset(
         name
         for name, layout in find_tensor_layouts(base).items()
         if {part.role for part in layout.parts} == {"embed"}
         and base.tensors[name][1].shape[0] == size_of(config_of(name, config), "vocab_size")
-    ]
+    )
     known = not many and any(
         kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds
     )
-    return (tables[0] if len(tables) == 1 else None), known
+    return tables, known and len(tables) == 1

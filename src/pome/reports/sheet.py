@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.choices import ROLES
-from pome.config.spec import EditSpec
+from pome.config.extraction import read_spec
 from pome.errors import SpecError, VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
@@ -101,7 +101,7 @@ def _estimate_departure(matrix: Matrix) -> float:
 def make_edit_sheet(manifest: Manifest) -> Sheet:
     """The sheet of an output, from its manifest: before and after. Raises VerificationError."""
     try:
-        spec = EditSpec.from_mapping(manifest.spec)
+        spec = read_spec(manifest.spec)
     except SpecError as error:
         raise VerificationError(f"{MANIFEST_NAME}: spec: {error}; give an output of pome") from None
     rows = _sort_rows(_make_edited_row(record, spec.resolve(record.name).power) for record in manifest.tensors)
