@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import pome
@@ -66,7 +67,7 @@ def test_with_save_modules_the_logits_are_those_of_ft(architecture: str, tmp_pat
             warnings.simplefilter("always")
             model = peft.PeftModel.from_pretrained(pair.load(pair.base), tmp_path / "out").eval()
         logits = [one(tokens).logits for one in (model, pair.load(pair.ft), pair.load(pair.base))]
-    assert not [str(w.message) for w in said if re.search("missing|match", str(w.message))]
+    assert not [str(w.message) for w in said if "missing" in str(w.message)]
     # gpt_oss: a parameter of a module that holds a LoRA, or of the attention itself, goes nowhere
     lost = architecture == "gpt_oss"
     assert bool(manifest.lost) == lost and manifest.saved
@@ -171,7 +172,7 @@ def test_ranks_by_energy_have_patterns_that_peft_reads_and_scaling_one(
     # A server that knows no patterns scales by this ratio and makes room for this rank.
     assert config["lora_alpha"] == config["r"] == max(record.k for record in manifest.tensors)
     model = pair.load_adapted(tmp_path / "out")
-    scalings = [module.scaling["default"] for module in model.modules() if hasattr(module, "scaling")]
+    scalings = [module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)]
     assert scalings and set(scalings) == {1.0}
     merged, base, ft = pair.merge(tmp_path / "out"), *(load_weights(pair, f) for f in (pair.base, pair.ft))
     for record in manifest.tensors:
@@ -195,9 +196,13 @@ def test_patterns_of_layer_1_do_not_match_layer_11(tmp_path: Path) -> None:
     ranks = {
         module: weights.r["default"]
         for module, weights in pair.load_adapted(tmp_path / "out").named_modules()
-        if hasattr(weights, "scaling")
+        if isinstance(weights, LoraLayer)
     }
     low = [module for module, rank in ranks.items() if rank == 1]
+    with warnings.catch_warnings(record=True) as said, quietly():
+        warnings.simplefilter("always")
+        peft.PeftModel.from_pretrained(pair.load(pair.base), tmp_path / "out")
+    assert not [str(w.message) for w in said if "match" in str(w.message)]
     assert low == ["base_model.model." + name.removesuffix(".weight")] and set(ranks.values()) == {1, 4}
 
 
@@ -205,7 +210,7 @@ def test_modules_that_did_not_change_are_no_targets_and_nothing_is_missing(tmp_p
     pair = train(tmp_path, "llama", lambda name: "layers.1." in name and "v_proj" not in name)
     manifest = extract(pair, tmp_path / "out", rank=2)
     config = read_config(tmp_path / "out")
-    assert all("layers.1." in target for target in config["target_modules"])
+    assert config["target_modules"] and all(target.startswith("1.") for target in config["target_modules"])
     assert not any("v_proj" in target for target in config["target_modules"])
     assert any(kept.reason.startswith("its delta is zero") for kept in manifest.kept)
     with warnings.catch_warnings(record=True) as said, quietly():
@@ -376,9 +381,8 @@ def test_verify_finds_what_was_changed_also_under_a_resealed_manifest(what: str,
         save_file(tensors, weights, {"format": "pt"})
     reseal(out)
     verdict = pome.verify(out, pair.base, pair.ft, full=True)
-    assert [item.file for item in verdict.differences] == [
-        "adapter_config.json" if what == "config" else "adapter_model.safetensors"
-    ]
+    wanted = "adapter_config.json" if what == "config" else "adapter_model.safetensors"
+    assert {item.file for item in verdict.differences} == {wanted}
 
 
 def test_an_adapter_as_ft_or_base_is_refused(tmp_path: Path) -> None:

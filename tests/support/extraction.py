@@ -60,7 +60,8 @@ class Trained:
 
     def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         with quietly():
-            return self.kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+            plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            return self.kind.from_pretrained(folder, dtype=dtype, **plain).eval()
 
     def load_adapted(self, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
         with quietly():

@@ -65,7 +65,7 @@ class Sheet:
     @property
     def roles(self) -> list[str]:
         present = {row.role for row in self.rows}
-        return [role for role in ROLES if role in present]
+        return sorted(present, key=order_role)
 
 
 def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestion) -> Sheet:
@@ -118,7 +118,7 @@ def _make_edited_row(record: TensorRecord, power: float) -> Row:
         values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
         good = all(map(math.isfinite, (*values.values(), *record.shape)))
         good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
-        good &= record.role in ROLES and 1 <= record.k <= record.rank <= min(record.shape)
+        good &= set(record.role.split("+")) <= set(ROLES) and 1 <= record.k <= record.rank <= min(record.shape)
         good &= all(1 <= i <= record.rank and math.isfinite(s) for i, s in record.spectrum)
     except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
         good = False
@@ -133,11 +133,16 @@ def _make_edited_row(record: TensorRecord, power: float) -> Row:
     return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after, power)
 
 
+def order_role(role: str) -> tuple[int, str]:
+    """The place of a role in tables; a matrix of an extracted adapter may have several, as in `gate+up`."""
+    return ROLES.index(role.partition("+")[0]), role
+
+
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Layer by layer, and in each by role: files hold layer 10 before layer 2."""
     made = list(rows)
     order = {place: i for i, place in enumerate(sort_places([row.place for row in made]))}
-    return tuple(sorted(made, key=lambda row: (order[row.place], ROLES.index(row.role))))
+    return tuple(sorted(made, key=lambda row: (order[row.place], order_role(row.role))))
 
 
 def summarise_roles(sheet: Sheet, keys: Sequence[str]) -> list[tuple[str, int, dict[str, float]]]:
