@@ -31,7 +31,9 @@ class ExtractSpec(EditSpec):
     rank k. `rank` or another rule for k must be given. Raises SpecError.
     """
 
-    layers: Annotated[tuple[str, ...], _again("layers")] = ("ffn", "attention", PROJECTIONS)
+    layers: Annotated[
+        tuple[str, ...], _again("layers", instead={EXTRACT: {"default": "ffn, attention and its other projections"}})
+    ] = ("ffn", "attention", PROJECTIONS)
     rank: Annotated[int | None, _again("rank", help="Rank of every LoRA: k = min(N, rank of the update).")] = None
     rank_rule: Annotated[RankRuleName, _again("rank_rule")] = "fixed"
     scale: Annotated[ScaleName, _again("scale")] = "unit"
