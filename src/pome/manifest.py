@@ -109,6 +109,21 @@ class KeptRecord:
 
 
 @dataclass(frozen=True)
+class LostRecord:
+    """A tensor of FT, or a matrix in it, that differs from BASE's and that an extracted adapter does not hold.
+
+    norm: Frobenius norm of the change. share: over the norm of BASE's tensor; 1 where BASE has none.
+    """
+
+    name: str
+    part: str | None
+    role: str
+    norm: float
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The record of one run. Only `created` and `timing` may differ between two runs of the same command."""
 
@@ -126,6 +141,9 @@ class Manifest:
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
     notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+    # Of an extracted adapter: tensors that it holds whole, and changes that it does not hold. Absent where none are.
+    saved: tuple[str, ...] = ()
+    lost: tuple[LostRecord, ...] = ()
 
     @property
     def template(self) -> str:
@@ -147,7 +165,7 @@ class Manifest:
         """The manifest in JSON's types, but for tuples in the records of matrices, which JSON writes as lists."""
         others = dataclasses.asdict(dataclasses.replace(self, tensors=()))
         mapping = {**others, "tensors": [record.to_mapping() for record in self.tensors]}
-        return mapping if self.notices else {key: value for key, value in mapping.items() if key != "notices"}
+        return {key: value for key, value in mapping.items() if value or key not in _ABSENT_IF_EMPTY}
 
     def to_json(self) -> str:
         """The file: indented, but for the records of matrices, one line each."""
@@ -181,6 +199,8 @@ class Manifest:
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
                     "notices": _read_texts(raw.get("notices", [])),
+                    "saved": _read_texts(raw.get("saved", [])),
+                    "lost": tuple(_read(LostRecord, item) for item in raw.get("lost", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -224,7 +244,8 @@ def _read_number(text: str) -> float:
     return number
 
 
-_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
+_ABSENT_IF_EMPTY = ("notices", "saved", "lost")
+_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord, LostRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int, type(None)),

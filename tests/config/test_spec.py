@@ -213,10 +213,10 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_options_at_odds_in_a_config_name_it_unless_the_command_line_settles_them(tmp_path: Path) -> None:
     path = write(tmp_path, "rank: 4\nenergy: 0.5\n")
     with pytest.raises(SpecError, match="file.yaml: energy: has no effect with rank"):
-        make_spec(path, {"beta": 2.0})
-    assert make_spec(path, {"rank_ratio": 0.25}) == EditSpec(rank_ratio=0.25)
+        make_spec(path, {"beta": 2.0}, EditSpec)
+    assert make_spec(path, {"rank_ratio": 0.25}, EditSpec) == EditSpec(rank_ratio=0.25)
     with pytest.raises(SpecError, match="^beta: -1"):
-        make_spec(path, {"beta": -1})
+        make_spec(path, {"beta": -1}, EditSpec)
 
 
 def test_the_home_folder_is_found_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pome.choices import (
     DTYPES,
@@ -37,6 +37,9 @@ from pome.config.options import (
 )
 from pome.config.reading import read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHARE = Range(0, 1, above=True)
 
@@ -256,7 +259,7 @@ class EditSpec:
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
-        for name, option in find_options(EditSpec).items():
+        for name, option in find_options(type(self)).items():
             put(self, name, option.check(getattr(self, name)))
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
@@ -270,25 +273,26 @@ class EditSpec:
             self._apply(override)
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
-        """A spec from options by name; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """A spec from options by name; a number alone means its rule, as `energy` means the rule `energy`."""
         chosen = dict(options)
         known = find_options(cls)
         for key in chosen:
             if key not in known:
                 raise SpecError(f"unknown option {printable(str(key))!r}{nearest(str(key), known)}")
-        if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
-            chosen["rank_rule"] = "energy"
+        for rule, number in NUMBER_OF.items():
+            if RANK_OPTIONS & {key for key, value in chosen.items() if value is not None} == {number}:
+                chosen["rank_rule"] = rule
         return cls(**chosen)
 
     @classmethod
-    def from_given(cls, options: Mapping[str, Any]) -> EditSpec:
+    def from_given(cls, options: Mapping[str, Any]) -> Self:
         """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
         spec = cls.from_mapping(options)
         check_rank_options(options)
         return spec
 
-    def resolve(self, name: str) -> EditSpec:
+    def resolve(self, name: str) -> Self:
         """The spec for one tensor: every override that matches its name applied in turn, and none left."""
         spec = self
         for override in self.overrides:
@@ -296,12 +300,12 @@ class EditSpec:
                 spec = spec._apply(override)
         return dataclasses.replace(spec, overrides=()) if self.overrides else self
 
-    def _apply(self, override: Override) -> EditSpec:
+    def _apply(self, override: Override) -> Self:
         """Options that choose k set aside all that was said of choosing k before."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         merged = merge_options({**values, "overrides": ()}, override.options)
         try:
-            return EditSpec.from_mapping(merged)
+            return self.from_mapping(merged)
         except SpecError as error:
             raise SpecError(f"overrides: {printable(override.match)!r}: {error}") from None
 

@@ -5,6 +5,7 @@ The staging folder `OUT.pome-staging` holds
     command     what is being made; another command's progress is never reused
     journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
     output/     what becomes OUT
+    factors     what an adapter's tensors are assembled from
     publishing  the command, and the hash of the manifest by which the OUT that it made is known
     replaced/   the former OUT, for the moment of an overwrite
 
@@ -46,6 +47,7 @@ from pome.output.durable import (
 from pome.output.lock import LOCK_NAME, Lock, take_lock
 from pome.output.target import STAGING_SUFFIX
 
+SCRATCH = "factors"  # beside the output: factors of adapters, until their ranks are all known
 _SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
 
 
@@ -232,8 +234,16 @@ class Staging:
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
-        with as_output_error(self.output / name):
+        with as_output_error(self._find(name)):
             write_at(self._open(name), data, offset)
+
+    def open_scratch(self) -> None:
+        """Make the scratch file, which `write` takes too. Without it what the journal says of its bytes is void."""
+        path = self.folder / SCRATCH
+        if not path.is_file():
+            self.finished.clear()
+            with as_output_error(path):
+                path.touch()
 
     def commit(self, entries: list[dict[str, Any]]) -> None:
         """Sync all written bytes, then the journal lines that say they are there; each has `unit` and its `file`.
@@ -247,7 +257,7 @@ class Staging:
         with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
             files = list(self._files.items())
         for name, fd in files:
-            with as_output_error(self.output / name):
+            with as_output_error(self._find(name)):
                 sync_file(fd, data_only=True)
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with as_output_error(self.folder / "journal"):
@@ -306,8 +316,11 @@ class Staging:
     def _open(self, name: str) -> int:
         with self._opening:  # workers of several devices write to one file
             if name not in self._files:
-                self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._files[name] = os.open(self._find(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             return self._files[name]
+
+    def _find(self, name: str) -> Path:
+        return self.folder / SCRATCH if name == SCRATCH else self.output / name
 
 
 def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.choices import ROLES
-from pome.config.spec import EditSpec
+from pome.config.extraction import read_spec
 from pome.errors import SpecError, VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
@@ -65,7 +65,7 @@ class Sheet:
     @property
     def roles(self) -> list[str]:
         present = {row.role for row in self.rows}
-        return [role for role in ROLES if role in present]
+        return sorted(present, key=order_role)
 
 
 def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestion) -> Sheet:
@@ -101,7 +101,7 @@ def _estimate_departure(matrix: Matrix) -> float:
 def make_edit_sheet(manifest: Manifest) -> Sheet:
     """The sheet of an output, from its manifest: before and after. Raises VerificationError."""
     try:
-        spec = EditSpec.from_mapping(manifest.spec)
+        spec = read_spec(manifest.spec)
     except SpecError as error:
         raise VerificationError(f"{MANIFEST_NAME}: spec: {error}; give an output of pome") from None
     rows = _sort_rows(_make_edited_row(record, spec.resolve(record.name).power) for record in manifest.tensors)
@@ -119,7 +119,7 @@ def _make_edited_row(record: TensorRecord, power: float) -> Row:
         values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
         good = all(map(math.isfinite, (*({**values, "rank": most}).values(), *record.shape)))
         good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
-        good &= record.role in ROLES and 1 <= record.k <= most <= min(record.shape)
+        good &= set(record.role.split("+")) <= set(ROLES) and 1 <= record.k <= most <= min(record.shape)
         good &= all(1 <= i <= most and math.isfinite(s) for i, s in record.spectrum)
     except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
         good = False
@@ -134,11 +134,16 @@ def _make_edited_row(record: TensorRecord, power: float) -> Row:
     return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after, power)
 
 
+def order_role(role: str) -> tuple[int, str]:
+    """The place of a role in tables; a matrix of an extracted adapter may have several, as in `gate+up`."""
+    return ROLES.index(role.partition("+")[0]), role
+
+
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Layer by layer, and in each by role: files hold layer 10 before layer 2."""
     made = list(rows)
     order = {place: i for i, place in enumerate(sort_places([row.place for row in made]))}
-    return tuple(sorted(made, key=lambda row: (order[row.place], ROLES.index(row.role))))
+    return tuple(sorted(made, key=lambda row: (order[row.place], order_role(row.role))))
 
 
 def summarise_roles(sheet: Sheet, keys: Sequence[str]) -> list[tuple[str, int, dict[str, float]]]:

@@ -180,12 +180,12 @@ def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Itera
     """The manifest says of these matrices what a recomputation finds."""
     records = {(record.name, record.part): record for record in manifest.tensors}
     for fresh in tensors:
-        what = _compare_records(records.get((fresh.name, fresh.part)), fresh)
+        what = compare_record(records.get((fresh.name, fresh.part)), fresh)
         if what:
             yield Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}")
 
 
-def _compare_records(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
+def compare_record(recorded: TensorRecord | None, fresh: TensorRecord) -> str | None:
     """The first field in which a record differs from a recomputed one, in words; None if they agree."""
     if recorded is None:
         return "has no record, though its delta is not zero"
