@@ -33,8 +33,8 @@ def make_unit(shape: tuple[int, int] = (40, 16), dtypes: tuple[str, str, str] = 
 
 
 def work(*units: Unit) -> int:
-    """The bytes that a plan expects beyond those of torch itself."""
-    return Plan(units, (), 9, {}).memory - TORCH_BYTES
+    """The bytes that a plan expects on one core beyond those of torch itself."""
+    return Plan(units, (), 9, {}).expect_memory(1) - TORCH_BYTES
 
 
 def test_labels_name_expert_and_part() -> None:

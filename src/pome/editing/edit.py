@@ -18,7 +18,6 @@ from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.editing.ties import check_copies
-from pome.engines.local import map_units
 from pome.errors import NumericalError
 from pome.manifest import (
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from pome.output.progress import Progress, advance_bytes
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
+from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ class _Run:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.editing.lora_merge import Data, make_patch, read_unit
         from pome.editing.unit import Patch
+        from pome.editing.workers import map_on_devices
 
         opened = self.opened
         units = opened.plan.units
@@ -240,7 +241,10 @@ class _Run:
                 staging.finished.update((entry["unit"], entry) for entry in pending)
                 pending.clear()
 
-        patches = map_units(todo, devices, read, work)
+        cores = staging.keep_cores(count_cores())
+        if cores != count_cores():
+            self.progress.note(f"going on with matrices split over {cores} cores, as the earlier run, for the same bits")
+        patches = map_on_devices(todo, devices, cores, read, work)
         try:
             for patch in patches:
                 self.kernel_seconds += patch.kernel_seconds

@@ -259,12 +259,17 @@ def send(D: Tensor, device: str) -> Tensor:
 
 
 def list_devices(device: str) -> list[str]:
-    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU. Raises NumericalError if absent."""
+    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU; `cuda` is every CUDA device.
+
+    Raises NumericalError for one that is not there.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
+    cuda = [f"cuda:{i}" for i in range(count)]
     if device == "auto":
-        return [f"cuda:{i}" for i in range(count)] or (["mps"] if mps else ["cpu"])
-    wanted = "cuda:0" if device == "cuda" else device
-    if wanted == "cpu" or (wanted == "mps" and mps) or wanted in [f"cuda:{i}" for i in range(count)]:
-        return [wanted]
+        return cuda or (["mps"] if mps else ["cpu"])
+    if device == "cuda" and cuda:
+        return cuda
+    if device == "cpu" or (device == "mps" and mps) or device in cuda:
+        return [device]
     raise NumericalError(f"device {device} is not there ({count} CUDA devices); use --device auto or cpu")

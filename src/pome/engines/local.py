@@ -1,4 +1,4 @@
-"""The local engine: a map over units on this machine, one worker for each device.
+"""The local engine: a map over units on this machine, one worker for each device, or several on the CPU.
 
 While the kernel works on a unit, its worker's reader fetches the next. Results come back in the order in which they
 are finished, which no caller may rely on.
@@ -77,7 +77,7 @@ def map_units(
         finally:
             tell(None)
 
-    workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices]
+    workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices[: len(units)]]
     for worker in workers:
         worker.start()
     failure: BaseException | None = None
