@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planning.test_units import make_unit
 from pome.planning import split
 from pome.planning.split import CORE_BYTES, SIDE, count_cores, find_threads, group_units
 from pome.planning.units import TORCH_BYTES, Plan
+from support.units import make_unit
 
 CORES = st.integers(1, 200)
 SHORT = st.integers(1, 60_000)

@@ -19,11 +19,10 @@ from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equaliz
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import RankRule
 from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
-from pome.planning.units import BaseRange, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )

@@ -66,11 +66,13 @@ def map_units(
                 while ahead is not None:
                     unit, data = ahead
                     ready = data.result()
-                    ahead = fetch(reader)
+                    # Of the last units none is taken ahead that another worker could begin at once.
+                    ahead = fetch(reader) if todo.qsize() >= len(workers) else None
                     if stop.is_set():
                         break
                     tell(_Done(work(unit, ready, device)))
                     del ready, data  # else the worker holds one unit's bytes while it waits for the next
+                    ahead = ahead or fetch(reader)
         except BaseException as error:
             stop.set()
             tell(error)

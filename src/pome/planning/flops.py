@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pome.planning.units import Unit
+from pome.planning.units import FLOAT64_ENTRIES, Unit
 
 EIGH = 6.0  # times n^3: reduction to tridiagonal form 4/3, divide and conquer 8/3, back-transformation 2
 PROBES = 48.0  # times m n: the certificate, by 8 probes
 SMALL = 96  # short side below which the ladder begins with the SVD
-FLOAT64_ENTRIES = 1 << 20  # of a matrix that is worked on in float64
 
 
 def count_deflated(m: int, n: int, k: int) -> float:

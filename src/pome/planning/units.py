@@ -20,6 +20,7 @@ STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
 Added = dict[str, list[tuple[str, str, tuple[int, ...]]]]  # file -> name, dtype and shape of tensors that FT lacks
 BYTE_WORK = 32.0  # to read, merge or write a byte takes about as long as so many multiply-adds
+FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
 
 
@@ -100,9 +101,12 @@ class Unit:
     def workspace(self) -> int:
         """Expected bytes of memory that a worker takes at it: the unit, the next one that is read, and what is
         computed."""
-        wide = 8 if "F64" in (self.dtype, self.base_dtype) else 4
-        # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
-        work = max((4 * wide * m * n + 5 * 8 * min(m, n) ** 2 for m, n in self.matrices), default=0)
+        stored = 8 if "F64" in (self.dtype, self.base_dtype) else 4
+        work = 0
+        for m, n in self.matrices:
+            wide = 8 if m * n <= FLOAT64_ENTRIES else stored
+            # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
+            work = max(work, 4 * wide * m * n + 5 * 8 * min(m, n) ** 2)
         # An adapter's other tensors are merged: their change and the sum in float32.
         return (work or 4 * self.nbytes) + 2 * (self.nbytes + self.base_nbytes)
 
