@@ -96,9 +96,8 @@ def match_device(text: str) -> str:
     found = [name for name in names if text.lower() == name.lower()]
     found = found or [name for name in names if text.lower() in name.lower()]
     if len(found) > 1:
-        raise SpecError(
-            f"on: {printable(text)!r} is in the names of {'; '.join(map(printable, found))}; give more of one"
-        )
+        named = "; ".join(map(printable, found))
+        raise SpecError(f"on: {printable(text)!r} is in the names of {named}; give more of one", options=["on"])
     return found[0] if found else text
 
 
