@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -34,12 +35,20 @@ def map_on_devices(
 
         return run
 
-    before = torch.get_num_threads()
-    try:
+    with use_threads(torch.get_num_threads()):
         if list(devices) == ["cpu"]:
             for threads, group in group_units(units, cores):
                 yield from map_units(group, ["cpu"] * (cores // threads), read, work_with(threads))
         else:
             yield from map_units(order_units(list(units), len(devices)), devices, read, work_with(cores))
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads inside, in this thread and in those that begin there; as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
-        torch.set_num_threads(before)  # what threads begin with that start later
+        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from pome.planning.flops import ROUTES, find_route
 from pome.planning.rates import Rates, measure_size
 from pome.planning.units import Plan, Unit
 
+LEAST_SECONDS = 0.5
 Task = tuple[str, int, int, int]  # route, long side, short side, k
 
 
@@ -145,11 +146,11 @@ class Tally:
     def find_points(self, wall: float) -> dict[str, tuple[tuple[float, float], ...]]:
         """Operations a second of all workers together, by route and size, where all took `wall` seconds.
 
-        What took less than half a second in all tells little, and is left out.
+        What took less than LEAST_SECONDS in all tells little, and is left out.
         """
         total = sum(seconds for _, seconds in self.sums.values())
         points: dict[str, list[tuple[float, float]]] = {}
         for (route, size), (flops, seconds) in self.sums.items():
-            if wall * seconds / total > 0.5:
+            if wall * seconds / total > LEAST_SECONDS:
                 points.setdefault(route, []).append((size, flops * total / (seconds * wall)))
         return {route: tuple(sorted(found)) for route, found in points.items()}
