@@ -32,7 +32,7 @@ import torch
 
 from bench_edit import SCRIPTS, run
 from bench_kernel import make_delta
-from pome.editing.measurement import measure_device
+from pome.editing.measurement import Probe, measure_device
 from pome.editing.run_rates import COMMAND_SECONDS
 from pome.editing.unit import list_devices
 from pome.kernel.certificate import certify
@@ -48,9 +48,9 @@ SIDES = (768, 1024, 2048, 4096, 8192, 16384)
 SHAPES = ((1024, 512), (5632, 2048), (11008, 4096), (28672, 8192))
 # Of the rates: the routes of small experts, of SmolLM2, of 1B, of 7B and more.
 RATED = (
-    (64, 32, "BF16"), (256, 128, "BF16"), (768, 512, "BF16"), (1536, 576, "BF16"), (2048, 768, "BF16"),
-    (2048, 1408, "BF16"), (5632, 2048, "BF16"), (11008, 4096, "BF16"), (1024, 512, "F64"), (3000, 2000, "F64"),
-    (4096, 1024, "BF16"),
+    Probe(64, 32), Probe(256, 128), Probe(768, 512), Probe(1536, 576), Probe(2048, 768), Probe(2048, 1408),
+    Probe(5632, 2048), Probe(11008, 4096), Probe(1024, 512, "F64"), Probe(2048, 768, "BF16", 16),
+    Probe(5632, 2048, "BF16", 16), Probe(5632, 2048, "BF16", 16, edited=False),
 )  # fmt: skip
 # Of the budget, in the order of the run.
 SHARES = {"products": 0.08, "decompositions": 0.22, "rungs": 0.2, "rates": 0.25, "tests": 0.1, "command": 0.15}
@@ -259,8 +259,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rates", type=Path, default=Path("rates.json"))
     parser.add_argument("--table", action="store_true", help="also into the repository's table")
+    parser.add_argument("--only-rates", action="store_true", help="nothing but the rates that the estimate reads")
     given = parser.parse_args()
     device = list_devices(given.device)[0]
+    if given.only_rates:
+        write_rates(device, given.budget, given.rates, given.table)
+        return
     begun = time.monotonic()
     print(f"# {find_device(device).name}\n\n{datetime.date.today().isoformat()}, torch {torch.__version__}, CUDA "
           f"{torch.version.cuda}, {platform.platform()}, {count_cores()} cores")  # fmt: skip

@@ -3,8 +3,9 @@
 
     scripts/bench_split.py [--shapes 64x32,128x64,...] [--seconds S] [--patience P]
 
-For each shape and in turn: all cores on one matrix at a time, and one matrix on each core with one thread, both through
-the edit of a unit in memory (read, subtract, equalize, certify, add, round). The rule of pome.planning.split is chosen
+For each shape and in turn: all cores on one matrix at a time, one matrix on each core with one thread, and one worker
+with one thread alone, which tells what workers cost each other (two that do not would be twice as fast). All through the
+edit of a unit in memory (read, subtract, equalize, certify, add, round). The rule of pome.planning.split is chosen
 from the last column. On a shared machine a round counts only where other processes took less than a twentieth of the
 processors' time; the script waits up to P seconds a shape for three such rounds, and says how many it got.
 """
@@ -15,10 +16,11 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
-from pome.editing.measurement import Sample, make_sample, time_units
+from pome.editing.measurement import Probe, make_sample, time_units
 from pome.planning.split import count_cores
 
 SHAPES = "64x32,128x64,256x128,512x256,768x384,768x2048,1024x1024,1536x576,1408x2048,2048x2048,5632x2048,4096x4096"
@@ -31,10 +33,10 @@ def read_busy() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_round(sample: Sample, workers: int, threads: int, count: int) -> tuple[float, float]:
+def measure_round(sample: tuple[Any, Any], workers: int, threads: int, count: int) -> tuple[float, float]:
     """Seconds a unit, and the share of the processors that others took meanwhile."""
     busy, mine, begun = read_busy(), time.process_time(), time.perf_counter()
-    seconds = time_units(sample, ["cpu"] * workers, threads, count).seconds
+    seconds = time_units(*sample, ["cpu"] * workers, threads, count)
     spent = time.perf_counter() - begun
     others = (read_busy() - busy) - (time.process_time() - mine)
     return seconds, others / spent / (os.cpu_count() or 1)
@@ -42,23 +44,20 @@ def measure_round(sample: Sample, workers: int, threads: int, count: int) -> tup
 
 def bench_shape(shape: str, cores: int, wanted: float, patience: float) -> None:
     m, n = map(int, shape.split("x"))
-    sample = make_sample(m, n)
-    time_units(sample, ["cpu"], cores, 1)
-    once = time_units(sample, ["cpu"], cores, 1).seconds
+    sample = make_sample(Probe(m, n))
+    time_units(*sample, ["cpu"], cores, 1)
+    once = time_units(*sample, ["cpu"], cores, 1)
     count = max(2 * cores, int(wanted / once))
-    rounds: list[list[tuple[float, float]]] = [[], []]
+    rounds: list[list[tuple[float, float]]] = [[], [], []]
     ends = time.monotonic() + patience
     while time.monotonic() < ends and not all(sum(o < OTHERS for _, o in way) >= ROUNDS for way in rounds):
-        for way, (workers, threads) in zip(rounds, ((1, cores), (cores, 1)), strict=True):
+        for way, (workers, threads) in zip(rounds, ((1, cores), (cores, 1), (1, 1)), strict=True):
             way.append(measure_round(sample, workers, threads, count))
     quiet = [sorted(seconds for seconds, others in way if others < OTHERS) for way in rounds]
     best = [way[0] if way else min(seconds for seconds, _ in all_) for way, all_ in zip(quiet, rounds, strict=True)]
     got = "/".join(str(len(way)) for way in quiet)
-    print(
-        f"| {m} x {n} | {1e3 * best[0]:.2f} | {1e3 * best[1]:.2f} | {best[0] / best[1]:.2f} | {got} of "
-        f"{len(rounds[0])} |",
-        flush=True,
-    )
+    times = f"{1e3 * best[0]:.2f} | {1e3 * best[1]:.2f} | {best[0] / best[1]:.2f} | {best[2] / best[1]:.2f}"
+    print(f"| {m} x {n} | {times} | {got} of {len(rounds[0])} |", flush=True)
 
 
 def main() -> None:
@@ -69,8 +68,9 @@ def main() -> None:
     given = options.parse_args()
     cores = count_cores()
     print(f"{cores} cores; milliseconds a matrix\n")
-    print("| matrix | one after the other, all threads | side by side, one thread each | ratio | quiet rounds |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| matrix | one after the other, all threads | side by side, one thread each | ratio | "
+          "one worker of one thread / side by side | quiet rounds |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- |")
     for shape in given.shapes.split(","):
         bench_shape(shape, cores, given.seconds, given.patience)
 

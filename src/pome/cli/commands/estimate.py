@@ -25,7 +25,6 @@ EXAMPLES = (
     "pome estimate ./base ./fine-tuned --on A100 --json",
 )
 THIS = "this"
-MEASURED_SHAPES = 6
 
 
 def run(
@@ -78,18 +77,13 @@ def measure_this(plan: Plan, spec: EditSpec, device: Device) -> Rates:
     Raises NumericalError for a device that is not there.
     """
     begun = time.perf_counter()
-    from pome.editing.measurement import measure_device, shrink
+    from pome.editing.measurement import choose_probes, measure_device
     from pome.editing.run_rates import COMMAND_SECONDS
     from pome.editing.unit import list_devices
     from pome.planning.rates import find_rates, leave_rates
 
     loaded = time.perf_counter() - begun
-    work: dict[tuple[int, int, str], float] = {}
-    for unit in plan.units:
-        for m, n in unit.matrices:
-            key = (*shrink(max(m, n), min(m, n)), unit.dtype)
-            work[key] = work.get(key, 0.0) + unit.work
-    shapes = sorted(work, key=lambda key: -work[key])[:MEASURED_SHAPES]
-    rates = measure_device(shapes, list_devices(spec.device), device.cores, ".", 20.0)
+    probes = choose_probes(plan.units)
+    rates = measure_device(probes, list_devices(spec.device), device.cores, ".", 20.0)
     leave_rates(device.name, dataclasses.replace(rates, startup_seconds=COMMAND_SECONDS + loaded))
     return find_rates(device.name) or rates
