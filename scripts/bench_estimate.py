@@ -65,7 +65,17 @@ def bench_pair(name: str, folder: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     before = estimate(folder, layers, "--on", "this")
     edited = run(
-        sys.executable, "-m", "pome", "edit", folder / "base", folder / "ft", out, "--layers", layers, "--quiet"
+        sys.executable,
+        "-m",
+        "pome",
+        "edit",
+        folder / "base",
+        folder / "ft",
+        out,
+        "--layers",
+        layers,
+        "--quiet",
+        "--fresh",
     )
     after = estimate(folder, layers)
     parts = [f"{before[f'{part}_seconds']:.1f}" for part in ("start", "copy", "edit", "hash")]
