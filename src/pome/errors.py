@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
-    "CheckpointError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError", "PomeError",
-    "ScoreError", "SelectionError", "SpecError", "VerificationError",
+    "CheckpointError", "ClusterError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError",
+    "PomeError", "ScoreError", "SelectionError", "SpecError", "VerificationError",
 ]  # fmt: skip
 
 
@@ -64,6 +64,10 @@ class ScoreError(PomeError):
 
 class OutputError(PomeError):
     """OUT cannot be written: it exists, is in use, lies inside an input, or the disk refuses."""
+
+
+class ClusterError(PomeError):
+    """The nodes of a Ray cluster cannot do the work: none there, none that fits, or one that finds other files."""
 
 
 class VerificationError(PomeError):

@@ -35,7 +35,7 @@ from pome.config.options import (
     find_options,
     nearest,
 )
-from pome.config.reading import read_device, read_layers, read_patterns
+from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
 SHARE = Range(0, 1, above=True)
@@ -212,6 +212,15 @@ class EditSpec:
             metavar="NAME", group=RUN, choices=ENGINES, commands=("edit", "sweep"), everyday=False,
         ),
     ] = "local"  # fmt: skip
+    ray_address: Annotated[
+        str | None,
+        Option(
+            "The Ray cluster: its head's HOST:PORT, or auto for the one of this machine.",
+            more="Without it, engine ray starts Ray here and stops it at the end. No part of the manifest.",
+            metavar="ADDRESS", group=RUN, read=read_address, suggestions=("auto",), commands=("edit", "sweep"),
+            everyday=False,
+        ),
+    ] = None  # fmt: skip
     out_format: Annotated[
         OutFormatName,
         Option(
@@ -266,6 +275,12 @@ class EditSpec:
         if self.rank is not None and self.rank_rule != "fixed":
             said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
             raise SpecError(said, options=["rank", "rank_rule"])
+        if self.ray_address is not None and self.engine != "ray":
+            said = "ray_address: has no effect without engine 'ray'; give both or neither"
+            raise SpecError(said, options=["ray_address", "engine"])
+        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
+            said = f"device: {self.device!r} is one of this machine; with engine 'ray' use auto, cpu or cuda"
+            raise SpecError(said, options=["device", "engine"])
         for override in self.overrides:
             self._apply(override)
 
@@ -306,8 +321,9 @@ class EditSpec:
             raise SpecError(f"overrides: {printable(override.match)!r}: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Every option as resolved, in JSON's types."""
+        """Every option as resolved, in JSON's types, but for where a cluster is: that is no part of what is made."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["ray_address"]
         values["overrides"] = [override.to_mapping() for override in self.overrides]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

@@ -1,0 +1,118 @@
+"""Edit of units by workers on other machines: what a worker needs, as paths and options, and what it does with a unit.
+
+A worker reads its ranges of BASE and FT, writes the patch into the staging folder, syncs it, and returns the record.
+It journals nothing and publishes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pome.checkpoint.source import Place, find_place
+from pome.config.spec import EditSpec
+from pome.editing.lora_merge import Data, make_patch, read_unit
+from pome.editing.session import Opened
+from pome.editing.ties import check_copies
+from pome.editing.unit import FindCache, Patch
+from pome.engines.ray import Cluster, RayEngine
+from pome.errors import ClusterError
+from pome.output.staging import Staging
+from pome.output.weight_files import WeightFiles
+from pome.planning.units import Unit
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """What all units of one edit share. `merges`: FT is an adapter, and the output begins as BASE."""
+
+    base: Place
+    ft: Place
+    merges: bool
+    output: Path
+    spec: EditSpec
+    find_cache: FindCache | None
+
+    def open(self, device: str, threads: int) -> EditDesk:
+        """A place of work on `device`. Raises ClusterError where torch does not see it."""
+        torch.set_num_threads(threads)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ClusterError(
+                f"device: a node offers a GPU to Ray that its torch {torch.__version__} does not see; install torch "
+                "for CUDA there, or use --device cpu",
+                options=["device"],
+            )
+        return EditDesk(self, "cuda:0" if device == "cuda" else device)
+
+
+class EditDesk:
+    """Units edited by one worker, with its own open files."""
+
+    def __init__(self, job: EditJob, device: str) -> None:
+        self.job = job
+        self.device = device
+        self.base = job.base.open()
+        self.ft = job.ft.open()
+        self.weights = self.base if job.merges else self.ft
+        self.files = WeightFiles(job.output)
+
+    def read(self, unit: Unit) -> Data:
+        return read_unit(unit, self.ft, self.base)
+
+    def work(self, unit: Unit, data: Data) -> Patch:
+        check_copies(unit, self.weights)
+        patch = make_patch(unit, data, self.job.spec, self.device, self.job.find_cache)
+        if patch.data is not None:
+            for file, start in unit.places:
+                self.files.write(file, patch.data, start)
+        return dataclasses.replace(patch, data=None)
+
+    def flush(self) -> None:
+        self.files.sync()
+
+
+class RemoteEdit:
+    """The workers of one edit; a context manager."""
+
+    def __init__(self, opened: Opened, spec: EditSpec, staging: Staging, find_cache: FindCache | None) -> None:
+        base, ft = (find_place(side, spec.dequantize) for side in (opened.base, opened.ft))
+        job = EditJob(base, ft, opened.template.weights is opened.base, staging.output, spec, find_cache)
+        paths = [*base.paths.values(), *ft.paths.values()]
+        self._ray = RayEngine(make_cluster(spec, opened.plan.memory), job, paths, staging.folder)
+
+    def __enter__(self) -> RemoteEdit:
+        self._ray.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.__exit__()
+
+    @property
+    def devices(self) -> list[str]:
+        return [self._ray.placed.describe()]
+
+    @property
+    def start_seconds(self) -> float:
+        """Until the first worker was ready to work."""
+        return self._ray.start_seconds
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether others than this machine write, so that its memory of a file may be older than the file."""
+        return self._ray.placed.hosts > 1
+
+    def map(self, units: Sequence[Unit]) -> Generator[Patch, None, None]:
+        """The patches of all units, without their bytes, which are in the staging folder; raises as RayEngine.map."""
+        return self._ray.map(units, [unit.work for unit in units], [unit.name for unit in units])
+
+
+def make_cluster(spec: EditSpec, memory: int, at_once: int | None = None, ahead: int = 2) -> Cluster:
+    """Where a spec's units are worked on, by workers of so much memory; a slot's cores are OMP_NUM_THREADS if set."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() and int(given) else None
+    return Cluster(spec.ray_address, spec.device, threads, torch.get_num_threads(), memory, at_once, ahead)
