@@ -38,6 +38,7 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 would let every other process of the machine go first
 }
 
 
