@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pome.errors import OutputError
+from pome.output.weight_files import WeightFiles
 from support.checkpoints import ROOT, environment, hash_tree, llama_pair, read_manifest, write_checkpoint
 from support.ray_jobs import Nodes, killing, list_processes
 
@@ -146,9 +148,14 @@ def test_a_full_disk_under_the_workers(small, tmp_path):
 
 def test_an_address_where_nobody_answers(small, tmp_path):
     base, ft, _ = small
-    for address in ("127.0.0.1:1", "auto"):
-        failed = fail(base, ft, tmp_path / "out", "--engine", "ray", "--ray-address", address)
-        assert "--ray-address" in failed and "ray start" in failed
+    failed = fail(base, ft, tmp_path / "out", "--engine", "ray", "--ray-address", "127.0.0.1:1")
+    assert "--ray-address: 127.0.0.1:1: no Ray head answers there; start one with `ray start --head`" in failed
+
+
+def test_a_cluster_that_asks_for_another_token(small, nodes, tmp_path):
+    base, ft, _ = small
+    failed = fail(base, ft, tmp_path / "out", nodes=nodes, RAY_AUTH_TOKEN="f" * 64)
+    assert "Authentication token is missing or incorrect" in failed and "same Ray, Python and token" in failed
 
 
 def test_a_cluster_without_the_gpu_that_is_asked_for(small, nodes, tmp_path):
@@ -185,9 +192,26 @@ def test_ctrl_c_keeps_what_is_done(large, nodes, tmp_path):
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
     assert process.returncode == 130 and "run the same command again to go on" in stderr
-    assert int(re.search(r"interrupted; (\d+) of 72 units are safe", stderr)[1]) == journal.read_bytes().count(b'"unit"')
+    assert int(re.search(r"interrupted; (\d+) of 72 units are safe", stderr)[1]) == journal.read_bytes().count(
+        b'"unit"'
+    )
     run(base, ft, out, nodes=nodes)
     assert_same(out, local)
+
+
+def test_a_worker_that_was_given_up_writes_nothing_into_a_later_run(tmp_path):
+    """Its run ended and another one, of the same OUT, has made the staging folder anew."""
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"old")
+    files = WeightFiles(output)
+    files.pin()
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"new")
+    with pytest.raises(OutputError):
+        files.write("model.safetensors", bytearray(b"bad"), 0)
+    assert (output / "model.safetensors").read_bytes() == b"new"
 
 
 def fail(*arguments, keeps=False, **options):

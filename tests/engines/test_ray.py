@@ -52,7 +52,7 @@ TWO = Cluster(threads=1, default_threads=1, at_once=2)
 
 
 def test_every_result_comes_once_from_workers_on_this_machine(tmp_path):
-    found, engine = run(TWO, CountingJob(tmp_path / "notes"), 300, tmp_path)
+    found, engine = run(TWO, CountingJob(tmp_path / "notes"), 300, tmp_path / "probe")
     assert sorted(found) == [n * n for n in range(300)]
     assert set(count_begun(tmp_path / "notes").values()) == {1}
     assert engine.stats == {"given": 1, "lost": 0} and engine.placed.device == "cpu"
@@ -61,7 +61,7 @@ def test_every_result_comes_once_from_workers_on_this_machine(tmp_path):
 
 def test_workers_are_killed_and_every_unit_is_done(tmp_path):
     with killing(Random(0), (0.3, 0.8), 3, "pome-ray-") as killed:
-        found, engine = run(TWO, CountingJob(tmp_path / "notes", 0.1), 60, tmp_path)
+        found, engine = run(TWO, CountingJob(tmp_path / "notes", 0.1), 60, tmp_path / "probe")
     assert sorted(found) == [n * n for n in range(60)]
     assert len(killed) == 3 and engine.stats["lost"] >= 1
     assert max(count_begun(tmp_path / "notes").values()) <= RETRIES + 1
@@ -70,7 +70,7 @@ def test_workers_are_killed_and_every_unit_is_done(tmp_path):
 def test_a_unit_that_kills_its_workers_is_named(tmp_path):
     job = CountingJob(tmp_path / "notes", deadly=(7,))
     with pytest.raises(ClusterError, match=r"tensor unit 7: 4 workers were lost"):
-        run(TWO, job, 30, tmp_path)
+        run(TWO, job, 30, tmp_path / "probe")
     assert count_begun(tmp_path / "notes")[7] == RETRIES + 1
 
 
@@ -78,7 +78,7 @@ def test_an_error_of_a_unit_is_raised_after_what_was_done(tmp_path):
     job = CountingJob(tmp_path / "notes", wrong=5)
     with (
         pytest.raises(ValueError, match="unit 5 is wrong"),
-        RayEngine(TWO, job, (), tmp_path) as engine,
+        RayEngine(TWO, job, (), tmp_path / "probe") as engine,
     ):
         found = []
         for result in engine.map(range(20), [20.0 - n for n in range(20)], ["x"] * 20):
@@ -88,7 +88,10 @@ def test_an_error_of_a_unit_is_raised_after_what_was_done(tmp_path):
 
 def test_ctrl_c_yields_what_the_workers_are_at(tmp_path):
     found = []
-    with RayEngine(TWO, CountingJob(tmp_path / "notes", 0.3), (), tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+    with (
+        RayEngine(TWO, CountingJob(tmp_path / "notes", 0.3), (), tmp_path / "probe") as engine,
+        pytest.raises(KeyboardInterrupt),
+    ):
         for result in engine.map(range(1000), [1.0] * 1000, ["x"] * 1000):
             if not found:
                 threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -99,14 +102,14 @@ def test_ctrl_c_yields_what_the_workers_are_at(tmp_path):
 
 def test_slots_have_the_threads_that_are_set(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found, engine = run(Cluster(threads=2), CountingJob(tmp_path / "notes", threads=True), 2, tmp_path)
+    found, engine = run(Cluster(threads=2), CountingJob(tmp_path / "notes", threads=True), 2, tmp_path / "probe")
     assert found == [(2, "2")] * 2 and engine.placed.workers == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def test_three_nodes_of_which_one_is_lost(tmp_path, nodes, monkeypatch):
     with joined(nodes, monkeypatch):
         cluster = Cluster(nodes.address, threads=1)
-        with RayEngine(cluster, CountingJob(tmp_path / "notes", 0.1), (), tmp_path) as engine:
+        with RayEngine(cluster, CountingJob(tmp_path / "notes", 0.1), (), tmp_path / "probe") as engine:
             assert (engine.placed.workers, engine.placed.nodes, engine.placed.hosts) == (3, 3, 1)
             found = []
             for result in engine.map(range(150), [1.0] * 150, ["x"] * 150):
@@ -136,5 +139,5 @@ def test_a_node_with_another_version_is_named(tmp_path, monkeypatch, other):
         nodes.add(PYTHONPATH=path)
         begun = time.monotonic()
         with pytest.raises(ClusterError, match=rf"^node .* has another {other} \(.*; install the same {other} there"):
-            run(Cluster(nodes.address, threads=1), CountingJob(tmp_path / "notes"), 4, tmp_path)
+            run(Cluster(nodes.address, threads=1), CountingJob(tmp_path / "notes"), 4, tmp_path / "probe")
         assert time.monotonic() - begun < 60 and not (tmp_path / "notes").exists()

@@ -76,7 +76,9 @@ def list_processes(word: str) -> list[int]:
         if folder.name.isdecimal():
             with contextlib.suppress(OSError):
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                lines[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
 
     def is_below(pid: int) -> bool:
         return pid in lines and (word in lines[pid] or is_below(parents[pid]))
@@ -132,7 +134,13 @@ class Nodes:
     def add(self, **environment: str) -> int:
         """Start one more node; its number."""
         number = len(self.processes)
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *self.options]
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            *self.options,
+        ]
         command += ["--temp-dir", str(self.folder / str(number))]
         if number == 0:
             command += ["--head", f"--port={self.port}", "--include-dashboard=false"]

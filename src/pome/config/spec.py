@@ -35,15 +35,11 @@ from pome.config.options import (
     find_options,
     nearest,
 )
+from pome.config.rank_options import NUMBER_OF, RANK_OPTIONS, merge_options
 from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
 SHARE = Range(0, 1, above=True)
-
-# The rules that take a number, and the option that gives it; those that are None unless given come first.
-NUMBER_OF = {rule.name: rule.number for rule in RANK_RULES.values() if rule.number}
-# The options that together choose k. One of them given on the command line sets aside what a file says of the others.
-RANK_OPTIONS = frozenset({"rank_rule", *NUMBER_OF.values()})
 
 
 @dataclass(frozen=True, init=False)
@@ -335,12 +331,6 @@ def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
     if key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
-
-
-def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
-    dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()
-    return {**{k: v for k, v in file.items() if k not in dropped}, **options}
 
 
 def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:

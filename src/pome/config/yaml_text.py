@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from pome.config.options import nearest
-from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable, merge_options
+from pome.config.rank_options import merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20

@@ -60,6 +60,7 @@ class EditDesk:
         self.ft = job.ft.open()
         self.weights = self.base if job.merges else self.ft
         self.files = WeightFiles(job.output)
+        self.files.pin()
 
     def read(self, unit: Unit) -> Data:
         return read_unit(unit, self.ft, self.base)
@@ -83,7 +84,7 @@ class RemoteEdit:
         base, ft = (find_place(side, spec.dequantize) for side in (opened.base, opened.ft))
         job = EditJob(base, ft, opened.template.weights is opened.base, staging.output, spec, find_cache)
         paths = [*base.paths.values(), *ft.paths.values()]
-        self._ray = RayEngine(make_cluster(spec, opened.plan.memory), job, paths, staging.folder)
+        self._ray = RayEngine(make_cluster(spec, opened.plan.memory), job, paths, staging.folder / "probe")
 
     def __enter__(self) -> RemoteEdit:
         self._ray.__enter__()

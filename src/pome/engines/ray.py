@@ -83,7 +83,7 @@ class RayEngine:
         cluster: where.
         job: what all units share; the nodes open it.
         paths: the files that every node must see as this machine does.
-        folder: the folder that every node must be able to write to.
+        folder: a folder to make, in which every node must find a file and write one; it is removed at the end.
 
     Raises ClusterError (on entering): no Ray, no cluster, no slot that fits, a node that finds something else.
     """
@@ -127,8 +127,11 @@ class RayEngine:
         if not self._folder:
             yield here
             return
+        folder = Path(self._folder)
         try:
-            (Path(self._folder) / "probe").write_text(token, encoding="ascii")
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir()
+            (folder / "token").write_text(token, encoding="ascii")
         except OSError as error:
             raise OutputError(
                 f"{printable(self._folder, 1000)}: {error.strerror or error}; mend it, then run the same command again"
@@ -136,9 +139,7 @@ class RayEngine:
         try:
             yield here
         finally:
-            with contextlib.suppress(OSError):
-                for path in Path(self._folder).glob("probe*"):
-                    path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _start(self) -> None:
         ours, theirs = Pipe()

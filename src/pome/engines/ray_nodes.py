@@ -57,7 +57,7 @@ def connect(address: str | None, cores: int, temp: str) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = str(error.__cause__ or error).strip().split("\n")[-1].partition(" Note: ")[0]
         raise ClusterError(
             f"{said}: cannot join the cluster: {printable(reason)}; this machine must be one of its nodes (`ray start "
             "--address=HOST:PORT`), with the same Ray, Python and token",

@@ -57,7 +57,7 @@ def make_look() -> Look:
 
         def find_token() -> str:
             try:
-                with open(os.path.join(folder, "probe"), encoding="ascii") as file:
+                with open(os.path.join(folder, "token"), encoding="ascii") as file:
                     found = file.read()
                 with open(os.path.join(folder, mark), "x", encoding="ascii") as file:
                     file.write(token)

@@ -17,6 +17,15 @@ class WeightFiles:
         self.folder = folder
         self._fds: dict[str, int] = {}
         self._opening = threading.Lock()
+        self._pinned: int | None = None
+
+    def pin(self) -> None:
+        """Hold to the folder as it is now: to one that takes its place, under the same path, nothing is written.
+
+        A worker that its run has given up may still live when the next run makes the folder anew.
+        """
+        with as_output_error(self.folder):
+            self._pinned = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes to their range of a file; they are safe only after `sync`. Raises OutputError."""
@@ -39,5 +48,7 @@ class WeightFiles:
     def _open(self, name: str) -> int:
         with self._opening:  # several devices write to one file
             if name not in self._fds:
-                self._fds[name] = os.open(self.folder / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                path = self.folder / name if self._pinned is None else name
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._fds[name] = os.open(path, flags, dir_fd=self._pinned)
             return self._fds[name]
