@@ -97,10 +97,10 @@ def find_mutants(module: str, rng: random.Random) -> Iterator[Mutant]:
                 sites[span].append((name, occurrence))
     for span, faults in sorted(sites.items()):
         for name, occurrence in rng.sample(faults, len(faults)):
-            mutated = mutate_code(source, provider[name](), occurrence)
             try:
+                mutated = mutate_code(source, provider[name](), occurrence)
                 changed = mutated is not None and ast.dump(ast.parse(mutated)) != plain
-            except SyntaxError:
+            except (SyntaxError, AttributeError):  # the second is cosmic-ray's on `except module.Name`
                 continue
             if changed:
                 yield Mutant(module, span[0][0], name, mutated)

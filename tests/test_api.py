@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pome
+from pome.cli.console import name_options
 from pome.manifest import Manifest, read_manifest
 from support.checkpoints import assert_only_edited, llama_pair
 from support.reference import plant, reference_edit
@@ -132,3 +133,18 @@ def test_equalize_is_the_method_by_definition(shape: tuple[int, int], dtype: tor
         assert float((edit.value.double() - wanted.value).norm() / wanted.value.norm()) <= 1e-4
     assert edit.edit_norm == pytest.approx(1.25 * float(delta.double().norm()), rel=1e-5)  # alpha_0 keeps the norm
     assert edit.alpha == pytest.approx(edit.edit_norm / math.sqrt(edit.k), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("message", "argument"),
+    [
+        ("tensor a: leave it out with --exclude", "tensor a: leave it out with exclude"),
+        ("pair by number (--allow-other-depth).", "pair by number (allow_other_depth)."),
+        ("--dtype float32, or --out-format full", "dtype float32, or out_format full"),
+        ("a/--exclude/b: no such file; x--y", "a/--exclude/b: no such file; x--y"),
+    ],
+)
+def test_an_error_names_arguments_in_python_and_options_on_the_command_line(message: str, argument: str) -> None:
+    error = pome.PairingError(message)
+    assert str(error) == argument
+    assert name_options(error) == message

@@ -6,6 +6,7 @@ prints it without a traceback and leaves with `exit_status`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -13,12 +14,15 @@ __all__ = [
     "PomeError", "ScoreError", "SelectionError", "SpecError", "VerificationError",
 ]  # fmt: skip
 
+FLAG = re.compile(r"(?<![^\s(])--([a-z]+(?:-[a-z]+)*)(?![\w/-]|\.\w)")  # an option of the command line, and no path
+
 
 class PomeError(Exception):
     """Base of every error that pome raises on purpose.
 
-    `options` are the options that the message speaks of by the names that they have in Python and YAML (`rank_ratio`);
-    the command line names them as it knows them (`--rank-ratio`).
+    A message names options in one of two ways. `options` lists those that it calls by their names in Python and YAML
+    (`rank_ratio`); the command line shows them as it knows them (`--rank-ratio`). Advice is written with the option of
+    the command line (`--exclude`); `str(error)` shows the argument (`exclude`), `args[0]` the option.
     """
 
     exit_status = 1
@@ -26,6 +30,9 @@ class PomeError(Exception):
     def __init__(self, message: str = "", *, options: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.options = tuple(options)
+
+    def __str__(self) -> str:
+        return FLAG.sub(lambda found: found[1].replace("-", "_"), super().__str__())
 
 
 class SpecError(PomeError):

@@ -127,7 +127,7 @@ def test_without_the_option_fp8_is_refused_and_the_option_named(tmp_path: Path) 
     weights = make_weights(0)
     save(tmp_path / "base", weights, fp8=False)
     save(tmp_path / "ft", perturb(weights), fp8=True)
-    with pytest.raises(pome.PairingError, match="fp8 with block scales.*--dequantize"):
+    with pytest.raises(pome.PairingError, match="fp8 with block scales.*dequantize"):
         pome.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +184,7 @@ def test_one_scale_is_named_as_such_without_the_option(tmp_path: Path) -> None:
     weights = make_weights(0)
     save(tmp_path / "base", weights, fp8=False)
     make(tmp_path / "ft", perturb(weights), ((), ()), torch.float32)
-    with pytest.raises(pome.PairingError, match="fp8 with one scale for each tensor.*--dequantize"):
+    with pytest.raises(pome.PairingError, match="fp8 with one scale for each tensor.*dequantize"):
         pome.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
 
 

@@ -368,7 +368,7 @@ def test_a_full_output_refuses_an_embedding_that_would_untie_the_head(
 ) -> None:
     """PEFT leaves the head as BASE has it; in one tensor for both it would follow."""
     pair = make_pair(tmp_path, kind, target_modules=[up], modules_to_save=[saved])
-    with pytest.raises(PairingError, match=f"{saved}.weight: the adapter replaces the emb.*--out-format adapter"):
+    with pytest.raises(PairingError, match=f"{saved}.weight: the adapter replaces the emb.*out_format adapter"):
         pome.edit(pair.base, pair.adapter, tmp_path / "out")
     pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(out_format="adapter"))
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (pair.adapter, tmp_path / "out"))

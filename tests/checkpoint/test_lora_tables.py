@@ -138,7 +138,7 @@ def test_a_resized_vocabulary_goes_through_an_adapter_and_is_refused_by_a_full_o
     case: str, rows: int, tmp_path: Path
 ) -> None:
     pair = make_resized_pair(tmp_path, rows, **RESIZED[case])
-    with pytest.raises(PairingError, match=r"another vocabulary.*write an adapter \(--out-format adapter\)"):
+    with pytest.raises(PairingError, match=r"another vocabulary.*write an adapter \(out_format adapter\)"):
         pome.edit(pair.base, pair.adapter, tmp_path / "full")
     manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", AS_ADAPTER)
     assert {record.role for record in manifest.tensors} == {"up"}

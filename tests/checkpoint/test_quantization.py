@@ -109,7 +109,7 @@ def test_a_quantized_weight_is_refused_by_the_name_of_its_format(tmp_path: Path,
     quantized = save(tmp_path / "quantized", tensors, model | {"quantization_config": declared})
     plain = save(tmp_path / "plain", {f"{NAME}.weight": torch.randn(128, 64)}, model)
     pair = (plain, quantized) if side == "FT" else (quantized, plain)
-    with pytest.raises(PairingError, match=f"quantized as {said}.*--exclude") as caught, open_pair(*pair, EditSpec()):
+    with pytest.raises(PairingError, match=f"quantized as {said}.*exclude") as caught, open_pair(*pair, EditSpec()):
         pass
     assert str(quantized) in str(caught.value)
 

@@ -58,7 +58,7 @@ def test_a_base_that_is_not_ft_s_is_refused_before_anything_is_staged(
     other: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base, ft = make(tmp_path, OTHERS[other], dtype=dtype)
-    with pytest.raises(PairingError, match=r"base: does not look like .* is taken as pretrained, .*--allow-other-base"):
+    with pytest.raises(PairingError, match=r"base: does not look like .* is taken as pretrained, .*allow_other_base"):
         pome.edit(base, ft, tmp_path / "out", EditSpec(layers=("ffn",)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft"]
     notes = Notes()

@@ -240,7 +240,7 @@ def test_nan_or_infinity_names_tensor_and_side_and_leaves_nothing(tmp_path: Path
     tensors = read_tensors(tmp_path / side)
     tensors[up(1)][3, 4] = bad
     save_file(tensors, tmp_path / side / "model.safetensors")
-    with pytest.raises(NumericalError, match=rf"tensor {up(1)}: {side.upper()} holds NaN or infinity; .*--exclude"):
+    with pytest.raises(NumericalError, match=rf"tensor {up(1)}: {side.upper()} holds NaN or infinity; .*exclude"):
         pome.edit(base, ft, tmp_path / "out")
     # Neither the other options that the message proposes nor mended weights could go on from here.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft"]
@@ -250,7 +250,7 @@ def test_nan_or_infinity_names_tensor_and_side_and_leaves_nothing(tmp_path: Path
 
 def test_an_edit_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     base, ft = write_pair(tmp_path, [torch.full((4, 4), 100.0).double()], torch.float16, torch.float16)
-    with pytest.raises(NumericalError, match=rf"tensor {up(0)}: .*overflows float16; .*--dtype float32"):
+    with pytest.raises(NumericalError, match=rf"tensor {up(0)}: .*overflows float16; .*dtype float32"):
         pome.edit(base, ft, tmp_path / "out", EditSpec(beta=1000, allow_other_base=True))
     pome.edit(base, ft, tmp_path / "out", EditSpec(beta=1000, dtype="float32", allow_other_base=True))
     assert bool(read_tensors(tmp_path / "out")[up(0)].isfinite().all())
@@ -272,7 +272,7 @@ def test_a_narrower_dtype_that_overflows_an_unedited_entry_is_refused(tmp_path: 
 def test_a_difference_out_of_range_names_the_tensor(tmp_path: Path) -> None:
     huge = [torch.full((4, 4), sign * 1.7e308, dtype=torch.float64) for sign in (1, -1)]
     folders = [write_checkpoint(tmp_path / side, {up(0): t}, config=LLAMA) for side, t in zip("ab", huge, strict=True)]
-    with pytest.raises(NumericalError, match=rf"tensor {up(0)}: .*--exclude"):
+    with pytest.raises(NumericalError, match=rf"tensor {up(0)}: .*exclude"):
         pome.edit(*folders, tmp_path / "out")
 
 

@@ -106,7 +106,7 @@ def refuse(pair: Pair, error: type[Exception], match: str, **options: Any) -> No
 
 def test_the_edit_of_a_dora_is_refused_as_an_adapter(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=["up_proj"], use_dora=True)
-    refuse(pair, PairingError, "the edit of a DoRA is no DoRA; .*--exclude")
+    refuse(pair, PairingError, "the edit of a DoRA is no DoRA; .*exclude")
 
 
 def test_a_full_checkpoint_is_refused_as_an_adapter(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_an_unusable_out_is_refused_and_nothing_is_written(tmp_path: Path, monke
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "base/deep/out", overwrite=True)
     assert "OUT lies inside" in refuse(tmp_path, tmp_path / "alias/out")
     assert "OUT holds" in refuse(tmp_path, tmp_path, overwrite=True)
-    assert "exists; choose another OUT or give --overwrite" in refuse(tmp_path, tmp_path / "there")
+    assert "exists; choose another OUT or give overwrite" in refuse(tmp_path, tmp_path / "there")
     assert "exists" in refuse(tmp_path, tmp_path / "file")
     assert "no folder of its own" in refuse(tmp_path, tmp_path / "file", overwrite=True)
     assert "is a symbolic link" in refuse(tmp_path, tmp_path / "link", overwrite=True)
@@ -463,7 +463,7 @@ def stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
 def test_progress_of_another_command_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, ft = stop_in_the_middle(tmp_path, monkeypatch)
     message = refuse(tmp_path, tmp_path / "out", spec=EditSpec(beta=2.0))
-    assert "unfinished run of another command (it differs in beta)" in message and "--fresh" in message
+    assert "unfinished run of another command (it differs in beta)" in message and "give fresh" in message
     started = interrupt_after(100, monkeypatch)
     edit(base, ft, tmp_path / "out", EditSpec(beta=2.0), fresh=True)
     assert len(started) == 2

@@ -207,7 +207,7 @@ def test_candidates_are_matrices_and_stacks_in_the_order_of_their_bytes(tmp_path
     sides = write_sides(tmp_path, base, base | {"new": torch.ones(6, 7)}, base_config=None, ft_config=None)
     with pytest.raises(SelectionError) as caught:
         plan(sides)
-    head, *lines = str(caught.value).splitlines()
+    head, *lines = caught.value.args[0].splitlines()
     assert head.endswith("no tensor matches --layers up; its matrices are, and each line can be pasted:")
     assert [line.split("   ")[1] for line in lines] == [
         "1 of 2 x 5 x 6, role other",
@@ -226,7 +226,7 @@ def test_at_most_twenty_patterns_are_offered(tmp_path: Path, count: int, more: i
     sides = write_sides(tmp_path, base, base | {"vector": torch.ones(3)}, base_config=None, ft_config=None)
     with pytest.raises(SelectionError) as caught:
         plan(sides)
-    lines = str(caught.value).splitlines()[1:]
+    lines = caught.value.args[0].splitlines()[1:]
     assert len([line for line in lines if "--layers" in line]) == min(count, 20)
     assert lines[20:] == ([] if more is None else [f"  ... and {more} more patterns"])
 

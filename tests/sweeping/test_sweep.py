@@ -638,11 +638,31 @@ def test_the_harness_scores_a_local_task_without_a_network(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_a_score_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize(
+    ("change", "asked", "said"),
+    [
+        ("", "tiny_wrds.yaml", "/tiny_wrds.yaml"),
+        ("metric: acc|metric: perplexity|higher_is_better: true|higher_is_better: false", "tiny_words.yaml",
+         "lm-eval: of tiny_words, perplexity is better when lower; use --loss or --score-cmd for it"),
+        ("words.jsonl|no.jsonl", "tiny_words.yaml", "lm-eval: FileNotFoundError: "),
+    ],
+)  # fmt: skip
+def test_a_task_that_cannot_score_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, change, asked, said):
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}.items():
+        monkeypatch.setenv(name, value)
+    data = tmp_path / "words.jsonl"
+    data.write_text('{"question": "a", "choices": ["a", "b"], "answer": 0}\n')
+    text = TASK.format(data=data)
+    old_and_new = change.split("|")
+    for old, new in zip(old_and_new[::2], old_and_new[1::2], strict=False):
+        text = text.replace(old, new)
+    (tmp_path / "tiny_words.yaml").write_text(text)
+    monkeypatch.setattr("pome.sweeping.sweep.load_model", lambda *_: pytest.fail("a model was loaded"))
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
-    with pytest.raises(ScoreError, match="the fine-tuned model has no score: lm-eval: "):
-        sweep(*paths, tmp_path / "out", make_grid({}), make_scorer(lm_eval="no_such_task"))
+    with pytest.raises(ScoreError) as caught:
+        sweep(*paths, tmp_path / "out", make_grid({}), make_scorer(lm_eval=str(tmp_path / asked)))
+    assert said in caught.value.args[0]
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
 
 
 # --- What people see, and batches

@@ -102,10 +102,11 @@ def name_options(error: PomeError) -> str:
 
     What stands in quotes is the user's text and stays.
     """
+    message = str(error.args[0])
     if not error.options:
-        return str(error)
+        return message
     names = "|".join(map(re.escape, sorted(error.options, key=len, reverse=True)))
-    pieces = re.split(r"""('[^']*'|"[^"]*"|`[^`]*`)""", str(error))
+    pieces = re.split(r"""('[^']*'|"[^"]*"|`[^`]*`)""", message)
     pieces[::2] = [
         re.sub(rf"(?<![\w-])({names})(?![\w-])", lambda match: as_flag(match[1]), text) for text in pieces[::2]
     ]

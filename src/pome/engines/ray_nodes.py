@@ -50,8 +50,7 @@ def connect(address: str | None, cores: int, temp: str) -> None:
     said = "ray_address: " + printable(address)
     if address != "auto" and not is_answered(address):
         raise ClusterError(
-            f"{said}: no Ray head answers there; start one with `ray start --head`, or see whether the address and the "
-            "port are right",
+            f"{said}: no Ray head answers there; start one, or see whether the address and the port are right",
             options=["ray_address"],
         )
     try:
@@ -59,8 +58,8 @@ def connect(address: str | None, cores: int, temp: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[-1].partition(" Note: ")[0]
         raise ClusterError(
-            f"{said}: cannot join the cluster: {printable(reason)}; this machine must be one of its nodes (`ray start "
-            "--address=HOST:PORT`), with the same Ray, Python and token",
+            f"{said}: cannot join the cluster: {printable(reason)}; this machine must be one of its nodes "
+            "(`ray start`), with the same Ray, Python and token",
             options=["ray_address"],
         ) from None
 
@@ -88,8 +87,8 @@ def choose_device(wanted: str, nodes: dict[str, dict[str, Any]]) -> str:
     has_gpu = any(node["Resources"].get("GPU", 0) >= 1 for node in nodes.values())
     if wanted == "cuda" and not has_gpu:
         raise ClusterError(
-            f"device: no node of the cluster offers a GPU to Ray ({len(nodes)} nodes); use --device cpu, or start a "
-            "node with `ray start --num-gpus`",
+            f"device: no node of the cluster offers a GPU to Ray ({len(nodes)} nodes); use --device cpu, or add a "
+            "node with a GPU",
             options=["device"],
         )
     return "cuda" if has_gpu and wanted != "cpu" else "cpu"
@@ -131,7 +130,7 @@ def describe_lack(nodes: dict[str, dict[str, Any]], device: str, threads: int, m
     most = max((node["Resources"].get("memory", 0) for node in nodes.values()), default=0)
     return (
         f"no node of the cluster offers {what} and {show_bytes(memory)} of memory for a worker to Ray ({len(nodes)} "
-        f"nodes, the largest with {show_bytes(most)}); add a node, or start one with `ray start --num-cpus`, `--memory`"
+        f"nodes, the largest with {show_bytes(most)}); add a node, or let the nodes offer more to Ray"
     )
 
 

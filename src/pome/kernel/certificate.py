@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pome.kernel.decomposition import Truncation
-from pome.kernel.norms import dot, draw_gaussian, split_rows
+from pome.kernel.norms import ADDENDS, dot, draw_gaussian, multiply_thin, split_rows
+from pome.kernel.precision import to_float64
 
 TOLERANCE = 1e-5
 # The mean square of s Gaussian probes of E is an unbiased estimate of norm_F(E)^2. Its worst case is an E of rank
@@ -98,15 +99,15 @@ def measure_isometry(P: Tensor, D: Operand) -> tuple[float, float, float]:
         total, _, square = measure_isometry(P.mT, ())
         return total, find_inner_product(D, slice(None), P), square
     probes = draw_probes(n, P)
-    image, twice = P.new_empty(m, probes.shape[1]), torch.zeros_like(probes)
+    image, twice = P.new_empty(m, probes.shape[1]), to_float64(torch.zeros_like(probes))
     product, square = 0.0, 0.0
-    for rows in split_rows(P):
+    for rows in split_rows(P, ADDENDS):
         block = P[rows]
-        torch.mm(block, probes, out=image[rows])
-        twice.addmm_(block.mT, image[rows])
+        image[rows] = multiply_thin(block, probes)
+        twice += to_float64(block.mT @ image[rows])
         product += find_inner_product(D, rows, block) if D else 0.0
         square += dot(block, block)
-    defect = P @ twice - image
+    defect = multiply_thin(P, twice.to(P)) - image
     return math.sqrt(dot(defect, defect)), product, square
 
 
@@ -114,8 +115,13 @@ def measure_defect(left: Tensor, right: Tensor) -> float:
     """norm_F(P P^T P - P) of P = left @ right (m x k and k x n)."""
     if left.shape[0] <= PROBES < right.shape[1]:
         left, right = right.mT, left.mT
-    image = left @ (right @ draw_probes(right.shape[1], left))
-    return float(torch.linalg.vector_norm(left @ (right @ (right.mT @ (left.mT @ image))) - image))
+    image = draw_probes(right.shape[1], left)
+    for factor in (right, left):
+        image = multiply_thin(factor, image)
+    again = image
+    for factor in (left.mT, right.mT, right, left):
+        again = multiply_thin(factor, again)
+    return float(torch.linalg.vector_norm(again - image))
 
 
 def measure_asymmetry(M: Tensor, D: Operand) -> float:
@@ -123,11 +129,11 @@ def measure_asymmetry(M: Tensor, D: Operand) -> float:
     probes = draw_probes(M.shape[1], M)
     seen = probes
     for factor in reversed(D):
-        seen = factor @ seen
-    back = M @ probes
+        seen = multiply_thin(factor, seen)
+    back = multiply_thin(M, probes)
     for factor in D:
-        back = factor.mT @ back
-    return float(torch.linalg.vector_norm(M.mT @ seen - back))
+        back = multiply_thin(factor.mT, back)
+    return float(torch.linalg.vector_norm(multiply_thin(M.mT, seen) - back))
 
 
 def find_inner_product(D: Operand, rows: slice, block: Tensor) -> float:

@@ -66,6 +66,8 @@ def describe_failures(outcome: Outcome) -> list[str]:
 def advise_grid(outcome: Outcome) -> str:
     """Which values to try next where the best candidate has the first or last of those tried; else nothing."""
     assert outcome.best is not None and outcome.best.candidate is not None
+    if len({measure_gain(trial, outcome) for trial in list_scored(outcome)}) < 2:
+        return ""  # no value is better than another
     tried: dict[str, list[Any]] = {name: outcome.grid[name] for name in ("beta", "power")}
     for options in outcome.grid["cuts"]:
         for name, value in options.items():

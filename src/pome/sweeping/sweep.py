@@ -75,6 +75,8 @@ def sweep(
         written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
+        if written is None and hasattr(scorer, "prepare"):
+            scorer.prepare()
         for note in check_base(opened.base, opened.ft, opened.plan, grid.shared):
             (progress or Progress()).note(note)
         with Staging(target, command, fresh, SWEEP_SUFFIX) as staging:

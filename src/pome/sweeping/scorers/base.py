@@ -46,7 +46,8 @@ class Score:
 
 
 class Scorer(Protocol):
-    """What every scorer has."""
+    """What every scorer has. One with a method `prepare()` is asked once before any model is loaded; it raises
+    ScoreError where no model could have a score."""
 
     @property
     def minimize(self) -> bool:

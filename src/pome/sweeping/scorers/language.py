@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pome.checkpoint.hashing import hash_file
+from pome.config.options import nearest
 from pome.errors import ScoreError, SpecError, printable
 from pome.sweeping.scorers.base import Score, Scored, is_mean, read_finite
 
@@ -172,7 +174,10 @@ def _tokenize(tokenizer: Any, prompt: str | None, text: str) -> tuple[list[int],
 
 @dataclass(frozen=True)
 class HarnessScorer:
-    """The mean over tasks of EleutherAI's lm-eval, each by its first metric. `tasks` are names, or files of tasks."""
+    """The mean over tasks of EleutherAI's lm-eval, each by its first metric that is better when higher.
+
+    `tasks` are names, or files of tasks.
+    """
 
     tasks: tuple[str, ...]
     batch_size: int = 8
@@ -183,14 +188,28 @@ class HarnessScorer:
         files = {task: hash_file(Path(task))[1] for task in self.tasks if Path(task).is_file()}
         return {"lm_eval": list(self.tasks), "task_files": files, "limit": self.limit}
 
+    def prepare(self) -> None:
+        """Find every task and its metrics before a model is loaded. Raises ScoreError for a task that cannot score."""
+        names = self._name_tasks()
+        with explained_errors():
+            manager = _index_tasks(self.tasks)
+            for name in names:
+                if name not in manager.all_tasks:
+                    raise ScoreError(f"lm-eval has no task {printable(name)}{nearest(name, manager.all_tasks)}")
+            tasks = manager.load(names)["tasks"]
+            for name in names:
+                if name in tasks:  # whether a group has a metric is in its results alone
+                    find_metric(name, tasks[name].aggregation(), tasks[name].higher_is_better())
+
+    def _name_tasks(self) -> list[str]:
+        return [Path(task).stem if Path(task).is_file() else task for task in self.tasks]
+
     def score_model(self, model: Any, tokenizer: Any) -> Score:
-        try:
+        names = self._name_tasks()
+        with explained_errors():
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
-        except ImportError:
-            raise ScoreError(f"lm-eval is not installed; {EVAL_EXTRA}") from None
-        names = [Path(task).stem if Path(task).is_file() else task for task in self.tasks]
-        try:
+
             found = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
                 tasks=list(names),
@@ -199,9 +218,33 @@ class HarnessScorer:
                 log_samples=True,
                 bootstrap_iters=0,
             )
-        except Exception as error:  # a task may raise anything: its code is not ours, and the sweep goes on
-            raise ScoreError(f"lm-eval: {type(error).__name__}: {printable(str(error))}") from None
         return read_harness(found, names)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """What lm-eval or a task of its raises, as a ScoreError: their code is not ours, and a sweep goes on."""
+    try:
+        yield
+    except ScoreError:
+        raise
+    except ImportError:
+        raise ScoreError(f"lm-eval is not installed; {EVAL_EXTRA}") from None
+    except Exception as error:
+        raise ScoreError(f"lm-eval: {type(error).__name__}: {printable(str(error))}") from None
+
+
+def find_metric(task: str, metrics: Iterable[str], higher_is_better: Mapping[str, bool]) -> str:
+    """The first metric of a task that is better when higher. Raises ScoreError where it has none."""
+    shorts = {metric.split(",")[0]: metric for metric in metrics}
+    for short, metric in shorts.items():
+        if higher_is_better.get(short) is not False:
+            return metric
+    if shorts:
+        said = f"of {printable(task)}, {' and '.join(shorts)} is better when lower; use --loss or --score-cmd for it"
+    else:
+        said = f"the task {printable(task)} has no metric of its own; name its parts"
+    raise ScoreError(f"lm-eval: {said}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -222,12 +265,9 @@ def read_harness(found: Mapping[str, Any], names: Sequence[str]) -> Score:
     metrics: dict[str, float] = {}
     for name in names:
         results = found["results"].get(name, {})
-        metric = next((key for key in results if "," in key and not key.split(",")[0].endswith("_stderr")), None)
-        if metric is None:
-            raise ScoreError(f"lm-eval: the task {printable(name)} has no metric of its own; name its parts")
+        metrics_of_it = [key for key in results if "," in key and not key.split(",")[0].endswith("_stderr")]
+        metric = find_metric(name, metrics_of_it, found.get("higher_is_better", {}).get(name, {}))
         short = metric.split(",")[0]
-        if found.get("higher_is_better", {}).get(name, {}).get(short) is False:
-            raise ScoreError(f"lm-eval: of {printable(name)}, {short} is better when lower; use --score-cmd for it")
         value = read_finite(results[metric], f"{name} {metric}")
         values.append(value)
         metrics[f"{name} {short}"] = value

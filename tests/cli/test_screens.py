@@ -1,0 +1,77 @@
+"""Screens of every command and of common errors, as a person sees them in terminals of two sizes.
+
+The golden texts are in `screens/`. `POME_WRITE_SCREENS=1` writes them anew; look at the difference before it is
+committed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import environment, llama_pair
+from support.terminal import show_in_terminal
+
+GOLDEN = Path(__file__).parent / "screens"
+SIZES = ((80, 24), (120, 40))
+
+# Each story is played in one folder that has `base` and `ft`, a command after the other.
+STORIES = {
+    "edit": [
+        "edit base ft out --dry-run",
+        "edit base ft out",
+        "edit base ft out",
+        "verify out --base base --ft ft",
+        "edit base ft out --overwrite --layers ffn --rank-ratio 0.25 --dtype bfloat16",
+        "verify out",
+    ],
+    "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
+    "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
+    "batch": ["batch jobs.yaml"],
+    "errors": [
+        "edit base ft ft",
+        "edit base nowhere out",
+        "edit base ft out --scale frob",
+        "edit base ft out --rank 10 --rank-ratio 0.5",
+        "edit base ft out --rank-ratio 0",
+        "edit base ft out --layers router",
+        "edit base ft out --rnak 3",
+        "edit base",
+        "verify ft",
+        "batch nothing.yaml",
+    ],
+}
+JOBS = """\
+jobs:
+  - {name: up, command: edit, base: base, fine_tuned: ft, out: up}
+  - {name: down, command: edit, base: base, fine_tuned: nowhere, out: down}
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose path has the same length everywhere: lines that name it are broken by it."""
+    with tempfile.TemporaryDirectory(prefix="pome-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("columns", "lines"), SIZES)
+@pytest.mark.parametrize("story", STORIES)
+def test_a_terminal_shows_the_golden_screens(folder: Path, story: str, columns: int, lines: int) -> None:
+    llama_pair(folder)
+    (folder / "jobs.yaml").write_text(JOBS)
+    seen = []
+    for command in STORIES[story]:
+        status, text = show_in_terminal(shlex.split(command), folder, columns, lines, environment())
+        assert max(map(len, text.splitlines())) <= columns
+        seen.append(f"$ pome {command}\n{text}exit status {status}\n")
+    golden = GOLDEN / f"{story}-{columns}x{lines}.txt"
+    if "POME_WRITE_SCREENS" in os.environ:
+        golden.write_text("\n".join(seen))
+    assert "\n".join(seen) == golden.read_text()
