@@ -48,7 +48,7 @@ def read_address(key: str, value: object) -> str:
     text = check_text(key, value)
     if text != "auto" and not ADDRESS.fullmatch(text):
         raise SpecError(
-            f"{key}: {show(value)} is neither auto nor HOST:PORT, as `ray start --head` shows", options=[key]
+            f"{key}: {show(value)} is neither auto nor HOST:PORT of a head", options=[key]
         )
     return text
 

@@ -213,8 +213,7 @@ class EditSpec:
         Option(
             "The Ray cluster: its head's HOST:PORT, or auto for the one of this machine.",
             more="Without it, engine ray starts Ray here and stops it at the end. No part of the manifest.",
-            metavar="ADDRESS", group=RUN, read=read_address, suggestions=("auto",), commands=("edit", "sweep"),
-            everyday=False,
+            metavar="ADDRESS", group=RUN, read=read_address, commands=("edit", "sweep"), everyday=False,
         ),
     ] = None  # fmt: skip
     out_format: Annotated[
