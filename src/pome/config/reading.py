@@ -47,9 +47,7 @@ def read_address(key: str, value: object) -> str:
     """The address of a Ray cluster: `auto` or HOST:PORT."""
     text = check_text(key, value)
     if text != "auto" and not ADDRESS.fullmatch(text):
-        raise SpecError(
-            f"{key}: {show(value)} is neither auto nor HOST:PORT of a head", options=[key]
-        )
+        raise SpecError(f"{key}: {show(value)} is neither auto nor HOST:PORT of a head", options=[key])
     return text
 
 

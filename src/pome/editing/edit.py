@@ -277,6 +277,8 @@ class _Run:
             # On an error or Ctrl-C too: what is done stays done.
             patches.close()
             commit()
+            for note in remote.describe_losses() if remote is not None else ():
+                self.progress.note(note)
         self.progress.finish("edit")
 
     def _describe(self, staging: Staging, base: SideRecord, fine_tuned: SideRecord) -> Manifest:

@@ -107,6 +107,12 @@ class RemoteEdit:
         """Whether others than this machine write, so that its memory of a file may be older than the file."""
         return self._ray.placed.hosts > 1
 
+    def describe_losses(self) -> list[str]:
+        """What a user should know of a map that is over: lost workers, nodes that were not used."""
+        lost, given = self._ray.stats.get("lost", 0), self._ray.stats.get("given", 0)
+        said = f"{lost} workers of Ray were lost; no unit was given out more than {given} times"
+        return [*self._ray.notes, *([said] if lost else [])]
+
     def map(self, units: Sequence[Unit]) -> Generator[Patch, None, None]:
         """The patches of all units, without their bytes, which are in the staging folder; raises as RayEngine.map."""
         return self._ray.map(units, [unit.work for unit in units], [unit.name for unit in units])
