@@ -17,6 +17,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int)
     parser.add_argument("--pair", type=Path, help="a folder that make_smollm2_pair.py made")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no node is left
     with tempfile.TemporaryDirectory(prefix="pome-proof-") as folder, Nodes(3) as nodes:
         pair = given.pair or Path(folder) / "pair"
         if given.pair is None:

@@ -87,11 +87,11 @@ def list_processes(word: str) -> list[int]:
 
 
 def list_workers(word: str) -> list[int]:
-    """The workers among them."""
+    """The workers among them that are at work."""
     found = []
     for pid in list_processes(word):
         with contextlib.suppress(OSError):
-            if b"ray::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"ray::Worker.work" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 

@@ -30,10 +30,9 @@ def main(fd: int) -> None:
     os.set_inheritable(fd, False)
     connection = Connection(fd)
     driver = Driver(connection)
-    temp = ""
     try:
         _, settings = connection.recv()
-        temp = settings["temp"]
+        driver.temp = settings["temp"]
         driver.listen()
         driver.open(settings)
         while (heard := driver.wait()) is not None:
@@ -43,7 +42,7 @@ def main(fd: int) -> None:
     except Exception as error:
         driver.send("error", dump_error(error))
     finally:
-        _leave(temp)
+        _leave(driver.temp)
 
 
 def _leave(temp: str) -> None:
@@ -53,8 +52,7 @@ def _leave(temp: str) -> None:
     end = threading.Thread(target=ray.shutdown, daemon=True)
     end.start()
     end.join(10)
-    if temp:
-        shutil.rmtree(temp, ignore_errors=True)
+    shutil.rmtree(temp, ignore_errors=True)
     os._exit(0)
 
 
@@ -63,6 +61,7 @@ class Driver:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.temp = ""
         self.heard: deque[Any] = deque()
         self.news = threading.Condition()
         self.stopping = False
@@ -90,6 +89,7 @@ class Driver:
                 self.news.notify()
             if kind == "quit":
                 time.sleep(12)  # a call of Ray that does not come back must not keep this process
+                shutil.rmtree(self.temp, ignore_errors=True)
                 os._exit(1)
 
     def wait(self) -> Any:
