@@ -94,7 +94,7 @@ class Proof:
     def kill_workers(self, kills: int) -> str:
         rng, killed, runs, most = Random(0), 0, 0, 1
         while killed < kills:
-            with killing(rng, (0.5, 2.5), kills - killed, str(self.nodes.folder)) as now:
+            with killing(rng, (2.0, 6.0), kills - killed, str(self.nodes.folder)) as now:
                 _, given = self.settle(self.start())
             killed, runs, most = killed + len(now), runs + 1, max(most, given)
         return f"{killed} workers killed in {runs} runs, no unit given out more than {most} times"

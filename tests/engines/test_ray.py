@@ -69,7 +69,7 @@ def test_workers_are_killed_and_every_unit_is_done(tmp_path):
 
 def test_a_unit_that_kills_its_workers_is_named(tmp_path):
     job = CountingJob(tmp_path / "notes", deadly=(7,))
-    with pytest.raises(ClusterError, match=r"tensor unit 7: 4 workers were lost"):
+    with pytest.raises(ClusterError, match=r"unit 7: 4 workers were lost"):
         run(TWO, job, 30, tmp_path / "probe")
     assert count_begun(tmp_path / "notes")[7] == RETRIES + 1
 

@@ -115,7 +115,7 @@ class RemoteEdit:
 
     def map(self, units: Sequence[Unit]) -> Generator[Patch, None, None]:
         """The patches of all units, without their bytes, which are in the staging folder; raises as RayEngine.map."""
-        return self._ray.map(units, [unit.work for unit in units], [unit.name for unit in units])
+        return self._ray.map(units, [unit.work for unit in units], [f"tensor {unit.name}" for unit in units])
 
 
 def make_cluster(spec: EditSpec, memory: int, at_once: int | None = None, ahead: int = 2) -> Cluster:

@@ -49,7 +49,8 @@ class Cluster:
     address: of a cluster that runs, `auto` for the one that this machine belongs to, None for an instance that is
     started for this run. device: `auto`, `cpu` or `cuda`. threads: cores of a slot on CPUs, None for what a run without
     Ray takes here, or fewer where a node has no more. memory: bytes that a worker needs. at_once: the most workers.
-    ahead: bundles that a worker holds, of which it reads one while it works on another.
+    ahead: bundles that a worker holds, of which it reads one while it works on another. patient: whether Ctrl-C waits
+    for what the workers are at.
     """
 
     address: str | None = None
@@ -59,6 +60,7 @@ class Cluster:
     memory: int = 0
     at_once: int | None = None
     ahead: int = 2
+    patient: bool = True
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class RayEngine:
             try:
                 kind, what = self._hear()
             except KeyboardInterrupt as interrupt:
-                if isinstance(failure, KeyboardInterrupt):
+                if isinstance(failure, KeyboardInterrupt) or not self.cluster.patient:
                     raise
                 self._send("stop")
                 failure = interrupt

@@ -245,8 +245,8 @@ class Driver:
         for number in [number for bundle in held for number in self.queue.lose(bundle)]:
             name, given = self.items[number][2], self.queue.given[number]
             error = ClusterError(
-                f"tensor {printable(name)}: {given} workers were lost while they were at it, the last {self.reason}; "
-                "leave it out with --exclude, or give a worker more memory"
+                f"{printable(name)}: {given} workers were lost while they were at it, the last {self.reason}; "
+                "leave it out, or give a worker more memory"
             )
             if not self.failed:
                 self.fail(dump_error(error))

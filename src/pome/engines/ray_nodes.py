@@ -207,8 +207,8 @@ def describe_node(node: dict[str, Any]) -> str:
 def describe_loss(error: BaseException) -> str:
     """Why a worker was lost, in a few words."""
     text = str(error)
-    if "memory" in text.lower() and ("OOM" in text or "OutOfMemory" in type(error).__name__):
-        return "it was killed, perhaps for want of memory"
+    if type(error).__name__ == "OutOfMemoryError" or "NODE_OUT_OF_MEMORY" in text or "low on memory" in text:
+        return "Ray's memory monitor killed it, because its node ran out of memory"
     detail = text.partition("Worker exit detail: ")[2] or text
     return printable(detail.strip().split("\n")[0].split(". ")[0])
 

@@ -12,7 +12,7 @@ from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import Argument, AsJson, Base, Config, FineTuned, Given, Quiet
 from pome.cli.outputs import accept_finished, push, report_edit
-from pome.config.options import OUTPUT, RUN, Option, check_switch, pick_options
+from pome.config.options import OUTPUT, RUN, Option, find_options, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
 from pome.config.rank_options import merge_options
 from pome.config.spec import EditSpec, check_alone
@@ -74,6 +74,10 @@ class SweepJob(Job):
     retry_failed: Annotated[
         bool, Option("Score again what had no score in an earlier run.", group=RUN, everyday=False)
     ] = False
+    at_once: Annotated[
+        int | None,
+        Option("Score at most N models at once, with engine ray.", metavar="N", group=RUN, everyday=False),
+    ] = None
     writes: ClassVar[bool] = True
 
     @staticmethod
@@ -88,13 +92,13 @@ class SweepJob(Job):
         """A sweep from its options by name: lists of edit's, and its own. Raises SpecError."""
         base, fine_tuned, out = read_sides(values)
         scorer = {key: value for key, value in pick_options(values, make_scorer).items() if value is not None}
-        switches = {key: check_switch(key, value) for key, value in pick_options(values, cls).items()}
+        own = {key: find_options(cls)[key].check(value) for key, value in pick_options(values, cls).items()}
         publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
         return cls(
             read_name(values, f"sweep {out}"), "sweep", base, fine_tuned, out,
             make_grid(pick_options(values, EditSpec), values.get("search", "grid")), make_scorer(**scorer),
-            publication, replacing, Reports(**pick_options(values, Reports)), **switches,
+            publication, replacing, Reports(**pick_options(values, Reports)), **own,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
         outcome = sweep(
             base, ft, out, job.grid, job.scorer, listener=listener, progress=progress,
             overwrite=job.replacing.overwrite, fresh=job.replacing.fresh, write_best=job.write_best,
-            retry_failed=job.retry_failed, card=job.publication.has_card,
+            retry_failed=job.retry_failed, card=job.publication.has_card, at_once=job.at_once,
         )  # fmt: skip
     for table in make_sweep_tables(outcome):
         console.print(table)
