@@ -105,6 +105,10 @@ class SweepJob(Job):
         """What makes two sweeps of one pair the same, as in a manifest."""
         return {"scorer": self.scorer.describe(), "grid": self.grid.to_mapping()}
 
+    @property
+    def engine(self) -> str:
+        return self.grid.shared.engine
+
     def run(self, console: Console) -> dict[str, Any]:
         if not self.replacing.overwrite:
             from pome.verification.finished import find_swept
