@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--llama", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no node is left
     with tempfile.TemporaryDirectory(prefix="pome-bench-") as folder, Nodes(1) as nodes:
         print(f"{'seconds':10} {'local':>9} {'ray':>9} {'start':>9} {'ratio':>9} {'at most':>9}")
         good = True
