@@ -97,4 +97,4 @@ ROLES = ("gate", "up", "down", "q", "k", "v", "o", "embed", "head", "router", "o
 GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 # In the order of the help. Each is a module of `pome.cli.commands`.
-COMMANDS = ("edit", "inspect", "sweep", "verify", "batch")
+COMMANDS = ("edit", "inspect", "sweep", "estimate", "verify", "batch")

@@ -87,6 +87,8 @@ def printable(text: str, limit: int = 200) -> str:
     Names of tensors and files come from checkpoints that nobody vetted; a control character or a
     bidirectional override in one would let it rewrite the line it is printed on.
     """
+    if len(text) <= limit and text.isprintable():
+        return text
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text[: limit + 1]

@@ -382,7 +382,8 @@ def test_help_dry_runs_and_refusals_load_no_torch(pair: tuple[str, str]) -> None
     Path("bad.yaml").write_text("rank_ration: 1\n")
     expected = {
         "--version": 0, "--help": 0, "edit --help": 0, "batch --help": 0, "edit base ft out --dry-run": 0,
-        "edit base ft out --dry-run --json --quiet": 0, "edit base": 2, "edit base ft out --rank-ratio 7": 2,
+        "edit base ft out --dry-run --json --quiet": 0, "estimate base ft": 0, "estimate base ft --on gpu": 0,
+        "edit base": 2, "edit base ft out --rank-ratio 7": 2,
         "edit base ft out --config bad.yaml": 2, "edit base ft base": 1, "edit base gone out": 1, "batch bad.yaml": 2,
     }  # fmt: skip
     result = run_python("-c", NO_TORCH, json.dumps([line.split() for line in expected]))

@@ -48,7 +48,7 @@ def run(cluster, job, count, folder, paths=(), costs=None):
     return found, engine
 
 
-TWO = Cluster(threads=1, default_threads=1, at_once=2)
+TWO = Cluster(threads=1, at_once=2)
 
 
 def test_every_result_comes_once_from_workers_on_this_machine(tmp_path):
@@ -104,6 +104,16 @@ def test_slots_have_the_threads_that_are_set(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found, engine = run(Cluster(threads=2), CountingJob(tmp_path / "notes", threads=True), 2, tmp_path / "probe")
     assert found == [(2, "2")] * 2 and engine.placed.workers == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_slots_that_no_node_can_hold(tmp_path, nodes, monkeypatch):
+    with joined(nodes, monkeypatch):
+        for cluster, said in (
+            (Cluster(nodes.address, threads=64), "64 cores"),
+            (Cluster(nodes.address, memory=1 << 60), "1152921.5 TB of memory"),
+        ):
+            with pytest.raises(ClusterError, match=rf"no node of the cluster offers .*{said}"):
+                run(cluster, CountingJob(tmp_path / "notes"), 1, tmp_path / "probe")
 
 
 def test_three_nodes_of_which_one_is_lost(tmp_path, nodes, monkeypatch):

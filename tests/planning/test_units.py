@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,25 +14,12 @@ from pome.manifest import KeptRecord
 from pome.planning.units import TORCH_BYTES, Plan, Unit, fan_out_in
 from pome.roles.layout import Block, Part
 from support.checkpoints import environment, perturb, write_checkpoint
-
-UP = Part("up")
-
-
-def make_unit(shape: tuple[int, int] = (40, 16), dtypes: tuple[str, str, str] = ("F32",) * 3, **changes: Any) -> Unit:
-    """A unit of FT, BASE and OUT in these dtypes, at offsets that differ."""
-    sizes = [shape[0] * shape[1] * {"F64": 8, "F32": 4, "BF16": 2}[dtype] for dtype in dtypes]
-    unit = Unit(
-        name="w", expert=None, parts=(UP,), transposed=False, shape=shape, file="f", base_name="b",
-        dtype=dtypes[0], start=100, nbytes=sizes[0],
-        base_dtype=dtypes[1], base_start=200, base_nbytes=sizes[1],
-        out_dtype=dtypes[2], out_start=300, out_nbytes=sizes[2],
-    )  # fmt: skip
-    return dataclasses.replace(unit, **changes)
+from support.units import UP, make_unit
 
 
 def work(*units: Unit) -> int:
-    """The bytes that a plan expects beyond those of torch itself."""
-    return Plan(units, (), 9, {}).memory - TORCH_BYTES
+    """The bytes that a plan expects on one core beyond those of torch itself."""
+    return Plan(units, (), 9, {}).expect_memory(1) - TORCH_BYTES
 
 
 def test_labels_name_expert_and_part() -> None:

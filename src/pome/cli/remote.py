@@ -17,6 +17,7 @@ from pome.cli.batch import Job, run_job
 from pome.cli.console import make_console
 from pome.config.spec import EditSpec
 from pome.errors import ClusterError, SpecError, printable
+from pome.planning.split import count_cores
 
 Result = dict[str, Any]
 
@@ -62,7 +63,7 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, at_once: int | None, qu
                 f"{printable(job.name)}: has the engine ray itself, inside a batch on Ray; give one of the two"
             )
     spec = EditSpec(engine="ray", ray_address=address)
-    cluster = dataclasses.replace(make_cluster(spec, 0, at_once, ahead=1), patient=False)
+    cluster = dataclasses.replace(make_cluster(spec, count_cores(), 0, at_once, ahead=1), patient=False)
     outs = [Path(os.path.abspath(job.folder)) for job in jobs if job.writes]
     shared = next((folder for out in outs[:1] for folder in out.parents if folder.is_dir()), None)
     probe = shared / f".pome-probe-{os.getpid()}" if shared else None

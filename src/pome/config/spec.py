@@ -190,7 +190,7 @@ class EditSpec:
         str,
         Option(
             "auto, cpu, cuda, cuda:N or mps.",
-            more="`auto` is every CUDA device, else MPS, else the CPU.",
+            more="`auto` is every CUDA device, else MPS, else the CPU; `cuda` is every CUDA device.",
             metavar="DEVICE", group=RUN, read=read_device, suggestions=("auto", "cpu", "cuda", "mps"),
         ),
     ] = "auto"  # fmt: skip

@@ -17,9 +17,9 @@ from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
+from pome.editing.run_rates import RunClock
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.editing.ties import check_copies
-from pome.engines.local import map_units
 from pome.errors import NumericalError
 from pome.manifest import (
     FORMAT_VERSION,
@@ -37,6 +37,7 @@ from pome.output.progress import Progress, advance_bytes
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
+from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
@@ -133,19 +134,22 @@ class _Run:
         self.kernel_seconds = 0.0
         self.devices: list[str] = []
         self.remote: RemoteEdit | None = None
+        self.clock = RunClock(spec, begun)
         self.hashes = Hashes(opened)
         self.fingerprint = opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
-        remote = self.spec.engine == "ray" and self.spec.out_format != "adapter"  # which takes seconds
-        if not remote:
+        with self.clock.time("start"):
             from pome.editing.unit import list_devices
 
+        remote = self.spec.engine == "ray" and self.spec.out_format != "adapter"  # which takes seconds
+        if not remote:
             self.devices = list_devices(self.spec.device)
         command = {**describe_command(self.opened, self.spec), "card": self.card}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
         self._check_base()
+        whole = False  # whether this run does all of the work, so that its times tell rates
         with Staging(target, command, fresh) as staging, contextlib.ExitStack() as stack:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
@@ -163,9 +167,11 @@ class _Run:
                     if self.spec.out_format == "adapter":
                         self._edit_adapter(staging, self.devices[0])
                     else:
-                        copy_files(self.opened.template, staging, self.progress)
+                        whole = not remote and not staging.copied and not staging.finished
+                        with self.clock.time("copy"):
+                            copy_files(self.opened.template, staging, self.progress)
                         spread = self.remote is not None and self.remote.is_spread
-                        with self.hashes.of_output(staging, whole_files=spread) as watermark:
+                        with self.hashes.of_output(staging, spread) as watermark, self.clock.time("edit"):
                             self._edit(staging, watermark)
                     base, fine_tuned = self.hashes.describe_inputs()
                 self.opened.check_unchanged()
@@ -175,6 +181,8 @@ class _Run:
                     staging.put_file(CARD_NAME, make_card(manifest, self._read_ft_card()).encode())
                 manifest = self._seal(manifest, self.hashes.describe_output(staging, self.progress))
                 staging.publish(manifest.to_json().encode(), overwrite)
+                if whole and staging.cores is not None and self.find_cache is None:
+                    self.clock.leave(self.opened.count_files(), self.devices, staging.cores)
             except NumericalError:
                 # The same command would fail again, and what the message advises is another command.
                 staging.discard()
@@ -225,6 +233,7 @@ class _Run:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.editing.lora_merge import Data, make_patch, read_unit
         from pome.editing.unit import Patch
+        from pome.editing.workers import map_on_devices
 
         opened = self.opened
         units = opened.plan.units
@@ -252,11 +261,15 @@ class _Run:
                 staging.finished.update((entry["unit"], entry) for entry in pending)
                 pending.clear()
 
+        cores = staging.keep_cores(count_cores())
+        if cores != count_cores():
+            self.progress.note(f"going on with the split over {cores} cores of the earlier run, for the same bits")
         remote = self.remote
-        patches = map_units(todo, self.devices, read, work) if remote is None else remote.map(todo)
+        patches = remote.map(todo) if remote is not None else map_on_devices(todo, self.devices, cores, read, work)
         try:
             for patch in patches:
                 self.kernel_seconds += patch.kernel_seconds
+                self.clock.tally.add(patch.unit, patch.kernel_seconds)
                 pending.append(
                     {
                         "unit": patch.unit.key,

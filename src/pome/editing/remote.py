@@ -7,7 +7,6 @@ It journals nothing and publishes nothing.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pome.engines.ray import Cluster, RayEngine
 from pome.errors import ClusterError
 from pome.output.staging import Staging
 from pome.output.weight_files import WeightFiles
+from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 
@@ -36,11 +36,11 @@ class EditJob:
     merges: bool
     output: Path
     spec: EditSpec
+    cores: int  # over which the run splits its units
     find_cache: FindCache | None
 
     def open(self, device: str, threads: int) -> EditDesk:
         """A place of work on `device`. Raises ClusterError where torch does not see it."""
-        torch.set_num_threads(threads)
         if device == "cuda" and not torch.cuda.is_available():
             raise ClusterError(
                 f"device: a node offers a GPU to Ray that its torch {torch.__version__} does not see; install torch "
@@ -66,6 +66,8 @@ class EditDesk:
         return read_unit(unit, self.ft, self.base)
 
     def work(self, unit: Unit, data: Data) -> Patch:
+        # The last bits depend on it, and are to be those of the local engine.
+        torch.set_num_threads(unit.count_threads(self.job.cores) if self.device == "cpu" else self.job.cores)
         check_copies(unit, self.weights)
         patch = make_patch(unit, data, self.job.spec, self.device, self.job.find_cache)
         if patch.data is not None:
@@ -82,9 +84,14 @@ class RemoteEdit:
 
     def __init__(self, opened: Opened, spec: EditSpec, staging: Staging, find_cache: FindCache | None) -> None:
         base, ft = (find_place(side, spec.dequantize) for side in (opened.base, opened.ft))
-        job = EditJob(base, ft, opened.template.weights is opened.base, staging.output, spec, find_cache)
+        merges = opened.template.weights is opened.base
+        cores = staging.cores or count_cores()
+        slot = max((unit.count_threads(cores) for unit in opened.plan.units), default=1)
+        job = EditJob(base, ft, merges, staging.output, spec, cores, find_cache)
         paths = [*base.paths.values(), *ft.paths.values()]
-        self._ray = RayEngine(make_cluster(spec, opened.plan.memory), job, paths, staging.folder / "probe")
+        self._ray = RayEngine(
+            make_cluster(spec, slot, opened.plan.expect_memory(1)), job, paths, staging.folder / "probe"
+        )
 
     def __enter__(self) -> RemoteEdit:
         self._ray.__enter__()
@@ -118,8 +125,6 @@ class RemoteEdit:
         return self._ray.map(units, [unit.work for unit in units], [f"tensor {unit.name}" for unit in units])
 
 
-def make_cluster(spec: EditSpec, memory: int, at_once: int | None = None, ahead: int = 2) -> Cluster:
-    """Where a spec's units are worked on, by workers of so much memory; a slot's cores are OMP_NUM_THREADS if set."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() and int(given) else None
-    return Cluster(spec.ray_address, spec.device, threads, torch.get_num_threads(), memory, at_once, ahead)
+def make_cluster(spec: EditSpec, threads: int, memory: int, at_once: int | None = None, ahead: int = 2) -> Cluster:
+    """Where a spec's units are worked on, by workers of so many cores on CPUs, and of so much memory."""
+    return Cluster(spec.ray_address, spec.device, threads, memory, at_once, ahead)

@@ -19,11 +19,10 @@ from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equaliz
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import RankRule
 from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
-from pome.planning.units import BaseRange, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 MEASURED = tuple(
     field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
 )
@@ -259,12 +258,17 @@ def send(D: Tensor, device: str) -> Tensor:
 
 
 def list_devices(device: str) -> list[str]:
-    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU. Raises NumericalError if absent."""
+    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU; `cuda` is every CUDA device.
+
+    Raises NumericalError for one that is not there.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
+    cuda = [f"cuda:{i}" for i in range(count)]
     if device == "auto":
-        return [f"cuda:{i}" for i in range(count)] or (["mps"] if mps else ["cpu"])
-    wanted = "cuda:0" if device == "cuda" else device
-    if wanted == "cpu" or (wanted == "mps" and mps) or wanted in [f"cuda:{i}" for i in range(count)]:
-        return [wanted]
+        return cuda or (["mps"] if mps else ["cpu"])
+    if device == "cuda" and cuda:
+        return cuda
+    if device == "cpu" or (device == "mps" and mps) or device in cuda:
+        return [device]
     raise NumericalError(f"device {device} is not there ({count} CUDA devices); use --device auto or cpu")

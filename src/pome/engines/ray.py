@@ -47,16 +47,14 @@ class Cluster:
     """Where and how units are worked on.
 
     address: of a cluster that runs, `auto` for the one that this machine belongs to, None for an instance that is
-    started for this run. device: `auto`, `cpu` or `cuda`. threads: cores of a slot on CPUs, None for what a run without
-    Ray takes here, or fewer where a node has no more. memory: bytes that a worker needs. at_once: the most workers.
-    ahead: bundles that a worker holds, of which it reads one while it works on another. patient: whether Ctrl-C waits
-    for what the workers are at.
+    started for this run. device: `auto`, `cpu` or `cuda`. threads: cores of a slot on CPUs. memory: bytes that a worker
+    needs. at_once: the most workers. ahead: bundles that a worker holds; it reads one while it works on another.
+    patient: whether Ctrl-C waits for what the workers are at.
     """
 
     address: str | None = None
     device: str = "auto"
-    threads: int | None = None
-    default_threads: int = 1
+    threads: int = 1
     memory: int = 0
     at_once: int | None = None
     ahead: int = 2
@@ -74,8 +72,12 @@ class Placed:
     threads: int
 
     def describe(self) -> str:
-        count = f"{self.workers} {'GPU' if self.device == 'cuda' else 'CPU'} worker{'s' * (self.workers != 1)}"
-        return f"{count} on {self.nodes} node{'s' * (self.nodes != 1)} of Ray, {self.threads} threads each"
+        each = "one GPU" if self.device == "cuda" else f"{self.threads} core{'s' * (self.threads != 1)}"
+        workers, nodes = (
+            f"{self.workers} worker{'s' * (self.workers != 1)}",
+            f"{self.nodes} node{'s' * (self.nodes != 1)}",
+        )
+        return f"{workers} of {each} on {nodes} of Ray"
 
 
 class RayEngine:

@@ -109,12 +109,11 @@ class Driver:
         import ray
 
         self.settings = settings
-        wanted = settings["threads"] or settings["default_threads"]
-        ray_nodes.connect(settings["address"], wanted, settings["temp"])
+        self.threads = settings["threads"]
+        ray_nodes.connect(settings["address"], self.threads, settings["temp"])
         self.head = ray.get_runtime_context().gcs_address
         nodes = ray_nodes.list_nodes()
         self.device = ray_nodes.choose_device(settings["device"], nodes)
-        self.threads = ray_nodes.choose_threads(settings["threads"], settings["default_threads"], self.device, nodes)
         slots = self.add_slots(nodes)
         if not slots:
             lack = ray_nodes.describe_lack(nodes, self.device, self.threads, settings["memory"])

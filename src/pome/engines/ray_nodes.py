@@ -94,23 +94,6 @@ def choose_device(wanted: str, nodes: dict[str, dict[str, Any]]) -> str:
     return "cuda" if has_gpu and wanted != "cpu" else "cpu"
 
 
-def choose_threads(given: int | None, otherwise: int, device: str, nodes: dict[str, dict[str, Any]]) -> int:
-    """Cores of a slot, the same everywhere, because the last bits depend on it. Raises ClusterError where none fits."""
-    if given is None:
-        counts = [_count(node, "CPU") for node in nodes.values() if _count(node, "CPU")]
-        if device == "cuda":
-            counts = [
-                max(1, _count(node, "CPU") // _count(node, "GPU")) for node in nodes.values() if _count(node, "GPU")
-            ]
-        return min([otherwise, *counts])
-    most = max(_count(node, "CPU") for node in nodes.values())
-    if device == "cpu" and given > most:
-        raise ClusterError(
-            f"OMP_NUM_THREADS is {given}, and no node offers more than {most} cores to Ray; set it to {most}"
-        )
-    return given
-
-
 def divide(nodes: dict[str, dict[str, Any]], device: str, threads: int, memory: int) -> list[Slot]:
     """The slots of nodes, as many as their cores or GPUs, and their memory, give."""
     slots = []
@@ -129,8 +112,8 @@ def describe_lack(nodes: dict[str, dict[str, Any]], device: str, threads: int, m
     what = "a GPU" if device == "cuda" else f"{threads} cores"
     most = max((node["Resources"].get("memory", 0) for node in nodes.values()), default=0)
     return (
-        f"no node of the cluster offers {what} and {show_bytes(memory)} of memory for a worker to Ray ({len(nodes)} "
-        f"nodes, the largest with {show_bytes(most)}); add a node, or let the nodes offer more to Ray"
+        f"no node of the cluster offers {what} and {show_bytes(memory)} of memory for a worker to Ray (of {len(nodes)}; the "
+        f"largest has {show_bytes(most)}); add a node, let the nodes offer more, or set OMP_NUM_THREADS to fewer cores"
     )
 
 

@@ -3,7 +3,8 @@
 The staging folder `OUT.pome-staging` holds
     lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
     command     what is being made; another command's progress is never reused
-    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
+    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced, and one
+                for the number of cores that units are split over
     output/     what becomes OUT
     publishing  the command, and the hash of the manifest by which the OUT that it made is known
     replaced/   the former OUT, for the moment of an overwrite
@@ -63,6 +64,7 @@ class Staging:
         self._journal = -1
         self._sync_failed = False
         self.notices: list[str] = []  # what the file system cannot do
+        self.cores: int | None = None  # of the split that finished units were made with
         self.copied: dict[str, int] = {}  # name -> bytes
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
@@ -143,6 +145,8 @@ class Staging:
                 good += len(line)
                 if "copied" in entry:
                     self._note_copied(entry["copied"], entry["bytes"])
+                elif "cores" in entry:
+                    self.cores = entry["cores"]
                 else:
                     self.finished[entry["unit"]] = entry
         os.ftruncate(self._journal, good)
@@ -223,6 +227,17 @@ class Staging:
         finally:
             os.close(fd)
 
+    def keep_cores(self, cores: int) -> int:
+        """The number of cores that this output's units are split over: the first run's, journalled; else `cores`.
+
+        The number of threads decides the last bits of a matrix, and all matrices shall come out as in one run.
+        """
+        if self.cores is None:
+            with as_output_error(self.folder / "journal"):
+                append_synced(self._journal, json.dumps({"cores": cores}).encode() + b"\n")
+            self.cores = cores
+        return self.cores
+
     def put_file(self, name: str, content: bytes) -> None:
         """Write a small file of our own making into the output."""
         with as_output_error(self.output / name):
@@ -281,6 +296,7 @@ class Staging:
             os.lseek(self._journal, 0, os.SEEK_SET)
             remove(self.output)
             self.output.mkdir()
+        self.cores = None
         self.copied.clear()
         self.finished.clear()
 
@@ -300,6 +316,8 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
         return False
     if "copied" in entry:
         return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
+    if "cores" in entry:
+        return type(entry["cores"]) is int and entry["cores"] > 0
     texts = entry.get("unit"), entry.get("file")
     lists = entry.get("tensors"), entry.get("kept"), entry.get("copies")
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)

@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pome.editing.unit import FLOAT64_ENTRIES
 from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
 from pome.output.durable import sync_file
-from pome.planning.units import Plan, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, Plan, Unit, fan_out_in
 from pome.roles.layout import Part
 
 

@@ -16,6 +16,7 @@ from pome.editing.remote import make_cluster
 from pome.editing.session import Opened, open_pair
 from pome.engines.ray import RayEngine
 from pome.output.staging import Staging
+from pome.planning.split import count_cores
 from pome.sweeping.grid import Candidate, Grid
 from pome.sweeping.models import Attempt, Models
 from pome.sweeping.scorers.base import FolderScorer, ModelScorer
@@ -78,7 +79,7 @@ class RemoteScores:
         memory = opened.plan.memory
         if hasattr(scorer, "score_model"):
             memory += sum(weights.file.size for weights in opened.ft.files.values())
-        cluster = dataclasses.replace(make_cluster(grid.shared, memory, at_once, ahead=1), patient=False)
+        cluster = dataclasses.replace(make_cluster(grid.shared, count_cores(), memory, at_once, ahead=1), patient=False)
         paths = [weights.file.stored for side in (opened.base, opened.ft) for weights in side.files.values()]
         self._ray = RayEngine(cluster, job, [path for path in paths if path], folder / "probe")
 

@@ -15,6 +15,7 @@ from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.errors import CheckpointError
 from pome.manifest import Manifest, TensorRecord
+from pome.planning.split import count_cores
 from pome.planning.units import STORED_NAMES, Plan, Unit
 from pome.verification.comparison import Advance, Difference, compare_untouched
 
@@ -52,18 +53,20 @@ def recompute(
     Returns the number of matrices recomputed.
     """
     from pome.editing.lora_merge import make_patch, read_unit, see_ft
+    from pome.editing.workers import use_threads
 
     found += _check_plan(plan, manifest)
     if found:
         return 0
     spec = dataclasses.replace(spec, device="cpu")
-    count = 0
+    count, cores = 0, count_cores()
     sample = {unit.key for unit in _choose(plan.units, full)}
     for unit in (unit for unit in plan.units if unit.key in sample or unit.file in damaged):
         data = read_unit(unit, tuned, base)
         original = see_ft(unit, data)
         out_bytes = made.read(unit.name, unit.out_start, unit.out_nbytes)
-        patch = make_patch(unit, data, spec, "cpu")
+        with use_threads(unit.count_threads(cores)):  # as an edit on this machine does, for the same bits
+            patch = make_patch(unit, data, spec, "cpu")
         expected = patch.data if patch.data is not None else bytearray(original)
         count += len(patch.tensors)
         found += _check_records(patch.tensors, manifest)

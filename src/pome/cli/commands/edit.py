@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +65,19 @@ def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, a
     from pome.cli.tables.edit import describe_left_out, describe_needs, describe_plan, make_plan_table
     from pome.editing.session import open_pair
     from pome.output.target import check_target
+    from pome.planning.devices import find_device
+    from pome.planning.rates import find_rates
 
+    begun = time.perf_counter()
     with open_pair(base, ft, spec) as opened:
+        device = find_device(spec.device)
+        cost = opened.estimate(spec, device, find_rates(device.name), time.perf_counter() - begun)
         target = check_target(out, opened.list_inputs(), overwrite=True)  # that it exists is said, not refused
         print_lines(console, [describe_plan(opened), *describe_left_out(opened.not_copied)])
         console.print(make_plan_table(opened))
-        print_lines(console, describe_needs(opened, spec, target, overwrite))
+        print_lines(console, describe_needs(opened, spec, target, overwrite, cost))
         if as_json:
-            print(json.dumps(opened.to_json(), indent=1))
+            print(json.dumps({**opened.to_json(), "estimate": cost.to_json()}, indent=1))
 
 
 def make_edit(

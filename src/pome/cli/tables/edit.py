@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.cli.tables.estimate import describe_time
 from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
 from pome.config.spec import EditSpec
@@ -17,6 +18,7 @@ from pome.editing.session import Opened
 from pome.errors import printable
 from pome.inspection.suggest import Notice
 from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord
+from pome.planning.estimate import Estimate
 from pome.planning.units import fan_out_in
 from pome.reports.edit_warnings import group_warnings
 
@@ -37,19 +39,16 @@ def describe_plan(opened: Opened) -> str:
     return "\n".join([line, *describe_pair_notices(opened)])
 
 
-def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool) -> list[str]:
-    """What the edit of a dry run would need: device, memory and disk; and that OUT exists, if it does."""
-    template = opened.template
-    sizes = {name: file.header.file_size for name, file in template.weights.files.items()}
-    sizes |= {name: header.file_size for name, (_, header) in template.layouts.items()}
-    sizes |= {file.name: file.size for file in template.side_files}
+def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool, cost: Estimate) -> list[str]:
+    """What the edit of a dry run would need: device, memory, time and disk; and that OUT exists, if it does."""
     folder = next(place for place in target.parents if place.is_dir())
     free = shutil.disk_usage(folder).free
     device = "auto (chosen when the edit starts)" if spec.device == "auto" else spec.device
     place = printable(str(folder), 1000)
     lines = [
         f"device {device}, expected memory {show_bytes(opened.plan.memory)}",
-        f"disk: {show_bytes(sum(sizes.values()))} needed (less where the file system can share blocks with the input), "
+        describe_time(cost),
+        f"disk: {show_bytes(cost.bytes_copied)} needed (less where the file system can share blocks with the input), "
         f"{show_bytes(free)} free in {place}",
     ]
     if target.exists():
