@@ -4,7 +4,7 @@
     scripts/bench_split.py [--shapes 64x32,128x64,...] [--seconds S] [--patience P]
 
 For each shape and in turn: all cores on one matrix at a time, one matrix on each core with one thread, and one worker
-with one thread alone, which tells what workers cost each other (two that do not would be twice as fast). All through the
+with one thread alone, which tells what workers cost each other (two that do not are twice as fast). All through the
 edit of a unit in memory (read, subtract, equalize, certify, add, round). The rule of pome.planning.split is chosen
 from the last column. On a shared machine a round counts only where other processes took less than a twentieth of the
 processors' time; the script waits up to P seconds a shape for three such rounds, and says how many it got.

@@ -105,8 +105,9 @@ class Unit:
         work = 0
         for m, n in self.matrices:
             wide = 8 if m * n <= FLOAT64_ENTRIES else stored
-            # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
-            work = max(work, 4 * wide * m * n + 5 * 8 * min(m, n) ** 2)
+            # delta, edit, polar factor and its product on the long side, in float32 sums over them too; eigenvectors
+            # and workspace on the short one
+            work = max(work, (5 if wide == 4 else 4) * wide * m * n + 5 * 8 * min(m, n) ** 2)
         # An adapter's other tensors are merged: their change and the sum in float32.
         return (work or 4 * self.nbytes) + 2 * (self.nbytes + self.base_nbytes)
 
