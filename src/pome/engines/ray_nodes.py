@@ -112,7 +112,7 @@ def describe_lack(nodes: dict[str, dict[str, Any]], device: str, threads: int, m
     what = "a GPU" if device == "cuda" else f"{threads} cores"
     most = max((node["Resources"].get("memory", 0) for node in nodes.values()), default=0)
     return (
-        f"no node of the cluster offers {what} and {show_bytes(memory)} of memory for a worker to Ray (of {len(nodes)}, "
+        f"no node of the cluster offers {what} and {show_bytes(memory)} of memory a worker to Ray (of {len(nodes)}: "
         f"the largest with {show_bytes(most)}); add a node, let nodes offer more, or set OMP_NUM_THREADS to fewer cores"
     )
 
