@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Time and memory of a plan, a journal and a manifest of 61,440 experts.
 
-    scripts/bench_plan.py [--layers N] [--experts N] [--profile]
+    scripts/bench_plan.py [--layers N] [--experts N] [--kinds gate,up,down] [--profile]
 
-makes the headers of a mixture with that many layers and experts (gate, up and down each, the data a hole in the file),
-in a temporary folder, and runs in processes of their own: `pome edit --dry-run` of the up matrices; the journal of all
-of them, committed in groups and read again; the manifest, written and read again. With --profile the functions in which
-the plan spends its time follow.
+makes the headers of a mixture with that many layers and experts (their up matrices, unless --kinds names more, the data
+a hole in the file) in a temporary folder, and runs in processes of their own: `pome edit --dry-run` of the up matrices;
+the journal of all of them, committed in groups and read again; the manifest, written and read again. With --profile the
+functions in which the plan spends its time follow.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ tell("manifest read")
 """
 
 
-def write_side(folder: Path, layers: int, experts: int) -> None:
+def write_side(folder: Path, layers: int, experts: int, kinds: list[str]) -> None:
     """A checkpoint with its header alone: the data are a hole."""
     from pome.checkpoint.header import build_header
 
-    shapes = {"up_proj": (INNER, HIDDEN), "gate_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    shapes = {"up": (INNER, HIDDEN), "gate": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
     entries = [
-        (f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight", "BF16", shape)
+        (f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight", "BF16", shapes[kind])
         for layer in range(layers)
         for expert in range(experts)
-        for kind, shape in shapes.items()
+        for kind in kinds
     ]
     folder.mkdir()
     header = build_header(entries, {"format": "pt"})
@@ -108,11 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--experts", type=int, default=1024)
+    parser.add_argument("--kinds", default="up")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:
-        write_side(given.make, given.layers, given.experts)
+        write_side(given.make, given.layers, given.experts, given.kinds.split(","))
         return
     with tempfile.TemporaryDirectory(prefix="pome-plan-") as folder:
         base, ft = (Path(folder) / side for side in ("base", "ft"))

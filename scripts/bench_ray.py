@@ -6,7 +6,8 @@
 smollm2 is the 90 FFN matrices of make_smollm2_pair.py, llama the 2.2 GB pair of make_llama_pair.py, experts 6,000
 matrices of 128 x 96. A cluster of one node with one core is started first. Printed are the seconds of the local engine,
 those of Ray without the start of its workers, that start, and the ratio of the first two, with the most that it may be.
-The order changes from round to round, and means are taken: what else the machine does meets both. Exit status 1 where one is above that.
+The order changes from round to round, and means are taken: what else the machine does meets both. Exit status 1 where a
+ratio is above that.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from pome.engines.ray import Cluster, RayEngine
+from pome.engines.ray import Cluster, RayEngine, _make_environment
 from pome.engines.ray_queue import RETRIES
 from pome.errors import ClusterError
 from support.ray_jobs import ROOT, CountingJob, Nodes, count_begun, killing, list_processes
@@ -114,6 +114,38 @@ def test_slots_that_no_node_can_hold(tmp_path, nodes, monkeypatch):
         ):
             with pytest.raises(ClusterError, match=rf"no node of the cluster offers .*{said}"):
                 run(cluster, CountingJob(tmp_path / "notes"), 1, tmp_path / "probe")
+
+
+def test_a_unit_that_kills_the_workers_of_gpus_is_done_on_a_cpu(tmp_path, monkeypatch):
+    """The GPU is one by name alone: Ray gives out what a node says it has."""
+    job = CountingJob(tmp_path / "notes", deadly=(3,), deadly_on="cuda")
+    with Nodes(1, gpus=1) as nodes, joined(nodes, monkeypatch):
+        found, engine = run(Cluster(nodes.address, "cuda"), job, 6, tmp_path / "probe")
+    assert sorted(found) == [n * n for n in range(6)] and engine.placed.device == "cuda"
+    assert count_begun(tmp_path / "notes")[3] == RETRIES + 2 == engine.stats["given"]
+
+
+def test_the_head_is_lost(tmp_path, monkeypatch):
+    with Nodes(2) as nodes, joined(nodes, monkeypatch):
+        cluster = Cluster(nodes.address, threads=1)
+        with (
+            pytest.raises(ClusterError, match="head of the cluster is lost"),
+            RayEngine(cluster, CountingJob(tmp_path / "notes", 0.2), (), tmp_path / "probe") as engine,
+        ):
+            for number, _ in enumerate(engine.map(range(1000), [1.0] * 1000, ["x"] * 1000)):
+                if number == 5:
+                    nodes.kill(0)
+
+
+def test_the_process_that_speaks_to_ray_has_the_settings_that_its_pitfalls_ask_for(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    own, joined = _make_environment(None), _make_environment("head:6379")
+    for environment in (own, joined):
+        assert environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"  # uploads the working folder under `uv run`
+        assert environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"  # else a FutureWarning
+    assert own["RAY_AUTH_MODE"] == "token" and len(own["RAY_AUTH_TOKEN"]) == 64 and "RAY_ADDRESS" not in own
+    assert own["RAY_AUTH_TOKEN"] != _make_environment(None)["RAY_AUTH_TOKEN"]
 
 
 def test_three_nodes_of_which_one_is_lost(tmp_path, nodes, monkeypatch):

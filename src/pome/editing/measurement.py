@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable
@@ -18,7 +20,7 @@ import pome
 from pome.checkpoint.lora import AdapterChange, AdapterSlice, LowRank
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import make_patch
-from pome.editing.unit import TORCH_DTYPES, to_bytes
+from pome.editing.unit import TORCH_DTYPES, Patch, to_bytes
 from pome.editing.workers import use_threads
 from pome.engines.local import map_units
 from pome.output.clone import copy_file
@@ -82,21 +84,21 @@ def time_units(unit: Unit, data: Data, devices: list[str], threads: int, count: 
     def read(_: Unit) -> Data:
         return bytearray(data[0]) if isinstance(data[0], bytearray) else data[0], data[1]
 
-    def work(unit: Unit, data: Data, device: str) -> None:
+    def work(unit: Unit, data: Data, device: str) -> Patch:
         torch.set_num_threads(threads)
-        make_patch(unit, data, spec, device)
+        return make_patch(unit, data, spec, device)
 
     with use_threads(torch.get_num_threads()):
         begun = time.perf_counter()
-        for _ in map_units(list(repeat(unit, count)), devices, read, work):
-            pass
+        for patch in map_units(list(repeat(unit, count)), devices, read, work):
+            json.dumps([record.to_mapping() for record in patch.tensors])  # as the journal has it
         return (time.perf_counter() - begun) / count
 
 
 def measure_routes(probes: Iterable[Probe], devices: list[str], cores: int, until: float) -> dict[str, Points]:
     """Operations a second by route and size, until the monotonic time `until`; on the CPU by the split of its cores.
 
-    Each is the best of ROUNDS: what disturbs a round only makes it longer.
+    Each is the median of ROUNDS: a run will meet the same other work on the machine.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for probe in probes:
@@ -105,13 +107,14 @@ def measure_routes(probes: Iterable[Probe], devices: list[str], cores: int, unti
         unit, data = make_sample(probe)
         threads = unit.count_threads(cores) if devices == ["cpu"] else cores
         workers = ["cpu"] * (cores // threads) if devices == ["cpu"] else devices
-        best = time_units(unit, data, workers, threads, len(workers))  # the first loads what torch needs
-        count = len(workers) * max(1, round(ROUND_SECONDS / best / len(workers)))
-        for _ in range(ROUNDS):
-            if time.monotonic() < until:
-                best = min(best, time_units(unit, data, workers, threads, count))
+        first = time_units(unit, data, workers, threads, len(workers))  # which loads what torch needs
+        count = len(workers) * max(1, round(ROUND_SECONDS / first / len(workers)))
+        rounds: list[float] = []
+        while len(rounds) < ROUNDS and (not rounds or time.monotonic() < until):
+            rounds.append(time_units(unit, data, workers, threads, count))
+        seconds = statistics.median(rounds)
         for route, long, short, k in list_tasks(unit, EditSpec()):
-            rate = ROUTES[route](long, short, k) / best
+            rate = ROUTES[route](long, short, k) / seconds
             points.setdefault(route, []).append((measure_size(long, short), rate))
     return {route: tuple(sorted(found)) for route, found in points.items()}
 

@@ -146,11 +146,9 @@ def check_nodes(nodes: dict[str, dict[str, Any]], here: Facts, folder: str) -> d
 
 
 def find_last_slot(nodes: dict[str, dict[str, Any]]) -> Slot | None:
-    """A place on CPUs for units that no GPU could do; None where no node offers a core."""
+    """A place on CPUs for units that no GPU could do. It asks for no core: the workers of the GPUs may hold them all."""
     name = max(nodes, key=lambda name: _count(nodes[name], "CPU"), default=None)
-    if name is None or not _count(nodes[name], "CPU"):
-        return None
-    return Slot(name, describe_node(nodes[name]), 1, 0)
+    return None if name is None else Slot(name, describe_node(nodes[name]), 0, 0)
 
 
 def start_worker(slot: Slot, job: bytes, device: str, threads: int, memory: int) -> None:
