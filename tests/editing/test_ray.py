@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def large(tmp_path_factory):
 def nodes():
     with Nodes(3) as started:
         yield started
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left():
+    """All that Ray makes here lies in one folder with a short path, of which nothing is left at the end."""
+    folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        yield
+    assert not list_processes(f"{folder}/")
+    shutil.rmtree(folder)
 
 
 def test_on_this_machine_the_bytes_are_those_of_the_local_engine(small, tmp_path):
@@ -216,7 +228,7 @@ def fail(*arguments, keeps=False, **options):
     assert "Traceback" not in done.stderr
     out = Path(arguments[2])
     assert not out.exists() and out.with_name("out.pome-staging").exists() == keeps
-    assert not list_processes("pome-ray-")
+    assert not list_processes(os.environ["TMPDIR"] + "/pome-ray-")
     return done.stderr
 
 

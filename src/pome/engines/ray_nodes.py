@@ -146,7 +146,7 @@ def check_nodes(nodes: dict[str, dict[str, Any]], here: Facts, folder: str) -> d
 
 
 def find_last_slot(nodes: dict[str, dict[str, Any]]) -> Slot | None:
-    """A place on CPUs for units that no GPU could do. It asks for no core: the workers of the GPUs may hold them all."""
+    """A place on CPUs for units that no GPU could do. It asks for no core: those of GPUs may hold them all."""
     name = max(nodes, key=lambda name: _count(nodes[name], "CPU"), default=None)
     return None if name is None else Slot(name, describe_node(nodes[name]), 0, 0)
 
