@@ -54,4 +54,4 @@ def test_what_cannot_be_is_refused_before_ray_is_started(tmp_path):
     done = run(tmp_path, FILE.replace("out: OUT/up", "out: x, engine: ray"), "--engine", "ray")
     assert done.returncode == 2 and "up: has the engine ray itself, inside a batch on Ray" in done.stderr
     done = run(tmp_path, FILE, "--at-once", "2")
-    assert done.returncode == 2 and "has no effect without engine 'ray'" in done.stderr
+    assert done.returncode == 2 and "--at-once: has no effect without --engine 'ray'" in done.stderr

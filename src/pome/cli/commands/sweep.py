@@ -17,7 +17,7 @@ from pome.config.outputs import Publication, Replacing, Reports
 from pome.config.rank_options import merge_options
 from pome.config.spec import EditSpec, check_alone
 from pome.config.yaml_text import read_config
-from pome.errors import printable
+from pome.errors import SpecError, printable
 from pome.sweeping.grid import LISTED, Grid, make_grid
 from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
@@ -93,11 +93,15 @@ class SweepJob(Job):
         base, fine_tuned, out = read_sides(values)
         scorer = {key: value for key, value in pick_options(values, make_scorer).items() if value is not None}
         own = {key: find_options(cls)[key].check(value) for key, value in pick_options(values, cls).items()}
+        grid = make_grid(pick_options(values, EditSpec), values.get("search", "grid"))
+        if own.get("at_once") is not None and grid.shared.engine != "ray":
+            said = "at_once: has no effect without engine 'ray'; give both or neither"
+            raise SpecError(said, options=["at_once", "engine"])
         publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
         return cls(
             read_name(values, f"sweep {out}"), "sweep", base, fine_tuned, out,
-            make_grid(pick_options(values, EditSpec), values.get("search", "grid")), make_scorer(**scorer),
+            grid, make_scorer(**scorer),
             publication, replacing, Reports(**pick_options(values, Reports)), **own,
         )  # fmt: skip
 
