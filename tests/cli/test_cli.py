@@ -129,9 +129,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert re.fullmatch(
         r"device auto \(chosen when the edit starts\), expected memory \d+\.\d [MG]B", err.splitlines()[5]
     )
+    assert re.match(r"(expected time \d|no time: )", err.splitlines()[6])
     needed = r"disk: \d+\.\d kB needed \(less where .*\), \d+\.\d [kMGT]B free in (.*)"
-    assert re.fullmatch(needed, err.splitlines()[6])[1] == str(tmp_path)
-    assert len(err.splitlines()) == 7
+    assert re.fullmatch(needed, err.splitlines()[7])[1] == str(tmp_path)
+    assert len(err.splitlines()) == 8
     status, out, _ = run(capsys, "edit", *pair, "out", "--dry-run", "--json")
     document = json.loads(out)
     assert [item["name"] for item in document["edit"]] == UP

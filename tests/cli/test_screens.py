@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pome.planning.devices import find_device
+from pome.planning.rates import Rates, leave_rates
 from support.checkpoints import environment, llama_pair
 from support.terminal import show_in_terminal
 
@@ -46,6 +48,7 @@ STORIES = {
         "batch nothing.yaml",
     ],
 }
+RATES = Rates("2026-11-28, by runs here", 2.0, 1e9, 1e9, {"svd-float64": ((10.0, 1e9),)})
 JOBS = """\
 jobs:
   - {name: up, command: edit, base: base, fine_tuned: ft, out: up}
@@ -63,8 +66,12 @@ def folder() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("columns", "lines"), SIZES)
 @pytest.mark.parametrize("story", STORIES)
-def test_a_terminal_shows_the_golden_screens(folder: Path, story: str, columns: int, lines: int) -> None:
+def test_a_terminal_shows_the_golden_screens(
+    folder: Path, story: str, columns: int, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama_pair(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    leave_rates(find_device("auto").name, RATES)  # else the time of a dry run names this machine
     (folder / "jobs.yaml").write_text(JOBS)
     seen = []
     for command in STORIES[story]:

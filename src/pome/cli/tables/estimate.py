@@ -17,8 +17,9 @@ def make_route_table(cost: Estimate) -> FittedTable:
 
 
 def describe_cost(cost: Estimate) -> list[str]:
-    """Bytes, memory and time of an edit."""
+    """Device, bytes, memory and time of an edit."""
     return [
+        f"device {cost.device}",
         f"units: {show_bytes(cost.bytes_read)} to read, {show_bytes(cost.bytes_written)} to write",
         f"files: {show_bytes(cost.bytes_copied)} to copy, {show_bytes(cost.bytes_hashed)} to hash",
         f"memory: {show_bytes(cost.unit_memory)} for the largest unit, {show_bytes(cost.memory)} in all",
@@ -30,7 +31,7 @@ def describe_time(cost: Estimate) -> str:
     """The expected time and where its rates are from, or why there is none."""
     if cost.measured is None:
         return f"no time: nobody measured {cost.device}; --on this of `pome estimate` does"
-    rates = f"{cost.device}, rates of {cost.measured}"
+    rates = f"rates of {cost.measured}"
     if cost.seconds is None:
         return f"no time: {', '.join(cost.unmeasured)} not measured ({rates})"
     names = ("start", "copy", "edit", "hash")
