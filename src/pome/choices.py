@@ -77,8 +77,8 @@ DTYPES = _by_name(
     ]
 )
 
-EngineName = Literal["local"]
-ENGINES = _by_name([Choice("local", "this machine")])
+EngineName = Literal["local", "ray"]
+ENGINES = _by_name([Choice("local", "this machine"), Choice("ray", "a Ray cluster, or Ray on this machine")])
 
 OutFormatName = Literal["full", "adapter"]
 OUT_FORMATS = _by_name([Choice("full", "a full checkpoint"), Choice("adapter", "an adapter again")])

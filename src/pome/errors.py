@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
-    "CheckpointError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError", "PomeError",
-    "ScoreError", "SelectionError", "SpecError", "VerificationError",
+    "CheckpointError", "ClusterError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError",
+    "PomeError", "ScoreError", "SelectionError", "SpecError", "VerificationError",
 ]  # fmt: skip
 
 FLAG = re.compile(r"(?<![^\s(])--([a-z]+(?:-[a-z]+)*)(?![\w/-]|\.\w)")  # an option of the command line, and no path
@@ -71,6 +71,10 @@ class ScoreError(PomeError):
 
 class OutputError(PomeError):
     """OUT cannot be written: it exists, is in use, lies inside an input, or the disk refuses."""
+
+
+class ClusterError(PomeError):
+    """The nodes of a Ray cluster cannot do the work: none there, none that fits, or one that finds other files."""
 
 
 class VerificationError(PomeError):

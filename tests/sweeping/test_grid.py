@@ -22,10 +22,10 @@ def drain(grid, score_of):
     asked = []
     search = walk(grid)
     try:
-        candidate = next(search)
+        stage = next(search)
         while True:
-            asked.append(candidate)
-            candidate = search.send(score_of(candidate))
+            asked += stage
+            stage = search.send([score_of(candidate) for candidate in stage])
     except StopIteration:
         return asked
 

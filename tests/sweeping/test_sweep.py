@@ -663,7 +663,7 @@ def test_a_task_that_cannot_score_is_refused_before_a_model_is_loaded(tmp_path, 
     for old, new in zip(old_and_new[::2], old_and_new[1::2], strict=False):
         text = text.replace(old, new)
     (tmp_path / "tiny_words.yaml").write_text(text)
-    monkeypatch.setattr("pome.sweeping.sweep.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("pome.sweeping.models.load_model", lambda *_: pytest.fail("a model was loaded"))
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
     with pytest.raises(ScoreError) as caught:
         sweep(*paths, tmp_path / "out", make_grid({}), make_scorer(lm_eval=str(tmp_path / asked)))

@@ -35,18 +35,14 @@ from pome.config.options import (
     find_options,
     nearest,
 )
-from pome.config.reading import read_device, read_layers, read_patterns
+from pome.config.rank_options import NUMBER_OF, RANK_OPTIONS, merge_options
+from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 SHARE = Range(0, 1, above=True)
-
-# The rules that take a number, and the option that gives it; those that are None unless given come first.
-NUMBER_OF = {rule.name: rule.number for rule in RANK_RULES.values() if rule.number}
-# The options that together choose k. One of them given on the command line sets aside what a file says of the others.
-RANK_OPTIONS = frozenset({"rank_rule", *NUMBER_OF.values()})
 
 
 @dataclass(frozen=True, init=False)
@@ -215,6 +211,14 @@ class EditSpec:
             metavar="NAME", group=RUN, choices=ENGINES, commands=("edit", "sweep"), everyday=False,
         ),
     ] = "local"  # fmt: skip
+    ray_address: Annotated[
+        str | None,
+        Option(
+            "The Ray cluster: its head's HOST:PORT, or auto for the one of this machine.",
+            more="Without it, engine ray starts Ray here and stops it at the end. No part of the manifest.",
+            metavar="ADDRESS", group=RUN, read=read_address, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = None  # fmt: skip
     out_format: Annotated[
         OutFormatName,
         Option(
@@ -269,6 +273,12 @@ class EditSpec:
         if self.rank is not None and self.rank_rule != "fixed":
             said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
             raise SpecError(said, options=["rank", "rank_rule"])
+        if self.ray_address is not None and self.engine != "ray":
+            said = "ray_address: has no effect without engine 'ray'; give both or neither"
+            raise SpecError(said, options=["ray_address", "engine"])
+        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
+            said = f"device: {self.device!r} is one of this machine; with engine 'ray' use auto, cpu or cuda"
+            raise SpecError(said, options=["device", "engine"])
         for override in self.overrides:
             self._apply(override)
 
@@ -310,8 +320,9 @@ class EditSpec:
             raise SpecError(f"overrides: {printable(override.match)!r}: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Every option as resolved, in JSON's types."""
+        """Every option as resolved, in JSON's types, but for where a cluster is: that is no part of what is made."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["ray_address"]
         values["overrides"] = [override.to_mapping() for override in self.overrides]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -323,12 +334,6 @@ def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
     if key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
-
-
-def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
-    dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()
-    return {**{k: v for k, v in file.items() if k not in dropped}, **options}
 
 
 def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:

@@ -14,15 +14,8 @@ from typing import Any, TypeVar
 import yaml
 
 from pome.config.options import find_options, nearest
-from pome.config.spec import (
-    EDIT_OPTIONS,
-    RANK_OPTIONS,
-    EditSpec,
-    check_alone,
-    check_rank_options,
-    list_overridable,
-    merge_options,
-)
+from pome.config.rank_options import RANK_OPTIONS, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20

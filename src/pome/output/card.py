@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
-from pome.config.spec import NUMBER_OF, EditSpec
+from pome.config.rank_options import NUMBER_OF
+from pome.config.spec import EditSpec
 from pome.config.yaml_text import compose
 from pome.manifest import Manifest, SideRecord, TensorRecord, median_rank
 

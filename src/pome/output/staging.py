@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -47,6 +46,7 @@ from pome.output.durable import (
 )
 from pome.output.lock import LOCK_NAME, Lock, take_lock
 from pome.output.target import STAGING_SUFFIX
+from pome.output.weight_files import WeightFiles
 
 SCRATCH = "factors"  # beside the output: factors of adapters, until their ranks are all known
 _SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
@@ -61,8 +61,7 @@ class Staging:
         self.output = self.folder / "output"
         self._command = command
         self._fresh = fresh
-        self._files: dict[str, int] = {}
-        self._opening = threading.Lock()
+        self._files, self._scratch = WeightFiles(self.output), WeightFiles(self.folder)
         self._lock: Lock | None = None
         self._journal = -1
         self._sync_failed = False
@@ -87,10 +86,10 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (*self._files.values(), self._journal):
-            if fd >= 0:
-                os.close(fd)
-        self._files.clear()
+        self._files.close()
+        self._scratch.close()
+        if self._journal >= 0:
+            os.close(self._journal)
         self._journal = -1
         if self._lock is not None:
             self._lock.release()
@@ -249,8 +248,7 @@ class Staging:
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
-        with as_output_error(self._find(name)):
-            write_at(self._open(name), data, offset)
+        (self._scratch if name == SCRATCH else self._files).write(name, data, offset)
 
     def open_scratch(self) -> None:
         """Make the scratch file, which `write` takes too. Without it what the journal says of its bytes is void."""
@@ -269,11 +267,8 @@ class Staging:
         if self._sync_failed:
             return
         self._sync_failed = True
-        with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
-            files = list(self._files.items())
-        for name, fd in files:
-            with as_output_error(self._find(name)):
-                sync_file(fd, data_only=True)
+        self._scratch.sync()
+        self._files.sync()
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with as_output_error(self.folder / "journal"):
             append_synced(self._journal, lines)
@@ -286,8 +281,7 @@ class Staging:
                 f"{show_path(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
             )
         with as_output_error(self.output):
-            for fd in self._files.values():
-                sync_file(fd)
+            self._files.sync(data_only=False)
             write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
                 sync_folder(Path(root))
@@ -308,9 +302,8 @@ class Staging:
 
     def clear_output(self) -> None:
         """Take the output's files away, and what the journal says of them; the folder and its command stay."""
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._files.close()
+        self._scratch.close()
         with as_output_error(self.folder):
             os.ftruncate(self._journal, 0)
             os.lseek(self._journal, 0, os.SEEK_SET)
@@ -328,15 +321,6 @@ class Staging:
     def discard(self) -> None:
         """Take away the staging folder with all progress, where no run can go on from it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _open(self, name: str) -> int:
-        with self._opening:  # workers of several devices write to one file
-            if name not in self._files:
-                self._files[name] = os.open(self._find(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            return self._files[name]
-
-    def _find(self, name: str) -> Path:
-        return self.folder / SCRATCH if name == SCRATCH else self.output / name
 
 
 def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
             said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
             said |= {name: getattr(decomposition, name).hex() for name in ("noise", "missed")}
         path = self._path(key)
-        made = path.with_suffix(".new")
+        made = path.with_suffix(f".{secrets.token_hex(4)}.new")  # workers on several machines may make the same one
         save_file(tensors, made, said)
         with open(made, "rb") as file:
             sync_file(file.fileno())

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pome.choices import RANK_RULES, SEARCHES, SearchName
 from pome.config.options import RUN, Option, check_choice, check_count, check_text, documented, read_float, show
-from pome.config.spec import EDIT_OPTIONS, RANK_OPTIONS, EditSpec, merge_options
+from pome.config.rank_options import RANK_OPTIONS, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec
 from pome.errors import SpecError
 
 LISTED = tuple(name for name, option in EDIT_OPTIONS.items() if option.axis)  # options of which a sweep takes a list
@@ -227,22 +228,20 @@ def _read_number(name: str, item: Any) -> float:
     return number
 
 
-def walk(grid: Grid) -> Generator[Candidate, float | None, None]:
-    """The candidates in the order of the search; each is answered with its score, higher being better, or None.
+def walk(grid: Grid) -> Generator[list[Candidate], list[float | None], None]:
+    """The candidates in the order of the search, in stages whose candidates do not depend on one another.
 
-    `coordinate` goes along one axis at a time from the first value of each: beta, how k is chosen, the layers, then
-    every other axis. It asks for some candidates again, whose scores the caller knows.
+    Each stage is answered with their scores, higher being better, or None. `coordinate` goes along one axis at a time
+    from the first value of each: beta, how k is chosen, the layers, then every other axis. It asks for some candidates
+    again, whose scores the caller knows.
     """
     if grid.search == "grid":
-        for at in grid.combine():
-            yield grid.make(at)
+        yield [grid.make(at) for at in grid.combine()]
         return
     at = {name: values[0] for name, values in grid.axes.items()}
     for name in [*FIRST_AXES, *(name for name in grid.axes if name not in FIRST_AXES)]:
-        best: tuple[float, Any] | None = None
-        for value in grid.axes[name]:
-            score = yield grid.make({**at, name: value})
-            if score is not None and (best is None or score > best[0]):
-                best = (score, value)
-        if best is not None:
-            at[name] = best[1]
+        values = grid.axes[name]
+        scores = yield [grid.make({**at, name: value}) for value in values]
+        scored = [(score, value) for score, value in zip(scores, values, strict=True) if score is not None]
+        if scored:
+            at[name] = max(scored, key=lambda pair: pair[0])[1]  # the first of equal ones

@@ -122,6 +122,10 @@ class EditJob(Job):
         spec = EditSpec.from_given(pick_options(values, EditSpec))
         return cls(read_name(values, out), "edit", base, fine_tuned, out, spec, publication, replacing)
 
+    @property
+    def engine(self) -> str:
+        return self.spec.engine
+
     def run(self, console: Console) -> dict[str, Any]:
         base, ft = str(self.base), str(self.fine_tuned)
         if not self.replacing.overwrite:
