@@ -13,7 +13,6 @@ from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import Data, read_unit
 from pome.editing.unit import (
-    FLOAT64_ENTRIES,
     TORCH_DTYPES,
     check_finite,
     describe_part,
@@ -30,6 +29,7 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.extract_plan import Cell, Lora, Piece
+from pome.planning.units import FLOAT64_ENTRIES
 
 # A product of two rounded factors is off by about the root of two roundings. What is far beyond that was no rounding.
 MOST_LOST, MOST_EPS = 1e-4, 4.0

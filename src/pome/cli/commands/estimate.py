@@ -54,7 +54,7 @@ def run(
     from pome.planning.devices import find_device, parse_device
     from pome.planning.rates import find_rates, match_device
 
-    spec = make_spec(config, pick_options(given, EditSpec))
+    spec = make_spec(config, pick_options(given, EditSpec), EditSpec)
     device = find_device(spec.device) if on in (None, THIS) else parse_device(match_device(str(on)))
     console = make_console(quiet)
     begun = time.perf_counter()
