@@ -9,7 +9,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,8 +51,8 @@ class TensorRecord:
     """One edited matrix. Norms are Frobenius norms; the README tells what each number means.
 
     departure: norm of (edited - fine-tuned weight) over delta_norm, before the weight is rounded to the output dtype.
-    spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, evenly spaced in
-    their logarithm.
+    spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, or to k + 1 where the
+    rank is not known, evenly spaced in their logarithm.
     """
 
     name: str
@@ -60,7 +61,7 @@ class TensorRecord:
     role: str
     shape: tuple[int, int]  # (fan_out, fan_in)
     dtype: str
-    rank: int
+    rank: int | None  # None where few directions were asked for and found without it
     k: int
     alpha: float
     beta: float
@@ -186,6 +187,12 @@ class Manifest:
             raise VerificationError(f"{where}: not a manifest of pome: {printable(str(error))}") from None
 
 
+def median_rank(records: Iterable[TensorRecord]) -> str:
+    """The median of the ranks that are known, for a table; `-` where none is."""
+    known = [record.rank for record in records if record.rank is not None]
+    return f"{statistics.median(known):.0f}" if known else "-"
+
+
 def sample_spectrum(sigma: Sequence[float]) -> tuple[tuple[int, float], ...]:
     """(index from 1, singular value with six digits) at about SPECTRUM_POINTS indices of a descending spectrum."""
     return tuple((index, float(f"{sigma[index - 1]:.6g}")) for index in spread_indices(len(sigma), SPECTRUM_POINTS))
@@ -220,6 +227,7 @@ def _read_number(text: str) -> float:
 _Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
+    "int | None": (int, type(None)),
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "str": (str,),

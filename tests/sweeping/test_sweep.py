@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from pome import EditSpec, Equalized, edit, make_grid, make_scorer, sweep
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
+from pome.kernel import ladder
 from pome.kernel.equalize import equalize_matrix, equalize_product
 from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
@@ -103,10 +104,13 @@ def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
     assert by_name["base"] == checksum(paths[0] / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["svd", "gram", "deflated", "undecided", "factors"])
-def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["svd", "gram", "deflated", "undecided", "factors", "thin", "thin-undecided"])
+def test_a_cached_decomposition_changes_no_bit_of_an_edit(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(ladder, "THIN", 0)
+    monkeypatch.setattr(ladder, "SHARE", 1.0)
     n, dtype = {"svd": (60, torch.float32), "gram": (150, torch.float64)}.get(kind, (220, torch.float32))
     sigma = 10.0 ** (-7.0 * torch.arange(n) / n) if kind == "undecided" else 1.0 / torch.arange(1.0, n + 1)
+    sigma = torch.linspace(1.0, 0.9, n) if kind == "thin-undecided" else sigma
     delta = plant(sigma, n + 30, n, 0, dtype)
 
     class Named:
@@ -117,13 +121,15 @@ def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
     for round_ in range(2):  # the second time all comes from the files
         for ratio in (0.2, 0.5, 0.9):
             for beta in (1.0, 1.3):
-                recipe = make_recipe(rank_ratio=ratio, beta=beta)
+                number = {"rank": round(10 * ratio)} if kind.startswith("thin") else {"rank_ratio": ratio}
+                recipe = make_recipe("fixed" if "rank" in number else "ratio", beta=beta, **number)
                 if kind == "factors":
                     plain, kept = (equalize_product(b, a, recipe, c) for c in (None, cache))
                 else:
                     plain, kept = (equalize_matrix(delta, recipe, c) for c in (None, cache))
                 assert torch.equal(plain.value, kept.value), (round_, ratio)
                 assert torch.equal(plain.sigma, kept.sigma)
+                assert (plain.solver == "thin") == (kind == "thin")
                 for field in Equalized.__dataclass_fields__.keys() - {"value", "sigma"}:
                     assert getattr(plain, field) == getattr(kept, field)
     assert len(cache) >= 1

@@ -79,10 +79,10 @@ def certify(found: Truncation, D: Operand) -> Certificate:
 def finish_certificate(
     found: Truncation, product: float, orthogonality: float, norm: float, asymmetry: float
 ) -> Certificate:
-    """Certificate from <D, M> and the norms, over what the spectrum says they should be."""
+    """Certificate from <D, M> and the norms, over what the spectrum says they should be, or at most."""
     sigma, weights = found.sigma[: found.k], found.weights
     return Certificate(
-        objective=product / float((sigma * weights).sum()),
+        objective=product / float((sigma * weights).sum()) / (1.0 + found.missed),
         orthogonality=orthogonality,
         norm=norm,
         square=float(weights.square().sum()),

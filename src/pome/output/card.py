@@ -15,7 +15,7 @@ import yaml
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
 from pome.config.spec import NUMBER_OF, EditSpec
 from pome.config.yaml_text import compose
-from pome.manifest import Manifest, SideRecord, TensorRecord
+from pome.manifest import Manifest, SideRecord, TensorRecord, median_rank
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
@@ -160,11 +160,11 @@ def _describe_edits(manifest: Manifest) -> str:
     for (role, (rows, columns)), records in by_role.items():
         middle = {
             key: statistics.median(getattr(record, key) for record in records)
-            for key in ("rank", "k", "alpha", "beta", "energy_kept")
+            for key in ("k", "alpha", "beta", "energy_kept")
         }
         ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
         lines.append(
-            f"| {role} | {len(records)} | {rows} x {columns} | {middle['rank']:.0f} | {middle['k']:.0f} | "
+            f"| {role} | {len(records)} | {rows} x {columns} | {median_rank(records)} | {middle['k']:.0f} | "
             f"{middle['alpha']:.4g} | {middle['beta']:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
         )
     lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]

@@ -113,20 +113,21 @@ def make_edit_sheet(manifest: Manifest) -> Sheet:
 def _make_edited_row(record: TensorRecord, power: float) -> Row:
     """Raises VerificationError for a record that pome did not write: a manifest may come from anybody."""
     values = {q.key: getattr(record, q.key) for q in EDITED if hasattr(record, q.key)}
+    most = min(record.shape) if record.rank is None else record.rank
     try:
         values["edit_ratio"] = record.edit_norm / record.delta_norm
         values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
-        good = all(map(math.isfinite, (*values.values(), *record.shape)))
+        good = all(map(math.isfinite, (*({**values, "rank": most}).values(), *record.shape)))
         good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
-        good &= record.role in ROLES and 1 <= record.k <= record.rank <= min(record.shape)
-        good &= all(1 <= i <= record.rank and math.isfinite(s) for i, s in record.spectrum)
+        good &= record.role in ROLES and 1 <= record.k <= most <= min(record.shape)
+        good &= all(1 <= i <= most and math.isfinite(s) for i, s in record.spectrum)
     except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
         good = False
     if not good:
         said = f"the record of {printable(record.name)} is not one that pome writes"
         raise VerificationError(f"{MANIFEST_NAME}: {said}; give an output of pome")
     points = {**dict(record.spectrum), 1: record.sigma_max, record.k: record.sigma_k}
-    if record.k < record.rank:
+    if record.k < most:
         points[record.k + 1] = record.sigma_next
     place, after = find_place(record.name), (record.k, record.alpha)
     name, part, floor = record.name, record.part, record.noise_floor

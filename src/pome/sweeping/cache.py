@@ -56,7 +56,8 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         tensors = {name.removesuffix(".T"): t.mT if name.endswith(".T") else t for name, t in found.items()}
         fields: dict[str, Any] = {name: t if name == "sigma" else t.to(device) for name, t in tensors.items()}
         fields |= {name: int(said[name]) for name in ("rank", "strong", "tail")}
-        return Decomposition(**fields, noise=float.fromhex(said["noise"]))
+        fields |= {name: float.fromhex(said[name]) for name in ("noise", "missed")}
+        return Decomposition(**fields)
 
     def __setitem__(self, key: str, decomposition: Decomposition | Undecided) -> None:
         tensors: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
                 elif tensor is not None:
                     tensors[f"{name}.T"] = tensor.cpu().mT.contiguous()
             said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
-            said["noise"] = decomposition.noise.hex()
+            said |= {name: getattr(decomposition, name).hex() for name in ("noise", "missed")}
         path = self._path(key)
         made = path.with_suffix(".new")
         save_file(tensors, made, said)

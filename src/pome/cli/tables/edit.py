@@ -16,7 +16,7 @@ from pome.config.spec import EditSpec
 from pome.editing.session import Opened
 from pome.errors import printable
 from pome.inspection.suggest import Notice
-from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord
+from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord, median_rank
 from pome.planning.units import fan_out_in
 from pome.reports.edit_warnings import group_warnings
 
@@ -88,13 +88,13 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
     for role, records in by_role.items():
         median: dict[str, float] = {
             name: statistics.median(getattr(record, name) for record in records)
-            for name in ("rank", "k", "energy_kept", "departure", "rounding")
+            for name in ("k", "energy_kept", "departure", "rounding")
         }
         warned = sum(bool(record.warnings) for record in records)
         table.add_row(
             role,
             str(len(records)),
-            f"{median['rank']:.0f}",
+            median_rank(records),
             f"{median['k']:.0f}",
             f"{median['energy_kept']:.3f}",
             f"{median['departure']:.3f}",
