@@ -16,7 +16,7 @@ from pome.choices import DTYPES, RANK_RULES, SCALES
 from pome.cli.batch import read_batch
 from pome.config.options import nearest
 from pome.config.outputs import Replacing
-from pome.config.spec import merge_options
+from pome.config.conflicts import merge_options
 from pome.config.yaml_text import make_spec, read_config
 
 

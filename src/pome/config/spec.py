@@ -12,6 +12,7 @@ from pome.choices import (
     DTYPES,
     ENGINES,
     GROUPS,
+    METHODS,
     MOST_POWER,
     OUT_FORMATS,
     RANK_RULES,
@@ -19,10 +20,12 @@ from pome.choices import (
     SCALES,
     DtypeName,
     EngineName,
+    MethodName,
     OutFormatName,
     RankRuleName,
     ScaleName,
 )
+from pome.config.conflicts import RANK_OPTIONS, check_rank_options, merge_options, refuse_beside_method
 from pome.config.options import (
     HOW,
     OUTPUT,
@@ -39,11 +42,6 @@ from pome.config.reading import read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
 SHARE = Range(0, 1, above=True)
-
-# The rules that take a number, and the option that gives it; those that are None unless given come first.
-NUMBER_OF = {rule.name: rule.number for rule in RANK_RULES.values() if rule.number}
-# The options that together choose k. One of them given on the command line sets aside what a file says of the others.
-RANK_OPTIONS = frozenset({"rank_rule", *NUMBER_OF.values()})
 
 
 @dataclass(frozen=True, init=False)
@@ -74,7 +72,7 @@ class Override:
         if not given:
             raise SpecError(f"overrides: {printable(match)!r} changes nothing; {may}")
         try:
-            check_rank_options(self.options)
+            check_rank_options(self.options, find_options(EditSpec))
         except SpecError as error:
             raise SpecError(f"overrides: {printable(match)!r}: {error}") from None
 
@@ -114,7 +112,8 @@ class EditSpec:
 
     D = W_ft - W_base is the delta of a matrix, m x n, s_1 >= s_2 >= ... its singular values and rank the number of
     them that are not zero. The edit is W_base + alpha U_k S_k^power V_k^T with alpha = beta * alpha_0 (POME, arXiv
-    2510.06627, equations 12 and 18, with a power of 0). Raises SpecError for a value out of range and for options that
+    2510.06627, equations 12 and 18, with a power of 0); with the method `equivalence` it is W_base + beta (W_E -
+    W_base), where W_E = U_ft S_base V_ft^T (POET, arXiv 2506.08001). Raises SpecError for a value out of range and for options that
     exclude each other. `rank` given turns the rule `ratio` into `fixed`.
     """
 
@@ -137,6 +136,15 @@ class EditSpec:
             "Tensors to leave alone (regex); repeatable.", metavar="PATTERN", group=WHAT, read=read_patterns
         ),
     ] = ()  # fmt: skip
+    method: Annotated[
+        MethodName,
+        Option(
+            "What takes the place of a matrix.",
+            more="With `equivalence` the options of rank, scale and power have no effect and are refused; `--beta` B gives "
+            "W_base + B (W_E - W_base).",
+            metavar="NAME", group=HOW, choices=METHODS, axis=True, override=True, commands=("edit", "sweep"),
+        ),
+    ] = "equalize"  # fmt: skip
     rank_ratio: Annotated[
         float,
         Option(
@@ -266,6 +274,12 @@ class EditSpec:
         if self.rank is not None and self.rank_rule != "fixed":
             said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
             raise SpecError(said, options=["rank", "rank_rule"])
+        for name in METHODS[self.method].without:
+            if getattr(self, name) != find_options(EditSpec)[name].default:
+                refuse_beside_method(name, self.method)
+        if self.method == "equivalence" and self.out_format == "adapter":
+            said = "out_format: 'adapter' holds low-rank edits, and one of the method 'equivalence' has full rank; "
+            raise SpecError(f"{said}give out_format full", options=["out_format", "method"])
         for override in self.overrides:
             self._apply(override)
 
@@ -285,7 +299,7 @@ class EditSpec:
     def from_given(cls, options: Mapping[str, Any]) -> EditSpec:
         """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
         spec = cls.from_mapping(options)
-        check_rank_options(options)
+        check_rank_options(options, find_options(EditSpec))
         return spec
 
     def resolve(self, name: str) -> EditSpec:
@@ -319,27 +333,3 @@ def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
     if key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
-
-
-def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
-    dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()
-    return {**{k: v for k, v in file.items() if k not in dropped}, **options}
-
-
-def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:
-    """Refuse a number for choosing k beside another option that leaves it without effect.
-
-    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
-    there only if somebody typed it, `defaults_count`.
-    """
-    # An option without a default is given on purpose, and comes before one that has a default.
-    numbers = sorted(NUMBER_OF.values(), key=lambda name: find_options(EditSpec)[name].default is not None)
-    given = {name: options[name] for name in numbers if options.get(name) is not None}
-    rule = options.get("rank_rule")
-    taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
-    for name, value in given.items():
-        if name != taken and (defaults_count or value != find_options(EditSpec)[name].default):
-            beside = f"rank_rule {rule!r}" if rule else taken
-            said = f"{name}: has no effect with {beside}; give one of the two"
-            raise SpecError(said, options=[name, "rank_rule", *([taken] if taken and not rule else [])])

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from pome.config.options import nearest
-from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable, merge_options
+from pome.config.conflicts import check_rank_options, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20
@@ -123,7 +124,7 @@ def read_config(path: Path, check: Check = check_alone) -> dict[str, Any]:
 def make_spec(config: Path | None, given: Mapping[str, Any]) -> EditSpec:
     """The options of a command line over those of its config file. Raises SpecError."""
     spec = EditSpec.from_given(given)
-    check_rank_options(given, defaults_count=True)
+    check_rank_options(given, EDIT_OPTIONS, defaults_count=True)
     if config is None:
         return spec
     options = merge_options(read_config(config), given)

@@ -65,20 +65,22 @@ class Matched:
     sigma: Tensor
 
 
-def match_spectrum(
-    W_base: Tensor, W_ft: Tensor, *, beta: float = 1.0, cache: DecompositionCache | None = None
-) -> Matched:
+def match_spectrum(W_base: Tensor, W_ft: Tensor, *, beta: float = 1.0) -> Matched:
     """Edit beta * (W_E - W_base), where W_E is the nearest matrix to W_ft with the singular values of W_base.
 
     W_base, W_ft: m x n, any float dtype, one device; they are left as they are.
     beta: positive factor; 1 makes W_base + edit the matrix W_E. The certificate is that of W_E for every beta.
-    cache: a mapping, empty at first, for many edits of one pair: the bits are the same with it and without.
 
     The same input on the same device with the same number of threads gives the same bits. All work is in float64:
     about the cost of an `eigh` and an `eigvalsh` of the short side. Raises ZeroDelta where W_ft equals W_base,
     ValueError for a tensor or a beta that makes no sense, for a side that is zero, and Unsolved when no solver could be
     certified.
     """
+    return match_matrix(W_base, W_ft, beta)
+
+
+def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: DecompositionCache | None = None) -> Matched:
+    """The same; `cache` is for many edits of one pair, as in `equalize_matrix`."""
     check_matrix(W_base, "W_base")
     check_matrix(W_ft, "W_ft")
     if W_base.shape != W_ft.shape or W_base.device != W_ft.device:

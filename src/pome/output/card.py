@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
-from pome.config.spec import NUMBER_OF, EditSpec
+from pome.config.conflicts import NUMBER_OF, find_idle
+from pome.config.spec import EditSpec
 from pome.config.yaml_text import compose
-from pome.manifest import Manifest, SideRecord, TensorRecord, median_rank
+from pome.manifest import Manifest, SideRecord, TensorRecord, show_median
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
@@ -157,16 +158,11 @@ def _describe_edits(manifest: Manifest) -> str:
         "| role | matrices | shape | rank | k | alpha | beta | energy kept | norm of edit / of update |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (role, (rows, columns)), records in by_role.items():
-        middle = {
-            key: statistics.median(getattr(record, key) for record in records)
-            for key in ("k", "alpha", "beta", "energy_kept")
-        }
+    for (role, (m, n)), records in by_role.items():
+        columns = {"rank": ".0f", "k": ".0f", "alpha": ".4g", "beta": "g", "energy_kept": ".3f"}
+        middle = " | ".join(show_median(records, key, form) for key, form in columns.items())
         ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
-        lines.append(
-            f"| {role} | {len(records)} | {rows} x {columns} | {median_rank(records)} | {middle['k']:.0f} | "
-            f"{middle['alpha']:.4g} | {middle['beta']:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
-        )
+        lines.append(f"| {role} | {len(records)} | {m} x {n} | {middle} | {ratio:.3f} |")
     lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]
     return "\n".join(lines)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pome.choices import RANK_RULES, SEARCHES, SearchName
+from pome.config.conflicts import RANK_OPTIONS, find_idle, merge_options
 from pome.config.options import RUN, Option, check_choice, check_count, check_text, documented, read_float, show
-from pome.config.spec import EDIT_OPTIONS, RANK_OPTIONS, EditSpec, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec
 from pome.errors import SpecError
 
 LISTED = tuple(name for name, option in EDIT_OPTIONS.items() if option.axis)  # options of which a sweep takes a list
