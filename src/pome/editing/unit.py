@@ -188,6 +188,7 @@ def edit_part(
 
     `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
     """
+    result: Equalized | Matched | KeptRecord
     if spec.resolve(unit.name).method == "equivalence":
         result = match_part(unit, part, delta, W_base, spec, device, caches)
     else:
