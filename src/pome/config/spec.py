@@ -113,8 +113,8 @@ class EditSpec:
     D = W_ft - W_base is the delta of a matrix, m x n, s_1 >= s_2 >= ... its singular values and rank the number of
     them that are not zero. The edit is W_base + alpha U_k S_k^power V_k^T with alpha = beta * alpha_0 (POME, arXiv
     2510.06627, equations 12 and 18, with a power of 0); with the method `equivalence` it is W_base + beta (W_E -
-    W_base), where W_E = U_ft S_base V_ft^T (POET, arXiv 2506.08001). Raises SpecError for a value out of range and for options that
-    exclude each other. `rank` given turns the rule `ratio` into `fixed`.
+    W_base), where W_E = U_ft S_base V_ft^T (POET, arXiv 2506.08001). Raises SpecError for a value out of range and for
+    options that exclude each other. `rank` given turns the rule `ratio` into `fixed`.
     """
 
     layers: Annotated[
@@ -140,8 +140,8 @@ class EditSpec:
         MethodName,
         Option(
             "What takes the place of a matrix.",
-            more="With `equivalence` the options of rank, scale and power have no effect and are refused; `--beta` B gives "
-            "W_base + B (W_E - W_base).",
+            more="With `equivalence` the options of rank, scale and power have no effect and are refused, and `--beta` "
+            "gives W_base + B (W_E - W_base).",
             metavar="NAME", group=HOW, choices=METHODS, axis=True, override=True, commands=("edit", "sweep"),
         ),
     ] = "equalize"  # fmt: skip

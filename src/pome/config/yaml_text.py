@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from pome.config.options import nearest
 from pome.config.conflicts import check_rank_options, merge_options
+from pome.config.options import nearest
 from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable
 from pome.errors import SpecError, printable
 

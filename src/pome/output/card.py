@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
-from pome.config.conflicts import NUMBER_OF, find_idle
+from pome.config.conflicts import NUMBER_OF
 from pome.config.spec import EditSpec
 from pome.config.yaml_text import compose
 from pome.manifest import Manifest, SideRecord, TensorRecord, show_median

@@ -177,7 +177,7 @@ class _SweepRun:
 
         # A copy that an earlier run left holds one of its candidates, perhaps of other layers: it is made anew.
         self.staging.clear_output()
-        self._check_space(count_bytes(list(self.plans.values())))
+        self._check_space(count_bytes(list(self.plans.values()), self.grid.methods))
         reference = self._try(FINE_TUNED, None)
         if reference.score is None:
             raise ScoreError(f"the fine-tuned model has no score: {reference.failed}; mend the scorer and run again")
