@@ -108,7 +108,9 @@ SearchName = Literal["grid", "coordinate"]
 SEARCHES = _by_name(
     [
         Choice("grid", "every combination"),
-        Choice("coordinate", "the method first, then beta, how k is chosen, the roles, the scale, each at the best so far"),
+        Choice(
+            "coordinate", "the method first, then beta, how k is chosen, the roles, the scale, each at the best so far"
+        ),
     ]
 )
 

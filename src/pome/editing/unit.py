@@ -258,8 +258,8 @@ def match_part(
 
     def match(cache: DecompositionCache | None) -> Matched:
         with full_precision(W_base.device):
-            D = delta[0].double() if len(delta) == 1 else delta[0].double() @ delta[1].double()
-        sides = [W_base, D.add_(W_base) if len(delta) > 1 else D + W_base]
+            W_ft = W_base.double() + (delta[0] if len(delta) == 1 else delta[0].double() @ delta[1].double())
+        sides = [W_base, W_ft]
         sent = [send(side.T if unit.transposed else side, device) for side in sides]
         if sent[0].device != sent[1].device:
             sent = [side.cpu() for side in sent]

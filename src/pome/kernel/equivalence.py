@@ -28,6 +28,7 @@ from pome.kernel.solvers.svd import decompose_by_svd
 # Squares keep what lies above this share of s_1 to 1e-7 of itself, and its directions orthonormal to that.
 RESOLVED = math.sqrt(NOISE / 1e-7)
 FLOOR = 1e-9  # of norm(W_base): what rounding leaves in a distance that is next to nothing
+MOST_EXPONENT = 200
 TIED = 1e-10  # of s_1: float64 does not tell the directions of nearer singular values apart to the certificate's bound
 
 
@@ -108,7 +109,7 @@ def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: Decomposition
 
 
 def find_exponent(W_base: Tensor, W_ft: Tensor) -> int:
-    """e such that the largest entry of both sides lies in [2^(e-1), 2^e): over 2^e no square overflows.
+    """e such that no square of an entry over 2^e overflows in float64: 0 but for float64 sides out of all proportion.
 
     Raises ZeroDelta and ValueError as `match_spectrum` does.
     """
@@ -122,7 +123,8 @@ def find_exponent(W_base: Tensor, W_ft: Tensor) -> int:
         largest = max(largest, -low, high)
     if torch.equal(*(W.to(torch.promote_types(W_base.dtype, W_ft.dtype)) for W in (W_base, W_ft))):
         raise ZeroDelta(f"W_ft equals W_base in every entry ({show_shape(W_ft)})")
-    return math.frexp(largest)[1]
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > MOST_EXPONENT else 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Pair:
 
     @classmethod
     def prepare(cls, W_base: Tensor, W_ft: Tensor, place: torch.device, exponent: int, wide: bool) -> Pair:
-        base, ft = (multiply_power_of_two(to_float64(W.detach().to(place)), -exponent) for W in (W_base, W_ft))
+        base, ft = (to_float64(W.detach().to(place)) for W in (W_base, W_ft))
+        if exponent:
+            base, ft = (multiply_power_of_two(W, -exponent) for W in (base, ft))
         return cls(base.mT, ft.mT) if wide else cls(base, ft)
 
 
@@ -182,16 +186,18 @@ def solve(
     defects = [float((Q.mT @ (Q @ scaled) - scaled).norm()) / 2.0 for Q in (found.U, found.V)]
     mismatch = float((W_E @ probes - found.U @ (s[:, None] * (found.V.mT @ probes))).norm())
     norm = float(pair.base.norm())
+    # The bounds are those of sorted spectra: a solver's pairing in another order is no optimum.
+    base_sigma, ft_sigma = (side.sigma.sort(descending=True).values for side in (base, found))
     return Match(
         W_E=W_E,
-        sigma=base.sigma,
+        sigma=base_sigma,
         rank=base.rank,
-        ft_sigma=found.sigma,
+        ft_sigma=ft_sigma,
         ft_rank=found.rank,
         norm=norm,
-        gap=float((base.sigma - found.sigma).norm()),
+        gap=float((base_sigma - ft_sigma).norm()),
         distance=float((W_E - pair.ft).norm()),
-        objective=float((W_E * pair.ft).sum()) / float(base.sigma @ found.sigma),
+        objective=float((W_E * pair.ft).sum()) / float(base_sigma @ ft_sigma),
         residual=(sum(defects) + mismatch) / norm,
     )
 
@@ -236,12 +242,14 @@ RUNGS: tuple[tuple[str, Callable[[Tensor], Decomposition]], ...] = (
 def finish(
     match: Match, pair: Pair, W_base: Tensor, beta: float, exponent: int, wide: bool, solver: str, notes: list[str]
 ) -> Matched:
-    """The answer in the units, the orientation, the precision and on the device of W_base."""
+    """The answer in the units, the orientation, the precision and on the device of W_base; `match` is used up."""
     D = pair.ft - pair.base
-    edit = (match.W_E - pair.base).mul_(beta)
+    edit = match.W_E.sub_(pair.base).mul_(beta)
     delta_norm, edit_norm = float(D.norm()), float(edit.norm())
     departure = float(D.sub_(edit).norm()) / delta_norm
-    value = multiply_power_of_two(edit.mT if wide else edit, exponent)
+    del D
+    value = edit.mT if wide else edit
+    value = multiply_power_of_two(value, exponent) if exponent else value
     value = value.to(W_base.device, torch.float64 if W_base.dtype == torch.float64 else torch.float32)
     if not bool(value.isfinite().all()):
         raise ValueError(f"beta {beta:g} takes the edit out of the range of {show_shape(value)}")

@@ -107,6 +107,7 @@ class Plan:
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
     loras: tuple[LowRank, ...] = ()  # of an adapter as the output: all that it has
     notes: tuple[str, ...] = ()  # what a user should know of these inputs
+    by_equivalence: bool = False  # whether some matrix is edited by that method, which works in float64
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
         return ((unit, part) for unit in self.units for part in unit.parts)
@@ -128,7 +129,10 @@ class Plan:
             short = min(m, n)
             wide = 8 if "F64" in (unit.dtype, unit.base_dtype) else 4
             # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
-            work = max(work, 4 * wide * m * n + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
+            sides = 4 * wide * m * n
+            if self.by_equivalence:  # both weights, singular vectors and the product
+                sides = 7 * 8 * m * n
+            work = max(work, sides + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
         # An adapter's other tensors are merged: their change and the sum in float32, beside the bytes of two units.
         work = max([work, *(6 * unit.nbytes + 2 * unit.base_nbytes for unit in self.units if not unit.parts)])
         return TORCH_BYTES + work

@@ -20,7 +20,7 @@ from pome.errors import SpecError
 LISTED = tuple(name for name, option in EDIT_OPTIONS.items() if option.axis)  # options of which a sweep takes a list
 # The options that choose k are one axis together, named as in the manifest. A coordinate search begins with these.
 RANK_AXIS = "cuts"
-FIRST_AXES = ("method", "beta", RANK_AXIS, "layers")
+FIRST_AXES = ("beta", RANK_AXIS, "layers")
 FINE_TUNED, BASE = "fine-tuned", "base"  # scored beside the candidates, always
 
 
@@ -256,7 +256,9 @@ def walk(grid: Grid) -> Generator[Candidate, float | None, None]:
                 yield candidate
         return
     at = {name: values[0] for name, values in grid.axes.items()}
-    for name in [*FIRST_AXES, *(name for name in grid.axes if name not in FIRST_AXES)]:
+    # What the other axes are depends on the method: where there is a choice, it comes before them.
+    first = ("method", *FIRST_AXES) if len(grid.axes["method"]) > 1 else FIRST_AXES
+    for name in [*first, *(name for name in grid.axes if name not in first)]:
         best: tuple[float, Any] | None = None
         for value in grid.axes[name]:
             score = yield grid.make({**at, name: value})
