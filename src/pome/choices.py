@@ -109,7 +109,8 @@ SEARCHES = _by_name(
     [
         Choice("grid", "every combination"),
         Choice(
-            "coordinate", "the method first, then beta, how k is chosen, the roles, the scale, each at the best so far"
+            "coordinate",
+            "one axis after the other (method, beta, how k is chosen, roles, scale), each at the best so far",
         ),
     ]
 )

@@ -20,6 +20,7 @@ from pome.manifest import Manifest, SideRecord, TensorRecord, show_median
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
+POET = "https://arxiv.org/abs/2506.08001"
 TAGS = ("pome", "model-editing")
 # What stays true of the edited model. Results (`model-index`) do not: they were measured on FT.
 _CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
@@ -132,8 +133,22 @@ def _introduce(manifest: Manifest) -> str:
 
 
 def _describe_weights(manifest: Manifest) -> str:
-    """What became of the singular directions of each update."""
+    """What became of each weight, or of the singular directions of its update."""
     spec = manifest.spec
+    methods = {record.method for record in manifest.tensors} or {spec["method"]}
+    matched = (
+        f"edited by orthogonal equivalence (POET, [arXiv 2506.08001]({POET})): they have the singular values of the "
+    )
+    matched += "pretrained weights and the singular directions of the fine-tuned ones"
+    if methods == {"equivalence"}:
+        return matched
+    if "equivalence" in methods:
+        return f"edited, some {matched.removeprefix('edited ')}; the others {_describe_directions(spec)}"
+    return _describe_directions(spec)
+
+
+def _describe_directions(spec: dict[str, Any]) -> str:
+    """What POME made of the singular directions of each update."""
     powers = {options["power"] for options in (spec, *spec["overrides"]) if "power" in options} or {0.0}
     by = f"by POME ([arXiv 2510.06627]({PAPER})): the leading singular directions of each update are kept and"
     if powers == {0.0}:
