@@ -110,7 +110,7 @@ SEARCHES = _by_name(
         Choice("grid", "every combination"),
         Choice(
             "coordinate",
-            "one axis after the other (method, beta, how k is chosen, roles, scale), each at the best so far",
+            "one axis after the other (method, beta, k, roles, scale), each at the best so far",
         ),
     ]
 )
