@@ -21,7 +21,7 @@ from pome.output.card import make_card
 from pome.reports.inspection import make_csv, make_page
 from pome.reports.plots import write_plots
 from pome.reports.sheet import make_edit_sheet
-from support.adapters import LINEAR, make_pair
+from support.adapters import FUSED_EXPERTS, LINEAR, make_pair
 from support.browser import open_page, read_attribute
 from support.checkpoints import LLAMA, assert_only_edited, llama_pair, read_tensors, run_python, write_checkpoint
 
@@ -112,8 +112,8 @@ def test_options_without_effect_are_refused_on_the_command_line(tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral"])
 def test_an_adapter_is_the_fine_tuned_weight_that_it_makes(tmp_path: Path, kind: str) -> None:
-    lora = {} if kind in ("gpt2", "phi3") else {"target_modules": LINEAR}
-    pair = make_pair(tmp_path, kind, **{"target_modules": "all-linear", **lora})
+    lora = {"llama": {"target_modules": LINEAR}, "mixtral": {"target_parameters": FUSED_EXPERTS}}
+    pair = make_pair(tmp_path, kind, **lora.get(kind, {"target_modules": "all-linear"}))
     manifest = pome.edit(pair.base, pair.adapter, tmp_path / "out", SPEC)
     base, merged, out = (
         read_tensors(pair.base), pair.save_merged(tmp_path / "merged"), read_tensors(tmp_path / "out")

@@ -25,7 +25,7 @@ from pome.choices import (
     RankRuleName,
     ScaleName,
 )
-from pome.config.conflicts import RANK_OPTIONS, check_rank_options, merge_options, refuse_beside_method
+from pome.config.conflicts import RANK_OPTIONS, check_rank_options, find_idle, merge_options, refuse_beside_method
 from pome.config.options import (
     HOW,
     OUTPUT,
@@ -292,6 +292,8 @@ class EditSpec:
             if key not in known:
                 raise SpecError(f"unknown option {printable(str(key))!r}{nearest(str(key), known)}")
         if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
+            if "energy" in find_idle(chosen.get("method")):
+                refuse_beside_method("energy", chosen["method"])
             chosen["rank_rule"] = "energy"
         return cls(**chosen)
 
