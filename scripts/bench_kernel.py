@@ -143,8 +143,8 @@ def bench_thin(shape: str, kind: str, ranks: list[int], power: float, repeat: in
         objective /= float(sigma[:k].pow(1.0 + power).sum())
         print(
             f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):7.2f}{min(slow):8.2f}"
-            f"{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}{1 - edit.objective:10.0e}{1 - objective:10.0e}"
-            f"{edit.orthogonality:9.0e}{edit.power_residual:10.0e}",
+            f"{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}"
+            f"{1 - edit.objective:10.0e}{1 - objective:10.0e}{edit.orthogonality:9.0e}{edit.power_residual:10.0e}",
             flush=True,
         )
 

@@ -32,7 +32,6 @@ def any_size(monkeypatch):
     """Small matrices and any k take the route, which by itself is for large ones."""
     monkeypatch.setattr(ladder, "THIN", 0)
     monkeypatch.setattr(ladder, "SHARE", 1.0)
-    monkeypatch.setattr(ladder, "SMALL", 16)
 
 
 def assert_proved(edit, delta, k, power=0.0):
@@ -167,6 +166,15 @@ def test_a_wrong_answer_fails_the_certificate_and_the_ladder_takes_over(monkeypa
     assert_as_reference(edit, delta, k=10)
 
 
+def test_what_may_be_missed_counts_against_the_objective():
+    delta = make_delta("inverse", 200, 120, 0)
+    found = solve_thin(delta, make_fixed(4))
+    missing = dataclasses.replace(found, missed=2e-5)
+    certificate = certify(missing, (delta,))
+    assert certificate.objective == pytest.approx(certify(found, (delta,)).objective / (1 + 2e-5), rel=1e-9)
+    assert "objective" in certificate.find_fault()
+
+
 def test_a_driver_that_fails_is_warned_of(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no QR on this device")
@@ -202,7 +210,8 @@ def test_a_direction_that_the_start_misses_is_not_missed(monkeypatch, hidden):
 def test_the_least_mass_is_the_quantile_of_its_chi_square():
     half = torch.tensor(PROBES / 2, dtype=torch.float64)
     below = torch.special.gammainc(half, torch.tensor(LEAST_MASS / 2, dtype=torch.float64))
-    assert 0.9e-6 < float(below) <= 1e-6
+    assert 0.99e-7 < float(below) <= 1e-7
+    assert thin.STEPS * 1e-7 < 1e-6
 
 
 @settings(deadline=None, max_examples=60)
@@ -224,6 +233,18 @@ def test_the_bound_on_the_rest_is_above_it_and_near(kind, m, n, h, exact, seed):
     bound = bound_squared_norm(delta, V)
     floor = 1e-14 * float(delta.norm()) ** 2  # what rounding leaves of nothing
     assert truth * (1 - 1e-12) - floor <= bound <= 1.05 * SLACK * truth + floor
+
+
+def test_the_probes_are_not_the_numbers_that_the_start_was_drawn_from(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        missed, "draw_gaussian", lambda *g, f=missed.draw_gaussian, **k: drawn.append(f(*g, **k)) or drawn[0]
+    )
+    delta = make_delta("inverse", 300, 200, 0)
+    solve_thin(delta, make_fixed(4))
+    start = thin.draw_gaussian(300, 4 + 2 + 8, delta)
+    assert len(drawn) == 1 and drawn[0].shape == (200, PROBES)
+    assert not torch.isin(drawn[0][:50], start).any()
 
 
 def test_the_bound_on_the_rest_of_nothing_is_nothing():

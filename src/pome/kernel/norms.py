@@ -28,10 +28,10 @@ def squared_norm(matrix: Tensor) -> float:
     return sum(dot(matrix[rows], matrix[rows]) for rows in split_rows(matrix))
 
 
-def split_rows(matrix: Tensor, most: int | None = None) -> list[slice]:
-    """Blocks of rows, of at most `most`, that stay in a CPU's cache; an accelerator is better off with large ones."""
+def split_rows(matrix: Tensor) -> list[slice]:
+    """Blocks of rows that stay in a CPU's cache; an accelerator is better off with few large ones."""
     entries = BLOCK if matrix.device.type == "cpu" else 512 * BLOCK
-    step = min(most or matrix.shape[0], max(1, entries // matrix.shape[1]))
+    step = max(1, entries // matrix.shape[1])
     return [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
 
 
