@@ -17,7 +17,7 @@ from pome.errors import PairingError, SelectionError, printable
 from pome.manifest import KeptRecord
 from pome.planning.lora_notes import note_origin
 from pome.planning.obstacles import find_obstacle
-from pome.planning.selection import EDITABLE, explain_empty, find_tensor_layouts, select
+from pome.planning.selection import EDITABLE, explain_empty, find_tensor_layouts, refuse_wrapped, select
 from pome.planning.units import STORED_NAMES, Added, Layouts, Plan, Unit, lay_out, split_units
 from pome.roles.layout import Layout
 
@@ -25,6 +25,7 @@ from pome.roles.layout import Layout
 def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     """The plan for an adapter as FT: BASE's tensors that it changes, the selected ones edited, the others merged."""
     _refuse_quantized(base)
+    refuse_wrapped(base, spec)
     found = match_adapter(ft, base, merges=spec.out_format == "full")
     changes = {name: change for name, change in found.changes.items() if not change.added}
     notes = (*found.notes, *note_origin(base, ft))

@@ -15,7 +15,7 @@ from pome.planning.lora_plan import plan_adapter
 from pome.planning.missing import refuse_missing
 from pome.planning.obstacles import MISSING, find_obstacle, find_unfit, refuse_doubtful_squares, refuse_dtype
 from pome.planning.partners import Found, Partners
-from pome.planning.selection import explain_empty, find_placeholders, refuse_quantized, select
+from pome.planning.selection import explain_empty, find_placeholders, refuse_quantized, refuse_wrapped, select
 from pome.planning.units import STORED_NAMES, Plan, lay_out, split_units, split_units_across
 from pome.roles.layout import Layout
 
@@ -38,6 +38,7 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     base, ft = _share_config(base, ft), _share_config(ft, base)
     for side in (ft, base):
         refuse_quantized(side, spec)
+        refuse_wrapped(side, spec)
     partners = Partners(base, ft)
     kept = find_placeholders(base, ft, partners.names, spec)
     empty = {item.name for item in kept}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pome.checkpoint.header import TensorEntry
 from pome.checkpoint.quantization import find_quantized
 from pome.checkpoint.source import Checkpoint
+from pome.checkpoint.wrapped import find_wrapped
 from pome.choices import GROUPS
 from pome.config.spec import EditSpec
 from pome.errors import PairingError, printable
@@ -84,6 +85,18 @@ def refuse_quantized(side: Checkpoint, spec: EditSpec) -> None:
             raise PairingError(
                 f"{side.where(found.stored)}: quantized as {found.format}, which cannot be edited; {found.next_step}, "
                 "or leave it out with --exclude"
+            )
+
+
+def refuse_wrapped(side: Checkpoint, spec: EditSpec) -> None:
+    """Raise PairingError if a selected weight of a checkpoint is not what its model computes with."""
+    selection = Selection(spec)
+    for found in find_wrapped(side.tensors):
+        shape = side.tensors[found.stored][1].shape
+        if selection.match(found.stored, shape, find_layout(found.stored, shape, side.config)) is not None:
+            raise PairingError(
+                f"{side.where(found.stored)}: {found.wrapper} changes this weight ({printable(found.tensor)}); "
+                f"{found.next_step}, or leave it out with --exclude"
             )
 
 
