@@ -178,7 +178,10 @@ def test_what_makes_no_sense_is_refused():
 
 @pytest.mark.parametrize("fault", ["U", "V", "sigma", "order", "nan", "driver"])
 def test_a_solver_that_is_wrong_hands_over(monkeypatch, fault):
-    """Each factor, the spectrum and their order are held by the certificate; the next solver is asked."""
+    """Each factor, the spectrum and their order are held by the certificate; the next solver is asked.
+
+    A driver that does not sort its values was reported (pytorch/pytorch#120912).
+    """
     W_base, W_ft = make_delta("gentle", 130, 100, 0), make_delta("inverse-root", 130, 100, 1)
     right = equivalence.decompose_squares(W_ft.double())
 
@@ -203,6 +206,33 @@ def test_a_solver_that_is_wrong_hands_over(monkeypatch, fault):
     monkeypatch.setattr(equivalence, "RUNGS", (("gram-float64", decompose),))
     with pytest.raises(pome.Unsolved, match="no solver could be certified"):
         match_spectrum(W_base, W_ft)
+
+
+def test_a_driver_for_values_that_does_not_converge_is_replaced_by_squares(monkeypatch):
+    """As LAPACK's was seen not to for cumulative products of one row (pytorch/pytorch#181641)."""
+    generator = torch.Generator().manual_seed(0)
+    row = 2.0 * torch.rand(13, generator=generator)
+    W_base = torch.cumprod(row.repeat(16, 1), 0)
+    W_ft = W_base + torch.randn(16, 13, generator=generator)
+    usual = match_spectrum(W_base, W_ft)
+    assert_nearest(usual, W_base, W_ft)
+
+    def fail(_):
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fail)
+    found = match_spectrum(W_base, W_ft)
+    # The squares of the least values are lost beside that of the largest: 1e-8 of it.
+    assert torch.allclose(found.sigma, usual.sigma, rtol=0, atol=1e-7 * float(usual.sigma[0]))
+    assert torch.allclose(found.value, usual.value, rtol=0, atol=1e-6 * float(usual.sigma[0]))
+
+
+def test_a_condition_number_of_ten_to_the_fifteen():
+    """Weights of which a rotation by SVD was reported to be imprecise (s1dlx/meh#50), on either side."""
+    W_base = plant(torch.logspace(0, -15, 128, dtype=torch.float64), 128, 128, 0, torch.float64)
+    for W_ft in (W_base + 1e-3 * plant(torch.ones(128), 128, 128, 1, torch.float64), W_base.flip(0)):
+        assert_nearest(match_spectrum(W_base, W_ft), W_base, W_ft)
+        assert_nearest(match_spectrum(W_ft, W_base), W_ft, W_base)
 
 
 def test_wrong_values_of_the_base_are_found(monkeypatch):
