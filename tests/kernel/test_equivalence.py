@@ -208,6 +208,32 @@ def test_a_solver_that_is_wrong_hands_over(monkeypatch, fault):
         match_spectrum(W_base, W_ft)
 
 
+@pytest.mark.parametrize(
+    "failure, tries",
+    [(torch.cuda.OutOfMemoryError("CUDA out of memory"), 1), (RuntimeError("cusolver error: 7"), 2),
+     (NotImplementedError("The operator 'aten::linalg_eigh' is not implemented for the MPS device"), 2)],
+)  # fmt: skip
+def test_the_cpu_takes_over_where_an_accelerator_fails(monkeypatch, failure, tries):
+    assert equivalence.list_places(torch.device("cuda:0")) == [torch.device("cuda:0"), torch.device("cpu")]
+    assert equivalence.list_places(torch.device("cpu")) == [torch.device("cpu")]
+    accelerator = torch.device("cpu", 0)  # stands for one: another name for what is there
+    monkeypatch.setattr(equivalence, "list_places", lambda device: [accelerator, device])
+    prepare, asked = equivalence.Pair.prepare, []
+
+    def fail_there(W_base, W_ft, place, exponent, wide):
+        asked.append(place)
+        if place == accelerator:
+            raise failure
+        return prepare(W_base, W_ft, place, exponent, wide)
+
+    monkeypatch.setattr(equivalence.Pair, "prepare", fail_there)
+    W_base, W_ft = make_delta("gentle", 130, 100, 0), make_delta("inverse-root", 130, 100, 1)
+    found = match_spectrum(W_base, W_ft)
+    assert asked == [accelerator] * tries + [torch.device("cpu")]
+    assert len(found.warnings) == tries and all(str(failure) in text for text in found.warnings)
+    assert_nearest(found, W_base, W_ft)
+
+
 def test_a_driver_for_values_that_does_not_converge_is_replaced_by_squares(monkeypatch):
     """As LAPACK's was seen not to for cumulative products of one row (pytorch/pytorch#181641)."""
     generator = torch.Generator().manual_seed(0)

@@ -93,9 +93,10 @@ def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: Decomposition
     wide = W_base.shape[0] < W_base.shape[1]
     notes: list[str] = []
     with full_precision(W_base.device):
-        for place in dict.fromkeys((W_base.device, torch.device("cpu"))):
+        for place in list_places(W_base.device):
             for name, decompose in RUNGS[min(W_base.shape) < SMALL :]:
                 solver = name if place == W_base.device else f"{name} on cpu"
+                full = False
                 try:
                     pair = Pair.prepare(W_base, W_ft, place, exponent, wide)
                     match = solve(pair, name, decompose, cache)
@@ -104,8 +105,16 @@ def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: Decomposition
                         return finish(match, pair, W_base, beta, exponent, wide, solver, notes)
                 except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below
                     fault = summarise_failure(failure)
+                    full = isinstance(failure, torch.cuda.OutOfMemoryError)
                 notes.append(f"{solver} handed over: {fault}")
+                if full:  # what comes after it needs more memory
+                    break
     raise Unsolved("no solver could be certified: " + "; ".join(notes))
+
+
+def list_places(device: torch.device) -> list[torch.device]:
+    """Where the work is tried: on the device, and after an accelerator on the CPU."""
+    return list(dict.fromkeys((device, torch.device("cpu"))))
 
 
 def find_exponent(W_base: Tensor, W_ft: Tensor) -> int:
