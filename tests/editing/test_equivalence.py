@@ -18,6 +18,7 @@ from pome.editing.session import open_pair
 from pome.kernel import equivalence
 from pome.manifest import Manifest
 from pome.output.card import make_card
+from pome.reports.edit_warnings import group_warnings
 from pome.reports.inspection import make_csv, make_page
 from pome.reports.plots import write_plots
 from pome.reports.sheet import make_edit_sheet
@@ -149,6 +150,8 @@ def test_a_weight_that_lost_its_rank_is_warned_of_and_verified_elsewhere(
     spec = EditSpec(method="equivalence", allow_other_base=True)
     manifest = pome.edit(base, ft, tmp_path / "out", spec)
     assert all("are not determined" in record.warnings[-1] for record in manifest.tensors)
+    (notice,) = group_warnings(manifest.tensors)
+    assert notice.text.startswith("The fine-tuned weight has a lower rank") and notice.option.startswith("--exclude")
 
     def decompose(tall: torch.Tensor) -> equivalence.Decomposition:
         found = equivalence.decompose_fully(tall)
