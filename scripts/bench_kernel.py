@@ -245,7 +245,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {given.threads} threads, seconds, best of {given.repeat}\n")
     if given.equivalence:
         print(
-            f"{'shape':>11} {'solver':<13}{'ours':>8}{'equalize':>10}{'svd':>8}{'ours/equalize':>15}{'svd/ours':>10}{'error':>9}"
+            f"{'shape':>11} {'solver':<13}{'ours':>8}{'equalize':>10}{'svd':>8}"
+            f"{'ours/equalize':>15}{'svd/ours':>10}{'error':>9}"
         )
         for shape in given.shapes.split(","):
             bench_equivalence(shape, given.repeat)
