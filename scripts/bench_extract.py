@@ -6,7 +6,7 @@
 FOLDER holds `base` and `ft`, as scripts/make_smollm2_pair.py and scripts/make_llama_pair.py make them. mergekit wants
 an environment of its own: python -m venv VENV; VENV/bin/pip install torch==2.13.0, the version that pome is timed with;
 then VENV/bin/pip install mergekit. Both take the linear layers of attention and feed-forward blocks and no other. They
-run in turn, each in a process of its own: wall time (the least of --repeat) and peak memory.
+run in turn, each in a process of its own: wall time and processor time (the least of --repeat) and peak memory.
 
 Energy kept is 1 - norm(D - B A)^2 / norm(D)^2 over all matrices of the pair together, from the files and in float64.
 `short` is what it lacks of the best approximations' (s_1^2 + ... + s_k^2) / norm(D)^2, by float64 singular values, and
@@ -99,14 +99,16 @@ def main() -> None:
                 command += ["--include-regex", rf"\.({'|'.join(LAYERS)})$"]
             runs.setdefault(key, []).append(run(*command))
         energy = measure_energy(given.folder, adapters)
-    heads = f"{'s':>8}{'mergekit / pome':>17}{'peak, MiB':>11}{'energy':>10}{'short':>10}{'worst':>10}"
-    print(f"{'rank':>5} {'tool':<9}{heads}")
+    times = f"{'s':>8}{'mergekit / pome':>17}{'CPU, s':>9}{'mergekit / pome':>17}"
+    print(f"{'rank':>5} {'tool':<9}{times}{'peak, MiB':>11}{'energy':>10}{'short':>10}{'worst':>10}")
     for (tool, rank), of_tool in runs.items():
-        seconds = min(one.seconds for one in of_tool)
-        ratio = min(one.seconds for one in runs["mergekit", rank]) / seconds
+        columns = []
+        for measure in (lambda one: one.seconds, lambda one: one.cpu_seconds):
+            least, theirs = (min(map(measure, found)) for found in (of_tool, runs["mergekit", rank]))
+            columns.append(f"{least:9.1f}{theirs / least:17.2f}")
         peak = max(one.peak for one in of_tool) / 2**20
         kept, short, worst = energy[tool, rank]
-        print(f"{rank:5} {tool:<9}{seconds:8.1f}{ratio:17.2f}{peak:11.0f}{kept:10.6f}{short:10.1e}{worst:10.1e}")
+        print(f"{rank:5} {tool:<8}{''.join(columns)}{peak:11.0f}{kept:10.6f}{short:10.1e}{worst:10.1e}")
 
 
 if __name__ == "__main__":
