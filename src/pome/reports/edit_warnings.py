@@ -28,8 +28,8 @@ KINDS = (
     ),
     (
         re.compile(r"W_ft has rank \d+ and W_base \d+"),
-        "The fine-tuned weight has a lower rank than its base: which directions get the base's other singular values is "
-        "not determined.",
+        "The fine-tuned weight has a lower rank than its base: which directions get the base's other singular values "
+        "is not determined.",
         "--exclude, with their names",
     ),
     (
