@@ -1,8 +1,8 @@
 """pome: replace the update of FFN matrices by its equalized truncated SVD (POME, arXiv 2510.06627).
 
-`edit` does the whole job from checkpoint to checkpoint, `equalize` one matrix, `extract` makes an adapter of the
-update; `inspect` looks before an edit, `sweep` chooses one by its score, `verify` proves one. Names but the errors are
-imported when first used, so that `import pome` alone loads no torch.
+`edit` does the whole job from checkpoint to checkpoint, `equalize` and `match_spectrum` one matrix, `extract` makes an
+adapter of the update; `inspect` looks before an edit, `sweep` chooses one by its score, `verify` proves one. Names but
+the errors are imported when first used, so that `import pome` alone loads no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pome.kernel.equalize import Unsolved as Unsolved
     from pome.kernel.equalize import ZeroDelta as ZeroDelta
     from pome.kernel.equalize import equalize as equalize
+    from pome.kernel.equivalence import Matched as Matched
+    from pome.kernel.equivalence import match_spectrum as match_spectrum
     from pome.manifest import Manifest as Manifest
     from pome.output.progress import Progress as Progress
     from pome.sweeping.grid import make_grid as make_grid
@@ -49,6 +51,7 @@ _LAZY_IMPORTS = {
         "pome.inspection.records": "Survey",
         "pome.inspection.survey": "inspect",
         "pome.kernel.equalize": "Equalized equalize Unsolved ZeroDelta",
+        "pome.kernel.equivalence": "Matched match_spectrum",
         "pome.manifest": "Manifest",
         "pome.sweeping.grid": "make_grid",
         "pome.sweeping.scorers.options": "make_scorer",

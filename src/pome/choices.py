@@ -56,6 +56,27 @@ RANK_RULES = _by_name(
     ]
 )
 
+MethodName = Literal["equalize", "equivalence"]
+
+
+@dataclass(frozen=True)
+class MethodChoice(Choice):
+    """A method, and the options that have no effect with it."""
+
+    without: tuple[str, ...] = ()
+
+
+METHODS = _by_name(
+    [
+        MethodChoice("equalize", "W_base + alpha U_k S_k^power V_k^T of the delta (POME)"),
+        MethodChoice(
+            "equivalence",
+            "the nearest matrix to W_ft with W_base's singular values (POET)",
+            ("rank", "rank_ratio", "energy", "rank_rule", "scale", "power"),
+        ),
+    ]
+)
+
 ScaleName = Literal["frobenius", "unit", "rms", "mean", "spectral"]
 SCALES = _by_name(
     [
@@ -87,7 +108,10 @@ SearchName = Literal["grid", "coordinate"]
 SEARCHES = _by_name(
     [
         Choice("grid", "every combination"),
-        Choice("coordinate", "beta first, then how k is chosen, the roles, the scale, each at the best so far"),
+        Choice(
+            "coordinate",
+            "one axis after the other (method, beta, k, roles, scale), each at the best so far",
+        ),
     ]
 )
 

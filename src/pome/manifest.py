@@ -46,13 +46,18 @@ class SideRecord:
         return self.revision is not None
 
 
+# What the manifests of earlier releases do not say of a matrix.
+_LATER: dict[str, Any] = {"power_residual": None, "method": "equalize", "spectral_drift": None, "distance": None}
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One edited matrix. Norms are Frobenius norms; the README tells what each number means.
 
     departure: norm of (edited - fine-tuned weight) over delta_norm, before the weight is rounded to the output dtype.
     spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, or to k + 1 where the
-    rank is not known, evenly spaced in their logarithm.
+    rank is not known, evenly spaced in their logarithm. With the method `equivalence` the values are those of W_base,
+    and None is what says how a delta was cut and scaled; spectral_drift and distance are of that method alone.
     """
 
     name: str
@@ -61,18 +66,21 @@ class TensorRecord:
     role: str
     shape: tuple[int, int]  # (fan_out, fan_in)
     dtype: str
-    rank: int | None  # None where few directions were asked for and found without it
-    k: int
-    alpha: float
+    method: str
+    rank: int | None  # None too where few directions were asked for and found without it
+    k: int | None
+    alpha: float | None
     beta: float
-    sigma_max: float
-    sigma_k: float
-    sigma_next: float
+    sigma_max: float | None
+    sigma_k: float | None
+    sigma_next: float | None
     noise_floor: float
     delta_norm: float
     edit_norm: float
-    energy_kept: float
+    energy_kept: float | None
     departure: float
+    spectral_drift: float | None
+    distance: float | None
     rounding: float
     objective: float
     orthogonality: float
@@ -96,7 +104,7 @@ class TensorRecord:
         rows, columns = raw["shape"]
         texts, points = _read_texts(raw["warnings"]), _read_points(raw["spectrum"])
         read = {"shape": (rows, columns), "warnings": texts, "spectrum": points}
-        return _read(cls, {"power_residual": None, **raw, **read})
+        return _read(cls, {**_LATER, **raw, **read})
 
 
 @dataclass(frozen=True)
@@ -207,10 +215,10 @@ class Manifest:
             raise VerificationError(f"{where}: not a manifest of pome: {printable(str(error))}") from None
 
 
-def median_rank(records: Iterable[TensorRecord]) -> str:
-    """The median of the ranks that are known, for a table; `-` where none is."""
-    known = [record.rank for record in records if record.rank is not None]
-    return f"{statistics.median(known):.0f}" if known else "-"
+def show_median(records: Iterable[TensorRecord], field: str, form: str) -> str:
+    """The median of a field over the records that have it, for a table; `-` where none has."""
+    known = [value for record in records if (value := getattr(record, field)) is not None]
+    return format(statistics.median(known), form) if known else "-"
 
 
 def sample_spectrum(sigma: Sequence[float]) -> tuple[tuple[int, float], ...]:

@@ -32,6 +32,12 @@ STORIES = {
         "edit base ft out --overwrite --layers ffn --rank-ratio 0.25 --dtype bfloat16",
         "verify out",
     ],
+    "method": [
+        "edit base ft out --method equivalence",
+        "verify out --base base --ft ft --full",
+        "edit base ft other --method equivalence --rank 4",
+        "edit base ft other --method equivalence --out-format adapter",
+    ],
     "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
     "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
     "batch": ["batch jobs.yaml"],

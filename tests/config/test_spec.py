@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pome import EditSpec, SpecError
 from pome.choices import DTYPES, RANK_RULES, SCALES
 from pome.cli.batch import read_batch
+from pome.config.conflicts import merge_options
 from pome.config.options import nearest
 from pome.config.outputs import Replacing
-from pome.config.rank_options import merge_options
 from pome.config.yaml_text import make_spec, read_config
 
 

@@ -15,7 +15,7 @@ import pome
 from pome import EditSpec
 from pome.cli.tables.edit import make_closing_table
 from pome.kernel import ladder
-from pome.manifest import Manifest, TensorRecord, median_rank
+from pome.manifest import Manifest, TensorRecord, show_median
 from pome.output.card import make_card
 from pome.reports.inspection import make_csv, make_page
 from pome.reports.plots import write_plots
@@ -68,9 +68,9 @@ def test_the_record_holds_no_rank_and_the_values_that_are_known(
 
 
 def test_every_report_of_it_leaves_the_rank_out(made: Manifest, tmp_path: Path) -> None:
-    assert median_rank(made.tensors) == "-"
+    assert show_median(made.tensors, "rank", ".0f") == "-"
     whole = dataclasses.replace(made.tensors[0], rank=16)
-    assert median_rank([whole, *made.tensors[1:]]) == "16"
+    assert show_median([whole, *made.tensors[1:]], "rank", ".0f") == "16"
     with (console := Console(width=100)).capture() as table:
         console.print(make_closing_table(made))
     assert re.search(rf"up +2 +- +{K} ", table.get())

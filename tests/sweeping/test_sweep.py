@@ -27,6 +27,8 @@ from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
 from pome.kernel import ladder
 from pome.kernel.equalize import equalize_matrix, equalize_product
+from pome.kernel.equivalence import Matched, match_matrix
+from pome.reports.sweep_data import list_heat_maps
 from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
@@ -133,6 +135,41 @@ def test_a_cached_decomposition_changes_no_bit_of_an_edit(monkeypatch, tmp_path,
                 for field in Equalized.__dataclass_fields__.keys() - {"value", "sigma"}:
                     assert getattr(plain, field) == getattr(kept, field)
     assert len(cache) >= 1
+
+
+@pytest.mark.parametrize("n", [60, 150])
+def test_a_cached_decomposition_changes_no_bit_of_an_equivalence(tmp_path, n):
+    class Named:
+        key, label = "unit", staticmethod(lambda part: None)
+
+    cache = DecompositionFolder(tmp_path / "decompositions").find_cache(Named, None)
+    W_base, W_ft = (plant(torch.linspace(1.0, 0.5 - i / 10, n), n + 30, n, i) for i in range(2))
+    for round_ in range(2):
+        for beta in (1.0, 1.3):
+            plain, kept = (match_matrix(W_base, W_ft, beta, c) for c in (None, cache))
+            assert torch.equal(plain.value, kept.value) and torch.equal(plain.sigma, kept.sigma), round_
+            for field in Matched.__dataclass_fields__.keys() - {"value", "sigma"}:
+                assert getattr(plain, field) == getattr(kept, field)
+    assert len(cache) == 2
+
+
+def test_methods_are_an_axis_and_the_sweep_writes_what_edit_writes(pair, tmp_path):
+    """Options of rank and scale have no effect with one method: it is one candidate for each beta."""
+    grid = make_grid({"method": "equalize,equivalence", "rank_ratio": "0.25,0.5", "beta": "0.5,1"})
+    kept = tmp_path / "kept"
+    outcome = sweep(*pair, tmp_path / "out", grid, make_scorer(score_cmd=keep_copies(kept)), write_best=True)
+    labels = {trial.label for trial in outcome.trials if trial.candidate}
+    assert labels >= {"up equivalence beta=0.5", "up equivalence beta=1"} and len(labels) == grid.size == 6
+    for trial in outcome.trials:
+        if trial.candidate and "equivalence" in trial.label:
+            out = tmp_path / f"alone {trial.label}"
+            edit(*pair, out, trial.candidate.spec)
+            name = f"{int(trial.score.scored.value)}"
+            assert (kept / name).read_bytes() == (out / "model.safetensors").read_bytes(), trial.label
+    maps = {heat.title: heat for heat in list_heat_maps(outcome)}
+    assert maps.keys() == {"up, scale frobenius", "up, equivalence"}
+    assert [len(heat.rows) for heat in maps.values()] == [2, 1]
+    assert all(cell is not None for heat in maps.values() for row in heat.cells for cell in row)
 
 
 class Counter(Listener):

@@ -13,8 +13,8 @@ import yaml
 
 from pome.cli.commands import list_job_kinds, load_command
 from pome.cli.console import complain, describe_error
+from pome.config.conflicts import merge_options
 from pome.config.options import check_text, list_options, nearest, show
-from pome.config.rank_options import merge_options
 from pome.config.spec import check_alone
 from pome.config.yaml_text import fill_in_variables, read_keys, read_options, read_yaml
 from pome.errors import PomeError, SpecError, printable

@@ -70,7 +70,12 @@ class ExtractSpec(EditSpec):
                 options=["rank", "energy", "rank_ratio", "rank_rule"],
             )
         super().__post_init__()
-        for name, default in (("dtype", "keep"), ("out_format", "full"), ("common_rows", False)):
+        for name, default in (
+            ("dtype", "keep"),
+            ("out_format", "full"),
+            ("common_rows", False),
+            ("method", "equalize"),
+        ):
             if getattr(self, name) != default:
                 raise SpecError(f"{name}: an adapter has no such option; leave it out", options=[name])
 

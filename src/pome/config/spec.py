@@ -12,6 +12,7 @@ from pome.choices import (
     DTYPES,
     ENGINES,
     GROUPS,
+    METHODS,
     MOST_POWER,
     OUT_FORMATS,
     RANK_RULES,
@@ -19,9 +20,19 @@ from pome.choices import (
     SCALES,
     DtypeName,
     EngineName,
+    MethodName,
     OutFormatName,
     RankRuleName,
     ScaleName,
+)
+from pome.config.conflicts import (
+    NUMBER_OF,
+    RANK_OPTIONS,
+    check_conflicts,
+    check_rank_options,
+    find_idle,
+    merge_options,
+    refuse_beside_method,
 )
 from pome.config.options import (
     HOW,
@@ -35,7 +46,6 @@ from pome.config.options import (
     find_options,
     nearest,
 )
-from pome.config.rank_options import NUMBER_OF, RANK_OPTIONS, merge_options
 from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
@@ -73,7 +83,7 @@ class Override:
         if not given:
             raise SpecError(f"overrides: {printable(match)!r} changes nothing; {may}")
         try:
-            check_rank_options(self.options)
+            check_rank_options(self.options, find_options(EditSpec))
         except SpecError as error:
             raise SpecError(f"overrides: {printable(match)!r}: {error}") from None
 
@@ -113,8 +123,9 @@ class EditSpec:
 
     D = W_ft - W_base is the delta of a matrix, m x n, s_1 >= s_2 >= ... its singular values and rank the number of
     them that are not zero. The edit is W_base + alpha U_k S_k^power V_k^T with alpha = beta * alpha_0 (POME, arXiv
-    2510.06627, equations 12 and 18, with a power of 0). Raises SpecError for a value out of range and for options that
-    exclude each other. `rank` given turns the rule `ratio` into `fixed`.
+    2510.06627, equations 12 and 18, with a power of 0); with the method `equivalence` it is W_base + beta (W_E -
+    W_base), where W_E = U_ft S_base V_ft^T (POET, arXiv 2506.08001). Raises SpecError for a value out of range and for
+    options that exclude each other. `rank` given turns the rule `ratio` into `fixed`.
     """
 
     layers: Annotated[
@@ -136,6 +147,15 @@ class EditSpec:
             "Tensors to leave alone (regex); repeatable.", metavar="PATTERN", group=WHAT, read=read_patterns
         ),
     ] = ()  # fmt: skip
+    method: Annotated[
+        MethodName,
+        Option(
+            "What takes the place of a matrix.",
+            more="With `equivalence` the options of rank, scale and power have no effect and are refused, and `--beta` "
+            "gives W_base + B (W_E - W_base).",
+            metavar="NAME", group=HOW, choices=METHODS, axis=True, override=True, commands=("edit", "sweep"),
+        ),
+    ] = "equalize"  # fmt: skip
     rank_ratio: Annotated[
         float,
         Option(
@@ -267,18 +287,7 @@ class EditSpec:
             put(self, name, option.check(getattr(self, name)))
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
-        if self.rank_rule == "fixed" and self.rank is None:
-            said = "rank_rule: 'fixed' needs rank, the number of directions to keep"
-            raise SpecError(said, options=["rank_rule", "rank"])
-        if self.rank is not None and self.rank_rule != "fixed":
-            said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
-            raise SpecError(said, options=["rank", "rank_rule"])
-        if self.ray_address is not None and self.engine != "ray":
-            said = "ray_address: has no effect without engine 'ray'; give both or neither"
-            raise SpecError(said, options=["ray_address", "engine"])
-        if self.engine == "ray" and self.device not in ("auto", "cpu", "cuda"):
-            said = f"device: {self.device!r} is one of this machine; with engine 'ray' use auto, cpu or cuda"
-            raise SpecError(said, options=["device", "engine"])
+        check_conflicts(self, find_options(EditSpec))
         for override in self.overrides:
             self._apply(override)
 
@@ -292,6 +301,8 @@ class EditSpec:
                 raise SpecError(f"unknown option {printable(str(key))!r}{nearest(str(key), known)}")
         for rule, number in NUMBER_OF.items():
             if RANK_OPTIONS & {key for key, value in chosen.items() if value is not None} == {number}:
+                if rule != "ratio" and number in find_idle(chosen.get("method")):
+                    refuse_beside_method(number, chosen["method"])
                 chosen["rank_rule"] = rule
         return cls(**chosen)
 
@@ -299,7 +310,7 @@ class EditSpec:
     def from_given(cls, options: Mapping[str, Any]) -> Self:
         """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
         spec = cls.from_mapping(options)
-        check_rank_options(options)
+        check_rank_options(options, find_options(EditSpec))
         return spec
 
     def resolve(self, name: str) -> Self:
@@ -334,21 +345,3 @@ def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
     if key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
-
-
-def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:
-    """Refuse a number for choosing k beside another option that leaves it without effect.
-
-    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
-    there only if somebody typed it, `defaults_count`.
-    """
-    # An option without a default is given on purpose, and comes before one that has a default.
-    numbers = sorted(NUMBER_OF.values(), key=lambda name: find_options(EditSpec)[name].default is not None)
-    given = {name: options[name] for name in numbers if options.get(name) is not None}
-    rule = options.get("rank_rule")
-    taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
-    for name, value in given.items():
-        if name != taken and (defaults_count or value != find_options(EditSpec)[name].default):
-            beside = f"rank_rule {rule!r}" if rule else taken
-            said = f"{name}: has no effect with {beside}; give one of the two"
-            raise SpecError(said, options=[name, "rank_rule", *([taken] if taken and not rule else [])])

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pome.config.conflicts import RANK_OPTIONS, check_rank_options, find_idle, merge_options
 from pome.config.options import find_options, nearest
-from pome.config.rank_options import RANK_OPTIONS, merge_options
-from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20
@@ -126,11 +126,11 @@ Spec = TypeVar("Spec", bound=EditSpec)
 
 def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec]) -> Spec:
     """The options of a command line over those of its config file. Raises SpecError."""
-    if config is not None and not RANK_OPTIONS & given.keys():
+    if config is not None and not RANK_OPTIONS & given.keys() and not find_idle(given.get("method")):
         kind.from_given({**given, "rank": 1})  # are they good by themselves? what chooses k may stand in the file
     else:
         spec = kind.from_given(given)
-    check_rank_options(given, defaults_count=True)
+    check_rank_options(given, find_options(kind), defaults_count=True)
     if config is None:
         return spec
     options = merge_options(read_config(config, allowed=find_options(kind)), given)

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def plan_pair(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     plan = make_plan(base, ft, spec)
     check_overrides(plan, spec)
     _refuse_misplaced(plan, base, ft, spec)
-    return keep_ties(plan, base, ft, spec)
+    methods = {spec.method, *(override.options.get("method") for override in spec.overrides)}
+    return replace(keep_ties(plan, base, ft, spec), by_equivalence="equivalence" in methods)
 
 
 def _refuse_misplaced(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> None:

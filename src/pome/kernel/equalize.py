@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Equalized:
     sigma: singular values of D, descending, float64, on the CPU; the k + 1 largest where the rank is None.
     """
 
+    method: ClassVar[str] = "equalize"
     value: Tensor
     rank: int | None
     k: int

@@ -132,6 +132,7 @@ class Plan:
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
     loras: tuple[LowRank, ...] = ()  # of an adapter as the output: all that it has
     notes: tuple[str, ...] = ()  # what a user should know of these inputs
+    by_equivalence: bool = False  # whether some matrix is edited by that method, which works in float64
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
         return ((unit, part) for unit in self.units for part in unit.parts)
@@ -154,8 +155,15 @@ class Plan:
         side."""
         most = 0
         for threads, units in group_units(self.units, cores):
-            most = max(most, sum(heapq.nlargest(cores // threads, (unit.workspace for unit in units))))
+            most = max(most, sum(heapq.nlargest(cores // threads, map(self._expect_workspace, units))))
         return TORCH_BYTES + most
+
+    def _expect_workspace(self, unit: Unit) -> int:
+        if not self.by_equivalence:
+            return unit.workspace
+        # In float64: both weights, singular vectors and the product; eigenvectors and workspace on the short side.
+        work = max((7 * 8 * m * n + 5 * 8 * min(m, n) ** 2 for m, n in unit.matrices), default=0)
+        return max(unit.workspace, work + 2 * (unit.nbytes + unit.base_nbytes))
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""

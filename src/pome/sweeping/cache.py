@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,17 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         return len(list(self.folder.glob(f"{self.stem}-*.safetensors")))
 
 
-def count_bytes(plans: list[Plan]) -> int:
-    """Disk space in bytes that the decompositions of these plans' matrices take: short side squared, and residual."""
+def count_bytes(plans: list[Plan], methods: Collection[str]) -> int:
+    """Disk space in bytes that the decompositions of these plans' matrices take by these methods: short side squared,
+    and a residual; of W_ft both sides' vectors."""
     sizes: dict[tuple[str, str | None], int] = {}
     for plan in plans:
         for unit, part in plan.matrices():
             m, n = fan_out_in(unit, part)
             short, lows = min(m, n), unit.change.lows if unit.change else ()
+            cut = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
             if lows:
-                sizes[unit.key, unit.label(part)] = 8 * max(low.rank for low in lows) * (m + n)
-            else:
-                sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
+                cut = 8 * max(low.rank for low in lows) * (m + n)
+            of_method = {"equalize": cut, "equivalence": 8 * short * (m + n)}
+            sizes[unit.key, unit.label(part)] = sum(of_method[method] for method in methods)
     return sum(sizes.values())

@@ -186,7 +186,7 @@ class _SweepRun:
 
         # A copy that an earlier run left holds one of its candidates, perhaps of other layers: it is made anew.
         self.staging.clear_output()
-        self._check_space(count_bytes(list(self.plans.values())))
+        self._check_space(count_bytes(list(self.plans.values()), self.grid.methods))
         reference, *_ = self._try_all([(FINE_TUNED, None), (BASE, None)][: 1 if self.remote is None else 2])
         if reference.score is None:
             raise ScoreError(f"the fine-tuned model has no score: {reference.failed}; mend the scorer and run again")

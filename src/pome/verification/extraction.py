@@ -47,7 +47,7 @@ def check_extraction(
         found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record"))
     if found:
         return 0, 0
-    ranks = {cell.unit.key: records[key].k if key in records else 0 for key, cell in planned.items()}
+    ranks = {cell.unit.key: records[key].k or 0 if key in records else 0 for key, cell in planned.items()}
     contents, compared = _check_contents(made, base, ft, extraction, ranks, manifest, spec, found, advance)
     if found:
         return compared, 0

@@ -12,9 +12,9 @@ from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import Argument, AsJson, Base, Config, FineTuned, Given, Quiet
 from pome.cli.outputs import accept_finished, push, report_edit
+from pome.config.conflicts import merge_options
 from pome.config.options import OUTPUT, RUN, Option, find_options, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
-from pome.config.rank_options import merge_options
 from pome.config.spec import EditSpec, check_alone
 from pome.config.yaml_text import read_config
 from pome.errors import SpecError, printable

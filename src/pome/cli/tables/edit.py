@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pome.config.spec import EditSpec
 from pome.editing.session import Opened
 from pome.errors import printable
 from pome.inspection.suggest import Notice
-from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord, median_rank
+from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord, show_median
 from pome.planning.estimate import Estimate
 from pome.planning.units import fan_out_in
 from pome.reports.edit_warnings import group_warnings
@@ -79,25 +78,22 @@ def make_plan_table(opened: Opened) -> FittedTable:
 
 def make_closing_table(manifest: Manifest) -> FittedTable:
     """A row for each role: how many matrices, and the medians of what was measured."""
-    measured = ("energy kept", "departure", "lost to rounding", "warnings")
-    table = FittedTable("role", "matrices", "rank", "k", *measured, where="the manifest has them")
+    columns = {"departure": ("departure", ".3f"), "lost to rounding": ("rounding", ".2g")}
+    methods = {record.method for record in manifest.tensors}
+    if "equivalence" in methods:
+        columns = {"spectral drift": ("spectral_drift", ".2g"), **columns}
+    if "equalize" in methods:
+        columns = {"rank": ("rank", ".0f"), "k": ("k", ".0f"), "energy kept": ("energy_kept", ".3f"), **columns}
+    table = FittedTable("role", "matrices", *columns, "warnings", where="the manifest has them")
     by_role: dict[str, list[TensorRecord]] = {}
     for record in manifest.tensors:
         by_role.setdefault(record.role, []).append(record)
     for role, records in by_role.items():
-        median: dict[str, float] = {
-            name: statistics.median(getattr(record, name) for record in records)
-            for name in ("k", "energy_kept", "departure", "rounding")
-        }
         warned = sum(bool(record.warnings) for record in records)
         table.add_row(
             role,
             str(len(records)),
-            median_rank(records),
-            f"{median['k']:.0f}",
-            f"{median['energy_kept']:.3f}",
-            f"{median['departure']:.3f}",
-            f"{median['rounding']:.2g}",
+            *(show_median(records, name, form) for name, form in columns.values()),
             str(warned) if warned else "-",
         )
     return table

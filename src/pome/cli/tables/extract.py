@@ -18,7 +18,7 @@ from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
 from pome.config.extraction import ExtractSpec
 from pome.editing.session import Opened
 from pome.errors import printable
-from pome.manifest import LostRecord, Manifest, TensorRecord
+from pome.manifest import LostRecord, Manifest, TensorRecord, show_median
 from pome.planning.extract_plan import ExtractPlan
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ def report_extraction(manifest: Manifest, out: Path, console: Console) -> None:
     print_lines(console, [*lines, *describe_closing(manifest, out)])
 
 
+def find_energy(record: TensorRecord) -> float:
+    """Share of the squared norm that a LoRA keeps, which every record of an extraction has."""
+    return record.energy_kept or 0.0
+
+
 def make_closing_table(manifest: Manifest) -> FittedTable:
     """A row for each role: how many matrices, their ranks, the energy kept over all of them, and the largest loss."""
     heads = ("role", "matrices", "k", "energy kept", "least", "of", "lost to rounding")
@@ -90,14 +95,14 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
         by_role.setdefault(record.role, []).append(record)
     for role, records in by_role.items():
         total = sum(record.delta_norm**2 for record in records)
-        kept = sum(record.energy_kept * record.delta_norm**2 for record in records) / total if total else 1.0
-        worst = min(records, key=lambda record: record.energy_kept)
+        kept = sum(find_energy(record) * record.delta_norm**2 for record in records) / total if total else 1.0
+        worst = min(records, key=find_energy)
         table.add_row(
             role,
             str(len(records)),
-            f"{statistics.median(record.k for record in records):.0f}",
+            show_median(records, "k", ".0f"),
             f"{kept:.3f}",
-            f"{worst.energy_kept:.3f}",
+            f"{find_energy(worst):.3f}",
             printable(worst.title),
             f"{statistics.median(record.rounding for record in records):.2g}",
         )
