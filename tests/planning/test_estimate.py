@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pome
 from pome.editing.session import open_pair
+from pome.kernel import ladder
 from pome.kernel.equalize import Recipe, equalize, equalize_product
 from pome.kernel.rank import RankRule
+from pome.planning import flops
 from pome.planning.devices import Device
 from pome.planning.estimate import Files, Tally, estimate_plan, list_tasks
 from pome.planning.flops import EIGH, ROUTES, find_route
@@ -162,6 +164,14 @@ def test_files_are_all_that_is_copied_and_hashed(tmp_path: Path) -> None:
     assert files == Files(out, out + sum(sides))
 
 
-def test_a_route_is_told_by_the_unit_alone() -> None:
+def test_a_route_is_told_by_the_unit_and_the_options() -> None:
     unit = dataclasses.replace(make_unit((500, 400)), parts=(UP,))
-    assert find_route(unit, 500, 400) == "gram-float64" and find_route(unit, 5000, 4000) == "deflated-float32"
+    assert find_route(unit, 500, 400, SPEC) == "gram-float64"
+    assert find_route(unit, 5000, 4000, SPEC) == "deflated-float32"
+    assert find_route(unit, 5000, 4000, pome.EditSpec(method="equivalence")) == "equivalence"
+    assert find_route(unit, 5000, 4000, pome.EditSpec(rank=32)) == "thin"
+    assert find_route(unit, 5000, 4000, pome.EditSpec(rank=1000)) == "deflated-float32"
+
+
+def test_the_limits_of_the_routes_are_the_kernel_s() -> None:
+    assert (flops.SMALL, flops.THIN, flops.SHARE) == (ladder.SMALL, ladder.THIN, ladder.SHARE)

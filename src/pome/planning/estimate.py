@@ -119,7 +119,7 @@ def list_tasks(unit: Unit, spec: EditSpec) -> Iterator[Task]:
             yield "merge", max(rows, columns), min(rows, columns), max(ranks, default=1) // 2
     resolved = spec.resolve(unit.name) if unit.parts else spec
     for m, n in unit.matrices:
-        route = find_route(unit, m, n)
+        route = find_route(unit, m, n, resolved)
         most = max((low.rank for low in unit.change.lows), default=min(m, n)) if unit.change else min(m, n)
         full = most if route == "factors" else min(m, n)
         # A rule that looks at the singular values is taken for a half.
