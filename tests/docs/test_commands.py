@@ -25,7 +25,10 @@ from support.adapters import make_pair
 from support.checkpoints import ROOT, perturb, read_tensors, write_checkpoint
 from support.hub_server import TOKEN
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # of the Hub's client
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),  # of its own code, while it loads a model
+]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
