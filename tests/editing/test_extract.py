@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -418,3 +419,20 @@ def test_base_is_named_in_the_config(tmp_path: Path) -> None:
     with quietly():
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(loaded.get_base_model(), transformers.LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "vit"])
+def test_a_model_whose_modules_are_renamed_on_load_is_refused(model_type: str, tmp_path: Path) -> None:
+    """transformers 5 loads `vit.encoder.layer.0` as `vit.layers.0`, and a LLaVA's language model under another name."""
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    file = pair.base / "config.json"
+    config = json.loads(file.read_text())
+    if model_type == "vit":
+        config |= {"model_type": "vit", "image_size": 32, "patch_size": 8}
+    else:
+        config = {"model_type": "llava", "text_config": config, "vision_config": {"model_type": "clip_vision_model"}}
+    file.write_text(json.dumps(config))
+    ft = shutil.copytree(pair.base, tmp_path / "ft")
+    with pytest.raises(pome.PairingError, match=f"base: a {model_type}, whose modules have other names"):
+        pome.extract(pair.base, ft, tmp_path / "out", ExtractSpec(rank=2))
+    assert not list(tmp_path.glob("out*"))

@@ -13,14 +13,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pome.checkpoint.source import Checkpoint
+from pome.errors import PairingError, printable
 from pome.roles.experts import STACKS
 from pome.roles.families import family_of
 from pome.roles.model_config import config_of
 
 _SINGLE = re.compile(r"(?P<around>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)\.weight")
 _HEADS = ("lm_head", "score", "classifier", "cls", "qa_outputs")
+_OF_IMAGES_AND_SOUNDS = frozenset({"image_size", "num_channels", "num_mel_bins", "patch_size"})
 # Leaves that PEFT takes for those of routed experts, in models whose experts transformers packs.
 _EXPERT_LEAVES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def refuse_unknown_names(base: Checkpoint) -> None:
+    """Raise PairingError for a model that is no language model alone.
+
+    transformers renames the modules of most models of several parts, and of images and sounds, while it loads them
+    (its `conversion_mapping`, version 5). PEFT would drop LoRAs of the stored names, and say so in a warning at most.
+    """
+    config = base.config or {}
+    parts = [key for key, value in config.items() if isinstance(value, Mapping) and "model_type" in value]
+    if parts or not _OF_IMAGES_AND_SOUNDS.isdisjoint(config):
+        raise PairingError(
+            f"{printable(base.source)}: a {printable(str(config.get('model_type')))}, whose modules have other names "
+            "once transformers has loaded it; adapters are made of language models alone, use pome edit for a full "
+            "checkpoint"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,7 @@ class LoadedNames:
     """The names in the model of one base. `pairs` maps names of FT to names of BASE."""
 
     def __init__(self, base: Checkpoint, pairs: Mapping[str, str]) -> None:
+        refuse_unknown_names(base)
         self.config = base.config
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
         self.prefix = self._find_prefix(pairs)
