@@ -42,7 +42,8 @@ def record(unit, part):
         "alpha beta sigma_max sigma_k sigma_next noise_floor delta_norm edit_norm energy_kept departure rounding "
         "objective orthogonality power_residual").split()}
     return TensorRecord(unit.name, unit.label(part), unit.file, part.role, fan_out_in(unit, part), unit.out_dtype,
-        rank=2048, k=1024, **numbers, solver="deflated-float32", warnings=(),
+        method="equalize", spectral_drift=None, distance=None, rank=2048, k=1024, **numbers,
+        solver="deflated-float32", warnings=(),
         spectrum=tuple((i + 1, 0.123456789012345 / (i + 1)) for i in range(24)))
 records = [record(unit, part) for unit in units for part in unit.parts]
 begun = time.perf_counter()

@@ -40,6 +40,12 @@ STORIES = {
     ],
     "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
     "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
+    "extract": [
+        "extract base ft adapter --rank 4 --dry-run",
+        "extract base ft adapter --rank 4",
+        "verify adapter --base base --ft ft",
+        "extract base ft adapter",
+    ],
     "batch": ["batch jobs.yaml"],
     "errors": [
         "edit base ft ft",
