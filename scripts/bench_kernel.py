@@ -2,10 +2,18 @@
 
     python scripts/bench_kernel.py                      every shape and spectrum, 2 threads (about half an hour)
     python scripts/bench_kernel.py --shapes 5632x2048 --spectra flat,inverse --repeat 3
+    python scripts/bench_kernel.py --shapes 5632x2048,11008x4096 --ranks 8,16,32,64,128,256 --power 1
+    python scripts/bench_kernel.py --shapes 1536x576,5632x2048 --equivalence
 
 For each matrix, in one process and in turn: `pome.kernel.equalize`, `torch.linalg.svd(full_matrices=False)` in float32
 with the two products that make its P, and the floor: one Gram product, one float32 `eigh` of the short side, and the
 two products with the long side. Each is the best of --repeat. Then many experts in a loop, and an adapter's factors.
+
+With --ranks: the thin route beside the ladder, for each of these numbers of directions, whether or not pome would try
+it. `rule` says whether it would. The true share of the optimum comes from singular values in float64.
+
+With --equivalence: the method `equivalence` on a bfloat16 pair of Gaussian weights beside the equalizing edit of the
+same pair, and beside its definition by `torch.linalg.svd` and `svdvals` in float64.
 """
 
 from __future__ import annotations
@@ -24,9 +32,12 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 import torch
 from torch import Tensor
 
+from pome.kernel import ladder
 from pome.kernel.certificate import certify
 from pome.kernel.decomposition import Truncation
-from pome.kernel.equalize import Recipe, equalize, equalize_product
+from pome.kernel.equalize import Recipe, equalize, equalize_matrix, equalize_product
+from pome.kernel.equivalence import match_spectrum
+from pome.kernel.ladder import SHARE, is_thin
 from pome.kernel.rank import RankRule
 
 Result = TypeVar("Result")
@@ -117,6 +128,57 @@ def bench_matrix(shape: str, kind: str, repeat: int) -> None:
     )
 
 
+def bench_thin(shape: str, kind: str, ranks: list[int], power: float, repeat: int) -> None:
+    """Thin route and ladder in turn, and how far the thin answer is from the optimum by float64 singular values."""
+    m, n = (int(side) for side in shape.split("x"))
+    D = make_delta(kind, m, n)
+    tall = (D if m >= n else D.mT).double()
+    sigma = torch.linalg.eigvalsh(tall.mT @ tall).flip(0).clamp_min(0.0).sqrt()
+    del tall
+    for k in ranks:
+        rule = RankRule("fixed", k)
+        chosen, thin, slow = is_thin(D, rule), [], []
+        for _ in range(repeat):
+            for share, times in ((0.0, slow), (1.0, thin)):
+                ladder.SHARE = share
+                seconds, edit = clock_result(equalize_matrix, D, Recipe(rule, power=power))
+                times.append(seconds)
+        ladder.SHARE = SHARE
+        objective = float(sum((D[i] * edit.value[i]).double().sum() for i in range(m))) / edit.alpha
+        objective /= float(sigma[:k].pow(1.0 + power).sum())
+        print(
+            f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):7.2f}{min(slow):8.2f}"
+            f"{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}"
+            f"{1 - edit.objective:10.0e}{1 - objective:10.0e}{edit.orthogonality:9.0e}{edit.power_residual:10.0e}",
+            flush=True,
+        )
+
+
+def bench_equivalence(shape: str, repeat: int) -> None:
+    m, n = (int(side) for side in shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    W_base = (torch.randn(m, n, generator=generator) * 0.02).bfloat16()
+    W_ft = (W_base.float() + 0.001 * torch.randn(m, n, generator=generator)).bfloat16()
+
+    def define() -> Tensor:
+        U, _, Vh = torch.linalg.svd(W_ft.double(), full_matrices=False)
+        return (U * torch.linalg.svdvals(W_base.double())) @ Vh - W_base.double()
+
+    ours, other, svd = [], [], []
+    for _ in range(repeat):
+        seconds, found = clock_result(match_spectrum, W_base, W_ft)
+        ours.append(seconds)
+        other.append(clock_result(lambda: equalize(W_ft.float() - W_base.float()))[0])
+        seconds, edit = clock_result(define)
+        svd.append(seconds)
+    error = float((found.value.double() - edit).norm() / edit.norm())
+    print(
+        f"{shape:>11} {found.solver:<13}{min(ours):8.2f}{min(other):10.2f}{min(svd):8.2f}"
+        f"{min(ours) / min(other):15.2f}{min(svd) / min(ours):10.2f}{error:9.0e}",
+        flush=True,
+    )
+
+
 def bench_experts(count: int, m: int, n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     experts = torch.randn(count, m, n, generator=generator) * 1e-3
@@ -175,9 +237,29 @@ def main() -> None:
     options.add_argument("--repeat", type=int, default=2)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--experts", type=int, default=128)
+    options.add_argument("--ranks", help="compare the thin route with the ladder, at these numbers of directions")
+    options.add_argument("--power", type=float, default=0.0)
+    options.add_argument("--equivalence", action="store_true", help="time the method equivalence alone")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, seconds, best of {given.repeat}\n")
+    if given.equivalence:
+        print(
+            f"{'shape':>11} {'solver':<13}{'ours':>8}{'equalize':>10}{'svd':>8}"
+            f"{'ours/equalize':>15}{'svd/ours':>10}{'error':>9}"
+        )
+        for shape in given.shapes.split(","):
+            bench_equivalence(shape, given.repeat)
+        return
+    if given.ranks:
+        print(
+            f"{'shape':>11} {'spectrum':<13}{'k':>5} {'solver':<17}{'thin':>7}{'ladder':>8}{'ladder/thin':>13}"
+            f"{'rule':>8}{'1-obj':>10}{'true':>10}{'orth':>9}{'residual':>10}"
+        )
+        for shape in given.shapes.split(","):
+            for kind in given.spectra.split(","):
+                bench_thin(shape, kind, [int(k) for k in given.ranks.split(",")], given.power, given.repeat)
+        return
     print(
         f"{'shape':>11} {'spectrum':<13} {'solver':<17}{'ours':>7}{'svd':>7}{'floor':>7}{'svd/ours':>9}{'/floor':>9}"
         f"{'proof':>8}{'rank':>7}{'k':>6}{'1-obj':>10}{'orth':>9}{'svd 1-obj':>10}{'orth':>9}"

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from real_weights import Pair, Trio, anarcii_trio, rxnfp_pair
+from real_weights import Pair, Trio, anarcii_trio, cache_root, rxnfp_pair
 from real_weights import smollm2 as make_smollm2
 from support.hub_server import HubServer
 
 # What a test uses, as a fixture or by name, that makes it slow: real weights, a browser, processes that are killed, a
 # survey of all architectures. Other slow tests are marked where they stand.
 SLOW = frozenset(["rxnfp", "rxnfp_bare", "anarcii", "smollm2", "open_page", "launcher", "surveyed"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_rates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves rates in the cache of the user who runs it, nor takes them from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What else follows this variable stays where it is: real weights, and what matplotlib knows of fonts.
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib")))
+        patch.setenv("POME_CACHE", str(cache_root()))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -40,8 +40,9 @@ def test_the_manifest_holds_what_the_contract_names(tmp_path: Path) -> None:
         "format_version", "pome_version", "created", "base", "fine_tuned", "spec", "tensors", "kept", "files", "timing"
     }  # fmt: skip
     assert raw["tensors"][0].keys() == {
-        "name", "part", "file", "role", "shape", "dtype", "rank", "k", "alpha", "beta", "sigma_max", "sigma_k",
-        "sigma_next", "noise_floor", "delta_norm", "edit_norm", "energy_kept", "departure", "rounding",
+        "name", "part", "file", "role", "shape", "dtype", "method", "rank", "k", "alpha", "beta", "sigma_max",
+        "sigma_k", "sigma_next", "noise_floor", "delta_norm", "edit_norm", "energy_kept", "departure", "spectral_drift",
+            "distance", "rounding",
         "objective", "orthogonality", "power_residual", "solver", "warnings", "spectrum",
     }  # fmt: skip
     assert raw["timing"].keys() >= {"total_seconds", "kernel_seconds"}

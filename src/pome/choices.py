@@ -56,6 +56,27 @@ RANK_RULES = _by_name(
     ]
 )
 
+MethodName = Literal["equalize", "equivalence"]
+
+
+@dataclass(frozen=True)
+class MethodChoice(Choice):
+    """A method, and the options that have no effect with it."""
+
+    without: tuple[str, ...] = ()
+
+
+METHODS = _by_name(
+    [
+        MethodChoice("equalize", "W_base + alpha U_k S_k^power V_k^T of the delta (POME)"),
+        MethodChoice(
+            "equivalence",
+            "the nearest matrix to W_ft with W_base's singular values (POET)",
+            ("rank", "rank_ratio", "energy", "rank_rule", "scale", "power"),
+        ),
+    ]
+)
+
 ScaleName = Literal["frobenius", "unit", "rms", "mean", "spectral"]
 SCALES = _by_name(
     [
@@ -77,8 +98,8 @@ DTYPES = _by_name(
     ]
 )
 
-EngineName = Literal["local"]
-ENGINES = _by_name([Choice("local", "this machine")])
+EngineName = Literal["local", "ray"]
+ENGINES = _by_name([Choice("local", "this machine"), Choice("ray", "a Ray cluster, or Ray on this machine")])
 
 OutFormatName = Literal["full", "adapter"]
 OUT_FORMATS = _by_name([Choice("full", "a full checkpoint"), Choice("adapter", "an adapter again")])
@@ -87,7 +108,10 @@ SearchName = Literal["grid", "coordinate"]
 SEARCHES = _by_name(
     [
         Choice("grid", "every combination"),
-        Choice("coordinate", "beta first, then how k is chosen, the roles, the scale, each at the best so far"),
+        Choice(
+            "coordinate",
+            "one axis after the other (method, beta, k, roles, scale), each at the best so far",
+        ),
     ]
 )
 
@@ -97,4 +121,4 @@ ROLES = ("gate", "up", "down", "q", "k", "v", "o", "embed", "head", "router", "o
 GROUPS = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
 # In the order of the help. Each is a module of `pome.cli.commands`.
-COMMANDS = ("edit", "inspect", "sweep", "verify", "batch")
+COMMANDS = ("edit", "inspect", "extract", "sweep", "estimate", "verify", "batch")

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
-    "CheckpointError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError", "PomeError",
-    "ScoreError", "SelectionError", "SpecError", "VerificationError",
+    "CheckpointError", "ClusterError", "HeaderError", "HubError", "NumericalError", "OutputError", "PairingError",
+    "PomeError", "ScoreError", "SelectionError", "SpecError", "VerificationError",
 ]  # fmt: skip
 
 FLAG = re.compile(r"(?<![^\s(])--([a-z]+(?:-[a-z]+)*)(?![\w/-]|\.\w)")  # an option of the command line, and no path
@@ -73,6 +73,10 @@ class OutputError(PomeError):
     """OUT cannot be written: it exists, is in use, lies inside an input, or the disk refuses."""
 
 
+class ClusterError(PomeError):
+    """The nodes of a Ray cluster cannot do the work: none there, none that fits, or one that finds other files."""
+
+
 class VerificationError(PomeError):
     """An output is not what its manifest says."""
 
@@ -83,6 +87,8 @@ def printable(text: str, limit: int = 200) -> str:
     Names of tensors and files come from checkpoints that nobody vetted; a control character or a
     bidirectional override in one would let it rewrite the line it is printed on.
     """
+    if len(text) <= limit and text.isprintable():
+        return text
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text[: limit + 1]

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,13 +46,18 @@ class SideRecord:
         return self.revision is not None
 
 
+# What the manifests of earlier releases do not say of a matrix.
+_LATER: dict[str, Any] = {"power_residual": None, "method": "equalize", "spectral_drift": None, "distance": None}
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One edited matrix. Norms are Frobenius norms; the README tells what each number means.
 
     departure: norm of (edited - fine-tuned weight) over delta_norm, before the weight is rounded to the output dtype.
-    spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, evenly spaced in
-    their logarithm.
+    spectrum: (index from 1, singular value of the delta) at about 24 indices from 1 to the rank, or to k + 1 where the
+    rank is not known, evenly spaced in their logarithm. With the method `equivalence` the values are those of W_base,
+    and None is what says how a delta was cut and scaled; spectral_drift and distance are of that method alone.
     """
 
     name: str
@@ -60,18 +66,21 @@ class TensorRecord:
     role: str
     shape: tuple[int, int]  # (fan_out, fan_in)
     dtype: str
-    rank: int
-    k: int
-    alpha: float
+    method: str
+    rank: int | None  # None too where few directions were asked for and found without it
+    k: int | None
+    alpha: float | None
     beta: float
-    sigma_max: float
-    sigma_k: float
-    sigma_next: float
+    sigma_max: float | None
+    sigma_k: float | None
+    sigma_next: float | None
     noise_floor: float
     delta_norm: float
     edit_norm: float
-    energy_kept: float
+    energy_kept: float | None
     departure: float
+    spectral_drift: float | None
+    distance: float | None
     rounding: float
     objective: float
     orthogonality: float
@@ -95,7 +104,7 @@ class TensorRecord:
         rows, columns = raw["shape"]
         texts, points = _read_texts(raw["warnings"]), _read_points(raw["spectrum"])
         read = {"shape": (rows, columns), "warnings": texts, "spectrum": points}
-        return _read(cls, {"power_residual": None, **raw, **read})
+        return _read(cls, {**_LATER, **raw, **read})
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,21 @@ class KeptRecord:
 
     name: str
     part: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class LostRecord:
+    """A tensor of FT, or a matrix in it, that differs from BASE's and that an extracted adapter does not hold.
+
+    norm: Frobenius norm of the change. share: over the norm of BASE's tensor; 1 where BASE has none.
+    """
+
+    name: str
+    part: str | None
+    role: str
+    norm: float
+    share: float
     reason: str
 
 
@@ -125,6 +149,9 @@ class Manifest:
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
     notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+    # Of an extracted adapter: tensors that it holds whole, and changes that it does not hold. Absent where none are.
+    saved: tuple[str, ...] = ()
+    lost: tuple[LostRecord, ...] = ()
 
     @property
     def template(self) -> str:
@@ -146,7 +173,7 @@ class Manifest:
         """The manifest in JSON's types, but for tuples in the records of matrices, which JSON writes as lists."""
         others = dataclasses.asdict(dataclasses.replace(self, tensors=()))
         mapping = {**others, "tensors": [record.to_mapping() for record in self.tensors]}
-        return mapping if self.notices else {key: value for key, value in mapping.items() if key != "notices"}
+        return {key: value for key, value in mapping.items() if value or key not in _ABSENT_IF_EMPTY}
 
     def to_json(self) -> str:
         """The file: indented, but for the records of matrices, one line each."""
@@ -180,10 +207,18 @@ class Manifest:
                     "merged": _read_texts(raw["merged"]),
                     "files": _read_files(raw["files"]),
                     "notices": _read_texts(raw.get("notices", [])),
+                    "saved": _read_texts(raw.get("saved", [])),
+                    "lost": tuple(_read(LostRecord, item) for item in raw.get("lost", [])),
                 }
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{where}: not a manifest of pome: {printable(str(error))}") from None
+
+
+def show_median(records: Iterable[TensorRecord], field: str, form: str) -> str:
+    """The median of a field over the records that have it, for a table; `-` where none has."""
+    known = [value for record in records if (value := getattr(record, field)) is not None]
+    return format(statistics.median(known), form) if known else "-"
 
 
 def sample_spectrum(sigma: Sequence[float]) -> tuple[tuple[int, float], ...]:
@@ -217,9 +252,11 @@ def _read_number(text: str) -> float:
     return number
 
 
-_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord)
+_ABSENT_IF_EMPTY = ("notices", "saved", "lost")
+_Record = TypeVar("_Record", FileRecord, SideRecord, TensorRecord, KeptRecord, LostRecord)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
+    "int | None": (int, type(None)),
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "str": (str,),

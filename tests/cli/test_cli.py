@@ -129,9 +129,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert re.fullmatch(
         r"device auto \(chosen when the edit starts\), expected memory \d+\.\d [MG]B", err.splitlines()[5]
     )
+    assert re.match(r"(expected time \d|no time: )", err.splitlines()[6])
     needed = r"disk: \d+\.\d kB needed \(less where .*\), \d+\.\d [kMGT]B free in (.*)"
-    assert re.fullmatch(needed, err.splitlines()[6])[1] == str(tmp_path)
-    assert len(err.splitlines()) == 7
+    assert re.fullmatch(needed, err.splitlines()[7])[1] == str(tmp_path)
+    assert len(err.splitlines()) == 8
     status, out, _ = run(capsys, "edit", *pair, "out", "--dry-run", "--json")
     document = json.loads(out)
     assert [item["name"] for item in document["edit"]] == UP
@@ -382,7 +383,8 @@ def test_help_dry_runs_and_refusals_load_no_torch(pair: tuple[str, str]) -> None
     Path("bad.yaml").write_text("rank_ration: 1\n")
     expected = {
         "--version": 0, "--help": 0, "edit --help": 0, "batch --help": 0, "edit base ft out --dry-run": 0,
-        "edit base ft out --dry-run --json --quiet": 0, "edit base": 2, "edit base ft out --rank-ratio 7": 2,
+        "edit base ft out --dry-run --json --quiet": 0, "estimate base ft": 0, "estimate base ft --on gpu": 0,
+        "edit base": 2, "edit base ft out --rank-ratio 7": 2,
         "edit base ft out --config bad.yaml": 2, "edit base ft base": 1, "edit base gone out": 1, "batch bad.yaml": 2,
     }  # fmt: skip
     result = run_python("-c", NO_TORCH, json.dumps([line.split() for line in expected]))

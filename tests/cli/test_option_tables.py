@@ -8,7 +8,8 @@ from pome.config.spec import EDIT_OPTIONS
 
 def test_the_tables_on_the_page_are_the_declared_ones() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert [match[2] for match in MARKED.finditer(text)] == ["edit", "inspect", "sweep", "verify", "batch"]
+    commands = ["edit", "inspect", "extract", "sweep", "estimate", "verify", "batch"]
+    assert [match[2] for match in MARKED.finditer(text)] == commands
     assert fill_tables(text) == text, "run scripts/option_tables.py"
 
 

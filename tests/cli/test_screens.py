@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pome.planning.devices import find_device
+from pome.planning.rates import Rates, leave_rates
 from support.checkpoints import environment, llama_pair
 from support.terminal import show_in_terminal
 
@@ -30,8 +32,20 @@ STORIES = {
         "edit base ft out --overwrite --layers ffn --rank-ratio 0.25 --dtype bfloat16",
         "verify out",
     ],
+    "method": [
+        "edit base ft out --method equivalence",
+        "verify out --base base --ft ft --full",
+        "edit base ft other --method equivalence --rank 4",
+        "edit base ft other --method equivalence --out-format adapter",
+    ],
     "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
     "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
+    "extract": [
+        "extract base ft adapter --rank 4 --dry-run",
+        "extract base ft adapter --rank 4",
+        "verify adapter --base base --ft ft",
+        "extract base ft adapter",
+    ],
     "batch": ["batch jobs.yaml"],
     "errors": [
         "edit base ft ft",
@@ -46,6 +60,7 @@ STORIES = {
         "batch nothing.yaml",
     ],
 }
+RATES = Rates("2026-11-28, by runs here", 2.0, 1e9, 1e9, {"svd-float64": ((10.0, 1e9),)})
 JOBS = """\
 jobs:
   - {name: up, command: edit, base: base, fine_tuned: ft, out: up}
@@ -63,8 +78,12 @@ def folder() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("columns", "lines"), SIZES)
 @pytest.mark.parametrize("story", STORIES)
-def test_a_terminal_shows_the_golden_screens(folder: Path, story: str, columns: int, lines: int) -> None:
+def test_a_terminal_shows_the_golden_screens(
+    folder: Path, story: str, columns: int, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama_pair(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    leave_rates(find_device("auto").name, RATES)  # else the time of a dry run names this machine
     (folder / "jobs.yaml").write_text(JOBS)
     seen = []
     for command in STORIES[story]:

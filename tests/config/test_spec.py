@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from pome import EditSpec, SpecError
 from pome.choices import DTYPES, RANK_RULES, SCALES
 from pome.cli.batch import read_batch
+from pome.config.conflicts import merge_options
 from pome.config.options import nearest
 from pome.config.outputs import Replacing
-from pome.config.spec import merge_options
 from pome.config.yaml_text import make_spec, read_config
 
 
@@ -213,10 +214,10 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_options_at_odds_in_a_config_name_it_unless_the_command_line_settles_them(tmp_path: Path) -> None:
     path = write(tmp_path, "rank: 4\nenergy: 0.5\n")
     with pytest.raises(SpecError, match="file.yaml: energy: has no effect with rank"):
-        make_spec(path, {"beta": 2.0})
-    assert make_spec(path, {"rank_ratio": 0.25}) == EditSpec(rank_ratio=0.25)
+        make_spec(path, {"beta": 2.0}, EditSpec)
+    assert make_spec(path, {"rank_ratio": 0.25}, EditSpec) == EditSpec(rank_ratio=0.25)
     with pytest.raises(SpecError, match="^beta: -1"):
-        make_spec(path, {"beta": -1})
+        make_spec(path, {"beta": -1}, EditSpec)
 
 
 def test_the_home_folder_is_found_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,3 +318,24 @@ def test_a_wrong_batch_is_refused_before_any_job(tmp_path: Path, text: str, said
 def test_nearest_says_nothing_of_what_is_far() -> None:
     assert nearest("rank_ration", ["rank_ratio", "rank"]) == "; did you mean 'rank_ratio'?"
     assert nearest("zzz", ["rank"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ray_address": "auto"}, "ray_address: has no effect without engine 'ray'"),
+        ({"ray_address": "head", "engine": "ray"}, "ray_address: 'head' is neither auto nor HOST:PORT"),
+        ({"ray_address": "ray://head:10001", "engine": "ray"}, "is neither auto nor HOST:PORT"),
+        ({"device": "cuda:1", "engine": "ray"}, "device: 'cuda:1' is one of this machine"),
+        ({"device": "mps", "engine": "ray"}, "device: 'mps' is one of this machine"),
+    ],
+)
+def test_what_ray_cannot_take_is_refused(options, said):
+    with pytest.raises(SpecError, match=re.escape(said)):
+        EditSpec(**options)
+
+
+def test_the_address_of_a_cluster_is_no_part_of_what_is_made():
+    """The same command goes on at another address: in the next job of a scheduler the head is elsewhere."""
+    one, other = (EditSpec(engine="ray", ray_address=f"head{n}:6379").to_mapping() for n in (1, 2))
+    assert one == other and one["engine"] == "ray"

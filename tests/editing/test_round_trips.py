@@ -337,6 +337,21 @@ def test_every_matrix_is_edited_as_in_memory_and_nothing_else(pair: Pair, tmp_pa
     assert before >= 1e-2  # what is tested is seen by the logits
 
 
+def test_every_matrix_gets_the_singular_values_of_its_base(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = pome.edit(pair.base, pair.ft, out, pome.EditSpec(layers=("ffn",), method="equivalence"))
+    assert len(manifest.tensors) == len(pair.case.matrices) and not manifest.kept
+    assert_only_edited(pair.ft, out, {matrix.name for matrix in pair.case.matrices})
+    sides = [dict(load(side, pair.case).named_parameters()) for side in (pair.base, pair.ft, out)]
+    for matrix in pair.case.matrices:
+        base, ft, made = (matrix.view(side[matrix.parameter].detach()).double() for side in sides)
+        U, _, Vh = torch.linalg.svd(ft, full_matrices=False)
+        wanted = (U * torch.linalg.svdvals(base)) @ Vh
+        assert float((made - wanted).norm() / wanted.norm()) <= 1e-6  # rounded to float32 once
+        assert float((ft - wanted).norm() / wanted.norm()) >= 1e-4
+    assert pome.verify(out, pair.base, pair.ft, full=True).ok
+
+
 @pytest.mark.parametrize("pair", ["qwen2-moe", "llama4", "gpt-oss"], indirect=True)
 def test_experts_written_in_bfloat16(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -77,11 +77,25 @@ def test_power_one_with_scale_unit_is_the_best_approximation(kind, ratio):
     assert edit.alpha == pytest.approx(1.0, rel=1e-12)
     if float(s[edit.k - 1] - s[edit.k]) > 1e-3 * float(s[edit.k - 1]):
         assert float((edit.value.double() - best).norm()) <= 1e-4 * float(best.norm())  # as at every power
-    # Eckart and Young: no matrix of rank k is nearer to the delta than what it leaves of the spectrum. That distance is
-    # off by the square of what the entries are off by; what remains is the rounding of float32 entries.
-    missed = float((delta.double() - edit.value.double()).square().sum())
-    assert missed == pytest.approx(float(s[edit.k :].square().sum()), abs=1e-7 * float(s.square().sum()))
     assert edit.edit_norm == pytest.approx(float(best.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncation_is_as_near_to_the_delta_as_any_matrix_of_its_rank(kind, ratio):
+    """Eckart and Young, to 1e-5, on every spectrum, ties at the cut included.
+
+    The theorem is about the distance, and only that is meant. The entries of the best approximation depend on the gap
+    at the cut: rounding turns a kept direction by a small angle t towards a dropped one, with t about 1e-7 over the
+    relative gap. The entries move by t, which is 1e-5 and more where the gap is below 1e-2, and by everything where
+    there is no gap and the best approximation is not unique. The distance grows by t^2 times the gap.
+    """
+    delta = make_delta(kind, 300, 200, 1)
+    edit = equalize(delta, rank_ratio=ratio, power=1.0, scale="unit")
+    squares = torch.linalg.svdvals(delta.double()).square()
+    missed = float((delta.double() - edit.value.double()).square().sum())
+    # 1e-7 of all energy: where little is missed, a cluster at the cut is known to 2e-5 of that; elsewhere it is 1e-8.
+    assert missed == pytest.approx(float(squares[edit.k :].sum()), rel=1e-5, abs=1e-7 * float(squares.sum()))
 
 
 @pytest.mark.parametrize("kind", ["inverse", "strong", "noise", "clusters", "spike"])

@@ -151,8 +151,8 @@ def test_the_card_of_a_sweeps_best_says_how_it_was_chosen(pair: tuple[Path, Path
 
 
 RECORD = TensorRecord(
-    "t", None, "f", "up", (4, 2), "F32", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6, 0.0, 1.0, 0.0, 0.0,
-    "gram64", (), ((1, 1.0), (2, 0.5)),
+    "t", None, "f", "up", (4, 2), "F32", "equalize", 2, 1, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.8, 0.6,
+    None, None, 0.0, 1.0, 0.0, 0.0, "gram64", (), ((1, 1.0), (2, 0.5)),
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def make_outcome(options: dict, rights: list[int | None], reference: int = 200, 
     """A sweep over `options` whose candidates, in the grid's order, answer so many examples; None failed."""
     grid = make_grid(options)
     trials = [Trial(FINE_TUNED, "fine-tuned", None, rate(reference), None, 1.0)]
-    for candidate, right in zip(walk(grid), rights, strict=True):
+    for candidate, right in zip(next(walk(grid)), rights, strict=True):
         score, failed = (None, "exit status 3") if right is None else (rate(right), None)
         trials.append(Trial(candidate.key, candidate.label, candidate, score, failed, 1.0))
     ranked, beats = rank_trials(trials, rate(reference), minimize)

@@ -22,17 +22,19 @@ def drain(grid, score_of):
     asked = []
     search = walk(grid)
     try:
-        candidate = next(search)
+        stage = next(search)
         while True:
-            asked.append(candidate)
-            candidate = search.send(score_of(candidate))
+            asked += stage
+            stage = search.send([score_of(candidate) for candidate in stage])
     except StopIteration:
         return asked
 
 
 def test_the_defaults_are_one_candidate_as_edit_has_it():
     (candidate,) = drain(make_grid({}), lambda _: 0.0)
-    assert candidate.params == {"layers": ["up"], "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0, "power": 0.0}
+    assert candidate.params == {
+        "layers": ["up"], "method": "equalize", "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0, "power": 0.0
+    }  # fmt: skip
     assert (candidate.spec.layers, candidate.spec.rank_rule, candidate.spec.beta) == (("up",), "ratio", 1.0)
     assert candidate.label == "up K=0.5 frobenius beta=1"
 

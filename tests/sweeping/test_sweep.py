@@ -25,7 +25,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from pome import EditSpec, Equalized, edit, make_grid, make_scorer, sweep
 from pome.cli.app import run_command
 from pome.errors import OutputError, PomeError, ScoreError
+from pome.kernel import ladder
 from pome.kernel.equalize import equalize_matrix, equalize_product
+from pome.kernel.equivalence import Matched, match_matrix
+from pome.reports.sweep_data import list_heat_maps
 from pome.sweeping.cache import DecompositionFolder
 from pome.sweeping.scorers.language import load_model
 from pome.sweeping.trials import Listener
@@ -103,10 +106,13 @@ def test_every_candidate_is_what_edit_writes_bit_for_bit(tmp_path, dtype):
     assert by_name["base"] == checksum(paths[0] / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["svd", "gram", "deflated", "undecided", "factors"])
-def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["svd", "gram", "deflated", "undecided", "factors", "thin", "thin-undecided"])
+def test_a_cached_decomposition_changes_no_bit_of_an_edit(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(ladder, "THIN", 0)
+    monkeypatch.setattr(ladder, "SHARE", 1.0)
     n, dtype = {"svd": (60, torch.float32), "gram": (150, torch.float64)}.get(kind, (220, torch.float32))
     sigma = 10.0 ** (-7.0 * torch.arange(n) / n) if kind == "undecided" else 1.0 / torch.arange(1.0, n + 1)
+    sigma = torch.linspace(1.0, 0.9, n) if kind == "thin-undecided" else sigma
     delta = plant(sigma, n + 30, n, 0, dtype)
 
     class Named:
@@ -117,16 +123,53 @@ def test_a_cached_decomposition_changes_no_bit_of_an_edit(tmp_path, kind):
     for round_ in range(2):  # the second time all comes from the files
         for ratio in (0.2, 0.5, 0.9):
             for beta in (1.0, 1.3):
-                recipe = make_recipe(rank_ratio=ratio, beta=beta)
+                number = {"rank": round(10 * ratio)} if kind.startswith("thin") else {"rank_ratio": ratio}
+                recipe = make_recipe("fixed" if "rank" in number else "ratio", beta=beta, **number)
                 if kind == "factors":
                     plain, kept = (equalize_product(b, a, recipe, c) for c in (None, cache))
                 else:
                     plain, kept = (equalize_matrix(delta, recipe, c) for c in (None, cache))
                 assert torch.equal(plain.value, kept.value), (round_, ratio)
                 assert torch.equal(plain.sigma, kept.sigma)
+                assert (plain.solver == "thin") == (kind == "thin")
                 for field in Equalized.__dataclass_fields__.keys() - {"value", "sigma"}:
                     assert getattr(plain, field) == getattr(kept, field)
     assert len(cache) >= 1
+
+
+@pytest.mark.parametrize("n", [60, 150])
+def test_a_cached_decomposition_changes_no_bit_of_an_equivalence(tmp_path, n):
+    class Named:
+        key, label = "unit", staticmethod(lambda part: None)
+
+    cache = DecompositionFolder(tmp_path / "decompositions").find_cache(Named, None)
+    W_base, W_ft = (plant(torch.linspace(1.0, 0.5 - i / 10, n), n + 30, n, i) for i in range(2))
+    for round_ in range(2):
+        for beta in (1.0, 1.3):
+            plain, kept = (match_matrix(W_base, W_ft, beta, c) for c in (None, cache))
+            assert torch.equal(plain.value, kept.value) and torch.equal(plain.sigma, kept.sigma), round_
+            for field in Matched.__dataclass_fields__.keys() - {"value", "sigma"}:
+                assert getattr(plain, field) == getattr(kept, field)
+    assert len(cache) == 2
+
+
+def test_methods_are_an_axis_and_the_sweep_writes_what_edit_writes(pair, tmp_path):
+    """Options of rank and scale have no effect with one method: it is one candidate for each beta."""
+    grid = make_grid({"method": "equalize,equivalence", "rank_ratio": "0.25,0.5", "beta": "0.5,1"})
+    kept = tmp_path / "kept"
+    outcome = sweep(*pair, tmp_path / "out", grid, make_scorer(score_cmd=keep_copies(kept)), write_best=True)
+    labels = {trial.label for trial in outcome.trials if trial.candidate}
+    assert labels >= {"up equivalence beta=0.5", "up equivalence beta=1"} and len(labels) == grid.size == 6
+    for trial in outcome.trials:
+        if trial.candidate and "equivalence" in trial.label:
+            out = tmp_path / f"alone {trial.label}"
+            edit(*pair, out, trial.candidate.spec)
+            name = f"{int(trial.score.scored.value)}"
+            assert (kept / name).read_bytes() == (out / "model.safetensors").read_bytes(), trial.label
+    maps = {heat.title: heat for heat in list_heat_maps(outcome)}
+    assert maps.keys() == {"up, scale frobenius", "up, equivalence"}
+    assert [len(heat.rows) for heat in maps.values()] == [2, 1]
+    assert all(cell is not None for heat in maps.values() for row in heat.cells for cell in row)
 
 
 class Counter(Listener):
@@ -657,7 +700,7 @@ def test_a_task_that_cannot_score_is_refused_before_a_model_is_loaded(tmp_path, 
     for old, new in zip(old_and_new[::2], old_and_new[1::2], strict=False):
         text = text.replace(old, new)
     (tmp_path / "tiny_words.yaml").write_text(text)
-    monkeypatch.setattr("pome.sweeping.sweep.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("pome.sweeping.models.load_model", lambda *_: pytest.fail("a model was loaded"))
     paths = model_pair(tmp_path, "LlamaForCausalLM", "llama")
     with pytest.raises(ScoreError) as caught:
         sweep(*paths, tmp_path / "out", make_grid({}), make_scorer(lm_eval=str(tmp_path / asked)))

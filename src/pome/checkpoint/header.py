@@ -9,7 +9,9 @@ JSON is walked one entry at a time: memory and time stay in proportion to the te
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -100,11 +102,13 @@ def parse_header(raw_json: bytes, file_size: int, where: str) -> Header:
                 return at + 4
             metadata, at = scan_strings(text, at)
             return at
+        name = sys.intern(name)  # the other side of a pair has the same ones
         tensors[name], at = _read_entry(text, at, name, data_start)
         return at
 
     try:
         text = decode_text(raw_json)
+        del raw_json  # a header may have 100 MB
         at = scan_object(text, 0, read_value)
         if skip_space(text, at) != len(text):
             raise Malformed(f"something follows the header's closing brace at character {at}")
@@ -215,7 +219,13 @@ def _read_entry(text: str, at: int, name: str, data_start: int) -> tuple[TensorE
     if stop - start != size:
         stated = f"{dtype} {printable(str(shape), 80)} takes {size} bytes, its offsets {stop - start}"
         raise Malformed(f"tensor '{printable(name)}': {stated}")
-    return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop), end
+    return TensorEntry(name, sys.intern(dtype), _share(tuple(shape)), data_start + start, data_start + stop), end
+
+
+@functools.lru_cache(1 << 10)
+def _share(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same shape, once for all tensors that have it."""
+    return shape
 
 
 def _are_integers(value: object) -> bool:

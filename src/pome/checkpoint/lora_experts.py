@@ -12,18 +12,9 @@ from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_places import PlaceIndex
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
+from pome.roles.experts import STACKS
 from pome.roles.families import family_of
-from pome.roles.model_config import config_of, model_type_of
-
-# Models whose experts transformers 4 holds as (E, in, out), and transformers 5 as (E, out, in).
-_TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-# Stacked experts as transformers holds them -> their matrices, and the leaves of single experts in checkpoints.
-_STACKS = {
-    "gate_up_proj": (("gate", "up"), (("gate_proj", "up_proj"), ("w1", "w3"))),
-    "gate_proj": (("gate",), (("gate_proj",), ("w1",))),
-    "up_proj": (("up",), (("up_proj",), ("w3",))),
-    "down_proj": (("down",), (("down_proj",), ("w2",))),
-}
+from pome.roles.model_config import config_of
 
 
 class ExpertMatcher:
@@ -93,10 +84,10 @@ class ExpertMatcher:
         if rows != columns:
             return (b.shape[0], a.shape[1]) != (rows, columns)
         facts = config_of(leaves[0], self.base.config)
-        family, model_type = family_of(facts), model_type_of(facts)
+        family = family_of(facts)
         # PEFT takes the first axis after the experts for `in` where transformers marks them as (E, in, out).
         in_out = family.marked_in_out or self.config.reads_experts_as_in_out()
-        if in_out is None or model_type in _TURNED:
+        if in_out is None or family.turned_on_load:
             raise PairingError(
                 f"{self.ft.where(a.name)}: the experts of {printable(leaves[0])} are square, and releases of PEFT "
                 f"(up to 0.18, from 0.19 on) and transformers differ in which side is which; {MERGE_FIRST}"
@@ -115,7 +106,7 @@ class ExpertMatcher:
         if fused is not None:
             return [(fused,)]
         module, _, leaf = name.rpartition(".")
-        roles, names = _STACKS.get(leaf, ((), ()))
+        roles, names = STACKS.get(leaf, ((), ()))
         for around in self._list_prefixes(module):
             for leaves in names:
                 stored = []

@@ -6,6 +6,7 @@ shards with their index; or one `.safetensors` file. A PEFT adapter is opened as
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -84,6 +85,35 @@ class Checkpoint:
     def close(self) -> None:
         for weights in self.files.values():
             weights.file.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weight files of an open checkpoint lie, from which another process can open them by path."""
+
+    source: str
+    paths: dict[str, Path]  # by their names
+    config: Mapping[str, Any] | None
+    dequantize: bool
+
+    def open(self) -> Checkpoint:
+        """The checkpoint as far as tensors are read from it. Raises CheckpointError."""
+        try:
+            files, tensors = gather((name, LocalFile(path)) for name, path in self.paths.items())
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {_explain(error, Path(str(error.filename)))}") from None
+        checkpoint = Checkpoint(self.source, None, files, tensors, self.config, None)
+        return _see_dequantized(checkpoint) if self.dequantize else checkpoint
+
+
+def find_place(checkpoint: Checkpoint, dequantize: bool) -> Place:
+    """Where a checkpoint's files lie; one of which only parts were read from the Hub is downloaded for it."""
+    if any(weights.file.stored is None for weights in checkpoint.files.values()):
+        name = checkpoint.source.partition("@")[0]
+        with contextlib.closing(open_checkpoint(f"{name}@{checkpoint.revision}", whole=True)) as whole:
+            return find_place(whole, dequantize)
+    paths = {name: Path(os.path.abspath(str(weights.file.stored))) for name, weights in checkpoint.files.items()}
+    return Place(checkpoint.source, paths, checkpoint.config, dequantize)
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequantize: bool = False) -> Checkpoint:

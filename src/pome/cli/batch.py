@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from pome.cli.commands import list_job_kinds, load_command
+from pome.cli.console import complain, describe_error
+from pome.config.conflicts import merge_options
 from pome.config.options import check_text, list_options, nearest, show
-from pome.config.spec import check_alone, merge_options
+from pome.config.spec import check_alone
 from pome.config.yaml_text import fill_in_variables, read_keys, read_options, read_yaml
-from pome.errors import SpecError, printable
+from pome.errors import PomeError, SpecError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +56,31 @@ class Job:
         raise NotImplementedError
 
     @property
+    def engine(self) -> str:
+        """Where its matrices are worked on."""
+        return "local"
+
+    def begin(self) -> dict[str, Any]:
+        """What the summary says of it in any case."""
+        return {"name": self.name, "command": self.command, "out": self.out, "seconds": 0.0}
+
+    @property
     def folder(self) -> Path:
         """OUT, with `~` written out."""
         return Path(os.path.expanduser(self.out))
+
+
+def run_job(job: Job, console: Console) -> dict[str, Any]:
+    """Run one job; an error of it is told and becomes its result."""
+    begun = time.monotonic()
+    result = job.begin()
+    try:
+        result |= job.run(console)
+    except (PomeError, OSError, MemoryError) as error:
+        complain(f"{job.name}: {describe_error(error)}")
+        result |= {"status": "failed", "error": describe_error(error)}
+    result["seconds"] = round(time.monotonic() - begun, 3)
+    return result
 
 
 def list_job_keys(command: str) -> tuple[str, ...]:

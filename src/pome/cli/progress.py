@@ -17,7 +17,7 @@ from pome.errors import printable
 from pome.output.progress import Progress
 from pome.planning.units import Plan
 
-VERBS = {"copy": "copying", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
+VERBS = {"copy": "copying", "compare": "comparing", "edit": "editing", "hash": "hashing", "survey": "inspecting"}
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
 SETTLED = 0.5  # seconds after which a speed says something

@@ -32,6 +32,7 @@ WHAT, JOBS, CHECKED, HOW, SCORER, OUTPUT, RUN = GROUP_ORDER = (
     "What to edit", "Which jobs", "What is checked", "How much", "What scores", "What is written", "How it runs"
 )  # fmt: skip
 LIST_COMMANDS = ("sweep",)  # where an axis takes a list
+LIKE_EDIT = ("estimate",)  # that take what edit takes
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ def as_flag(name: str) -> str:
 def list_options(owners: Iterable[Any], command: str) -> dict[str, Option]:
     """The options of several declarations that a command takes, by name, each as it is for that command."""
     found = {}
+    taker = "edit" if command in LIKE_EDIT else command
     for owner in owners:
         for name, option in find_options(owner).items():
-            if option.commands is None or command in option.commands:
+            if option.commands is None or taker in option.commands:
                 found[name] = dataclasses.replace(option, **option.instead.get(command, {}))
     return found
 

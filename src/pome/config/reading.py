@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from pome.choices import GROUPS, ROLES
-from pome.config.options import check_pattern, check_texts, nearest, show
+from pome.config.options import check_pattern, check_text, check_texts, nearest, show
 from pome.errors import SpecError, printable
 
+ADDRESS = re.compile(r"[^\s/]+:\d{1,5}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -40,6 +41,14 @@ def read_patterns(key: str, value: object) -> tuple[str, ...]:
             raise SpecError(f"{key}: empty, which every tensor matches; is a variable unset?", options=[key])
         check_pattern(key, pattern)
     return patterns
+
+
+def read_address(key: str, value: object) -> str:
+    """The address of a Ray cluster: `auto` or HOST:PORT."""
+    text = check_text(key, value)
+    if text != "auto" and not ADDRESS.fullmatch(text):
+        raise SpecError(f"{key}: {show(value)} is neither auto nor HOST:PORT of a head", options=[key])
+    return text
 
 
 def read_device(key: str, value: object) -> str:

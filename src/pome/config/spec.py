@@ -6,12 +6,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pome.choices import (
     DTYPES,
     ENGINES,
     GROUPS,
+    METHODS,
     MOST_POWER,
     OUT_FORMATS,
     RANK_RULES,
@@ -19,9 +20,19 @@ from pome.choices import (
     SCALES,
     DtypeName,
     EngineName,
+    MethodName,
     OutFormatName,
     RankRuleName,
     ScaleName,
+)
+from pome.config.conflicts import (
+    NUMBER_OF,
+    RANK_OPTIONS,
+    check_conflicts,
+    check_rank_options,
+    find_idle,
+    merge_options,
+    refuse_beside_method,
 )
 from pome.config.options import (
     HOW,
@@ -35,15 +46,13 @@ from pome.config.options import (
     find_options,
     nearest,
 )
-from pome.config.reading import read_device, read_layers, read_patterns
+from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
-SHARE = Range(0, 1, above=True)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# The rules that take a number, and the option that gives it; those that are None unless given come first.
-NUMBER_OF = {rule.name: rule.number for rule in RANK_RULES.values() if rule.number}
-# The options that together choose k. One of them given on the command line sets aside what a file says of the others.
-RANK_OPTIONS = frozenset({"rank_rule", *NUMBER_OF.values()})
+SHARE = Range(0, 1, above=True)
 
 
 @dataclass(frozen=True, init=False)
@@ -74,7 +83,7 @@ class Override:
         if not given:
             raise SpecError(f"overrides: {printable(match)!r} changes nothing; {may}")
         try:
-            check_rank_options(self.options)
+            check_rank_options(self.options, find_options(EditSpec))
         except SpecError as error:
             raise SpecError(f"overrides: {printable(match)!r}: {error}") from None
 
@@ -114,8 +123,9 @@ class EditSpec:
 
     D = W_ft - W_base is the delta of a matrix, m x n, s_1 >= s_2 >= ... its singular values and rank the number of
     them that are not zero. The edit is W_base + alpha U_k S_k^power V_k^T with alpha = beta * alpha_0 (POME, arXiv
-    2510.06627, equations 12 and 18, with a power of 0). Raises SpecError for a value out of range and for options that
-    exclude each other. `rank` given turns the rule `ratio` into `fixed`.
+    2510.06627, equations 12 and 18, with a power of 0); with the method `equivalence` it is W_base + beta (W_E -
+    W_base), where W_E = U_ft S_base V_ft^T (POET, arXiv 2506.08001). Raises SpecError for a value out of range and for
+    options that exclude each other. `rank` given turns the rule `ratio` into `fixed`.
     """
 
     layers: Annotated[
@@ -137,6 +147,15 @@ class EditSpec:
             "Tensors to leave alone (regex); repeatable.", metavar="PATTERN", group=WHAT, read=read_patterns
         ),
     ] = ()  # fmt: skip
+    method: Annotated[
+        MethodName,
+        Option(
+            "What takes the place of a matrix.",
+            more="With `equivalence` the options of rank, scale and power have no effect and are refused, and `--beta` "
+            "gives W_base + B (W_E - W_base).",
+            metavar="NAME", group=HOW, choices=METHODS, axis=True, override=True, commands=("edit", "sweep"),
+        ),
+    ] = "equalize"  # fmt: skip
     rank_ratio: Annotated[
         float,
         Option(
@@ -194,7 +213,7 @@ class EditSpec:
         str,
         Option(
             "auto, cpu, cuda, cuda:N or mps.",
-            more="`auto` is every CUDA device, else MPS, else the CPU.",
+            more="`auto` is every CUDA device, else MPS, else the CPU; `cuda` is every CUDA device.",
             metavar="DEVICE", group=RUN, read=read_device, suggestions=("auto", "cpu", "cuda", "mps"),
         ),
     ] = "auto"  # fmt: skip
@@ -212,6 +231,14 @@ class EditSpec:
             metavar="NAME", group=RUN, choices=ENGINES, commands=("edit", "sweep"), everyday=False,
         ),
     ] = "local"  # fmt: skip
+    ray_address: Annotated[
+        str | None,
+        Option(
+            "The Ray cluster: its head's HOST:PORT, or auto for the one of this machine.",
+            more="Without it, engine ray starts Ray here and stops it at the end. No part of the manifest.",
+            metavar="ADDRESS", group=RUN, read=read_address, commands=("edit", "sweep"), everyday=False,
+        ),
+    ] = None  # fmt: skip
     out_format: Annotated[
         OutFormatName,
         Option(
@@ -256,39 +283,37 @@ class EditSpec:
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; what is put here only normalises what was given
-        for name, option in find_options(EditSpec).items():
+        for name, option in find_options(type(self)).items():
             put(self, name, option.check(getattr(self, name)))
         if self.rank is not None and self.rank_rule == "ratio":
             put(self, "rank_rule", "fixed")
-        if self.rank_rule == "fixed" and self.rank is None:
-            said = "rank_rule: 'fixed' needs rank, the number of directions to keep"
-            raise SpecError(said, options=["rank_rule", "rank"])
-        if self.rank is not None and self.rank_rule != "fixed":
-            said = f"rank: rank and rank_rule {self.rank_rule!r} exclude each other; give one"
-            raise SpecError(said, options=["rank", "rank_rule"])
+        check_conflicts(self, find_options(EditSpec))
         for override in self.overrides:
             self._apply(override)
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> EditSpec:
-        """A spec from options by name; `energy` alone means the rule `energy`, as `rank` alone means `fixed`."""
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """A spec from options by name; a number alone means its rule, as `energy` means the rule `energy`."""
         chosen = dict(options)
         known = find_options(cls)
         for key in chosen:
             if key not in known:
                 raise SpecError(f"unknown option {printable(str(key))!r}{nearest(str(key), known)}")
-        if "energy" in chosen and not RANK_OPTIONS & (chosen.keys() - {"energy"}):
-            chosen["rank_rule"] = "energy"
+        for rule, number in NUMBER_OF.items():
+            if RANK_OPTIONS & {key for key, value in chosen.items() if value is not None} == {number}:
+                if rule != "ratio" and number in find_idle(chosen.get("method")):
+                    refuse_beside_method(number, chosen["method"])
+                chosen["rank_rule"] = rule
         return cls(**chosen)
 
     @classmethod
-    def from_given(cls, options: Mapping[str, Any]) -> EditSpec:
+    def from_given(cls, options: Mapping[str, Any]) -> Self:
         """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
         spec = cls.from_mapping(options)
-        check_rank_options(options)
+        check_rank_options(options, find_options(EditSpec))
         return spec
 
-    def resolve(self, name: str) -> EditSpec:
+    def resolve(self, name: str) -> Self:
         """The spec for one tensor: every override that matches its name applied in turn, and none left."""
         spec = self
         for override in self.overrides:
@@ -296,18 +321,19 @@ class EditSpec:
                 spec = spec._apply(override)
         return dataclasses.replace(spec, overrides=()) if self.overrides else self
 
-    def _apply(self, override: Override) -> EditSpec:
+    def _apply(self, override: Override) -> Self:
         """Options that choose k set aside all that was said of choosing k before."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         merged = merge_options({**values, "overrides": ()}, override.options)
         try:
-            return EditSpec.from_mapping(merged)
+            return self.from_mapping(merged)
         except SpecError as error:
             raise SpecError(f"overrides: {printable(override.match)!r}: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Every option as resolved, in JSON's types."""
+        """Every option as resolved, in JSON's types, but for where a cluster is: that is no part of what is made."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["ray_address"]
         values["overrides"] = [override.to_mapping() for override in self.overrides]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -319,27 +345,3 @@ def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
     if key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})
-
-
-def merge_options(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over a file's values; an option that chooses k sets aside all that the file says of choosing k."""
-    dropped = RANK_OPTIONS if RANK_OPTIONS & options.keys() else frozenset()
-    return {**{k: v for k, v in file.items() if k not in dropped}, **options}
-
-
-def check_rank_options(options: Mapping[str, Any], defaults_count: bool = False) -> None:
-    """Refuse a number for choosing k beside another option that leaves it without effect.
-
-    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
-    there only if somebody typed it, `defaults_count`.
-    """
-    # An option without a default is given on purpose, and comes before one that has a default.
-    numbers = sorted(NUMBER_OF.values(), key=lambda name: find_options(EditSpec)[name].default is not None)
-    given = {name: options[name] for name in numbers if options.get(name) is not None}
-    rule = options.get("rank_rule")
-    taken = next(iter(given), None) if rule is None else NUMBER_OF.get(str(rule))
-    for name, value in given.items():
-        if name != taken and (defaults_count or value != find_options(EditSpec)[name].default):
-            beside = f"rank_rule {rule!r}" if rule else taken
-            said = f"{name}: has no effect with {beside}; give one of the two"
-            raise SpecError(said, options=[name, "rank_rule", *([taken] if taken and not rule else [])])

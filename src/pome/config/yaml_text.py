@@ -9,12 +9,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from pome.config.options import nearest
-from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, check_rank_options, list_overridable, merge_options
+from pome.config.conflicts import RANK_OPTIONS, check_rank_options, find_idle, merge_options
+from pome.config.options import find_options, nearest
+from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable
 from pome.errors import SpecError, printable
 
 MAX_YAML_BYTES = 4 << 20
@@ -114,21 +115,27 @@ def _explain_text(value: Any, node: yaml.Node) -> str:
     return ""
 
 
-def read_config(path: Path, check: Check = check_alone) -> dict[str, Any]:
-    """The options of edit in a YAML file. Raises SpecError, naming the line of an unknown or repeated key, and of a
-    value that is wrong by itself, as `check` says."""
+def read_config(path: Path, check: Check = check_alone, allowed: Iterable[str] = EDIT_OPTIONS) -> dict[str, Any]:
+    """The options of edit, or others `allowed`, in a YAML file. Raises SpecError, naming the line of an unknown or
+    repeated key, and of a value that is wrong by itself, as `check` says."""
     return read_options(read_yaml(path), path, EDIT_OPTIONS, check)
 
 
-def make_spec(config: Path | None, given: Mapping[str, Any]) -> EditSpec:
+Spec = TypeVar("Spec", bound=EditSpec)
+
+
+def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec]) -> Spec:
     """The options of a command line over those of its config file. Raises SpecError."""
-    spec = EditSpec.from_given(given)
-    check_rank_options(given, defaults_count=True)
+    if config is not None and not RANK_OPTIONS & given.keys() and not find_idle(given.get("method")):
+        kind.from_given({**given, "rank": 1})  # are they good by themselves? what chooses k may stand in the file
+    else:
+        spec = kind.from_given(given)
+    check_rank_options(given, find_options(kind), defaults_count=True)
     if config is None:
         return spec
-    options = merge_options(read_config(config), given)
+    options = merge_options(read_config(config, allowed=find_options(kind)), given)
     try:
-        return EditSpec.from_given(options)
+        return kind.from_given(options)
     except SpecError as error:  # those of the command line were good by themselves
         raise SpecError(f"{config}: {error}") from None
 

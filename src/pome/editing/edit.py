@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -16,9 +17,9 @@ from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.config.spec import EditSpec
 from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
+from pome.editing.run_rates import RunClock
 from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.editing.ties import check_copies
-from pome.engines.local import map_units
 from pome.errors import NumericalError
 from pome.manifest import (
     FORMAT_VERSION,
@@ -36,9 +37,11 @@ from pome.output.progress import Progress, advance_bytes
 from pome.output.staging import Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
+from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
+    from pome.editing.remote import RemoteEdit
     from pome.editing.unit import FindCache
 
 # Finished units are synced and journalled in groups: what a crash loses is at most this much work.
@@ -129,32 +132,47 @@ class _Run:
         self.find_cache = find_cache
         self.sweep = sweep
         self.kernel_seconds = 0.0
+        self.devices: list[str] = []
+        self.remote: RemoteEdit | None = None
+        self.clock = RunClock(spec, begun)
         self.hashes = Hashes(opened)
         self.fingerprint = opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
-        from pome.editing.unit import list_devices
+        with self.clock.time("start"):
+            from pome.editing.unit import list_devices
 
-        devices = list_devices(self.spec.device)
+        remote = self.spec.engine == "ray" and self.spec.out_format != "adapter"  # which takes seconds
+        if not remote:
+            self.devices = list_devices(self.spec.device)
         command = {**describe_command(self.opened, self.spec), "card": self.card}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
         self._check_base()
-        with Staging(target, command, fresh) as staging:
+        whole = False  # whether this run does all of the work, so that its times tell rates
+        with Staging(target, command, fresh) as staging, contextlib.ExitStack() as stack:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
+                if remote:
+                    from pome.editing.remote import RemoteEdit
+
+                    self.remote = stack.enter_context(RemoteEdit(self.opened, self.spec, staging, self.find_cache))
+                    self.devices = self.remote.devices
             except BaseException:
                 staging.discard_if_empty()
                 raise
-            self.progress.begin(self.opened.plan, self.opened.ft, devices, len(staging.finished))
+            self.progress.begin(self.opened.plan, self.opened.ft, self.devices, len(staging.finished))
             try:
                 with self.hashes.of_inputs():
                     if self.spec.out_format == "adapter":
-                        self._edit_adapter(staging, devices[0])
+                        self._edit_adapter(staging, self.devices[0])
                     else:
-                        copy_files(self.opened.template, staging, self.progress)
-                        with self.hashes.of_output(staging) as watermark:
-                            self._edit(staging, devices, watermark)
+                        whole = not remote and not staging.copied and not staging.finished
+                        with self.clock.time("copy"):
+                            copy_files(self.opened.template, staging, self.progress)
+                        spread = self.remote is not None and self.remote.is_spread
+                        with self.hashes.of_output(staging, spread) as watermark, self.clock.time("edit"):
+                            self._edit(staging, watermark)
                     base, fine_tuned = self.hashes.describe_inputs()
                 self.opened.check_unchanged()
                 manifest = self._describe(staging, base, fine_tuned)
@@ -163,6 +181,8 @@ class _Run:
                     staging.put_file(CARD_NAME, make_card(manifest, self._read_ft_card()).encode())
                 manifest = self._seal(manifest, self.hashes.describe_output(staging, self.progress))
                 staging.publish(manifest.to_json().encode(), overwrite)
+                if whole and staging.cores is not None and self.find_cache is None:
+                    self.clock.leave(self.opened.count_files(), self.devices, staging.cores)
             except NumericalError:
                 # The same command would fail again, and what the message advises is another command.
                 staging.discard()
@@ -209,10 +229,11 @@ class _Run:
         self.kernel_seconds = time.perf_counter() - begun
         self.progress.finish("edit")
 
-    def _edit(self, staging: Staging, devices: list[str], watermark: Watermark) -> None:
+    def _edit(self, staging: Staging, watermark: Watermark) -> None:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.editing.lora_merge import Data, make_patch, read_unit
         from pome.editing.unit import Patch
+        from pome.editing.workers import map_on_devices
 
         opened = self.opened
         units = opened.plan.units
@@ -240,10 +261,15 @@ class _Run:
                 staging.finished.update((entry["unit"], entry) for entry in pending)
                 pending.clear()
 
-        patches = map_units(todo, devices, read, work)
+        cores = staging.keep_cores(count_cores())
+        if cores != count_cores():
+            self.progress.note(f"going on with the split over {cores} cores of the earlier run, for the same bits")
+        remote = self.remote
+        patches = remote.map(todo) if remote is not None else map_on_devices(todo, self.devices, cores, read, work)
         try:
             for patch in patches:
                 self.kernel_seconds += patch.kernel_seconds
+                self.clock.tally.add(patch.unit, patch.kernel_seconds)
                 pending.append(
                     {
                         "unit": patch.unit.key,
@@ -254,6 +280,8 @@ class _Run:
                     }
                 )
                 unit = patch.unit
+                for file, start in unit.places if remote is not None else ():
+                    watermark.mark_written(file, start)
                 self.progress.advance("edit", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
                 if len(pending) >= COMMIT_UNITS or time.monotonic() - last > COMMIT_SECONDS:
                     commit()
@@ -262,6 +290,8 @@ class _Run:
             # On an error or Ctrl-C too: what is done stays done.
             patches.close()
             commit()
+            for note in remote.describe_losses() if remote is not None else ():
+                self.progress.note(note)
         self.progress.finish("edit")
 
     def _describe(self, staging: Staging, base: SideRecord, fine_tuned: SideRecord) -> Manifest:
@@ -295,9 +325,11 @@ class _Run:
 
     def _seal(self, manifest: Manifest, files: dict[str, FileRecord]) -> Manifest:
         """The manifest with the hashes of what was written, how long all of it took, and its checksum."""
+        started = {} if self.remote is None else {"engine_start_seconds": round(self.remote.start_seconds, 3)}
         timing: dict[str, float | str] = {
             "total_seconds": round(time.perf_counter() - self.begun, 3),
             "kernel_seconds": round(self.kernel_seconds, 3),
+            **started,
             INPUTS: self.fingerprint,
         }
         return dataclasses.replace(manifest, files=files, timing=timing).sealed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,13 +54,24 @@ class Hashes:
         return records[0], records[1]
 
     @contextlib.contextmanager
-    def of_output(self, staging: Staging) -> Iterator[Watermark]:
-        """Hash the weight files of the output while they are edited; what is not done by then goes on after it."""
+    def of_output(self, staging: Staging, whole_files: bool = False) -> Iterator[Watermark]:
+        """Hash the weight files of the output while they are edited; what is not done by then goes on after it.
+
+        With `whole_files` a file is opened only when all of it is final. A network file system shows what other
+        machines have written to those who open the file after that.
+        """
         units = self.opened.plan.units
         watermark = Watermark(place for unit in units if unit.key not in staging.finished for place in unit.places)
         pool = ThreadPoolExecutor(1, thread_name_prefix=_THREADS)
+
+        def hash_behind(name: str) -> Hash:
+            wait = functools.partial(watermark.wait, name)
+            if whole_files:
+                wait(sys.maxsize)
+            return self._hash(staging.output / name, wait=wait)
+
         self._output = {
-            name: pool.submit(self._hash, staging.output / name, wait=functools.partial(watermark.wait, name))
+            name: pool.submit(hash_behind, name)
             for name in dict.fromkeys(file for unit in units for file, _ in unit.places)
         }
         try:

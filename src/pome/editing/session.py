@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from pome.config.spec import EditSpec
 from pome.editing.ties import describe_ties, keep_ties
 from pome.errors import CheckpointError, PairingError, printable
 from pome.output.copying import CONFIG, Template, describe_config, make_config
+from pome.planning.devices import Device
+from pome.planning.estimate import Estimate, Files, estimate_plan
 from pome.planning.plan import check_overrides, make_plan
+from pome.planning.rates import Rates
 from pome.planning.selection import Selection
 from pome.planning.units import Plan
 from pome.roles.roles import find_layout
@@ -48,6 +51,19 @@ class Opened:
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""
         return {**self.plan.to_json(), "not_copied": self.not_copied, "notices": list(self.notices)}
+
+    def count_files(self) -> Files:
+        """Bytes of the files of the output, and of all that is hashed: those, and what is read of BASE and FT."""
+        template = self.template
+        sizes = {name: file.header.file_size for name, file in template.weights.files.items()}
+        sizes |= {name: header.file_size for name, (_, header) in template.layouts.items()}
+        sizes |= {file.name: file.size for file in template.side_files}
+        copied = sum(sizes.values())
+        return Files(copied, copied + sum(path.stat().st_size for found in self.find_read() for path in found.values()))
+
+    def estimate(self, spec: EditSpec, device: Device, rates: Rates | None, planning_seconds: float) -> Estimate:
+        """What the edit would cost on a device; `planning_seconds` is what opening this pair took."""
+        return estimate_plan(self.plan, spec, self.count_files(), device, rates, planning_seconds)
 
     def list_inputs(self) -> list[Path]:
         """Every folder and file that is an input, as given and as found."""
@@ -134,7 +150,8 @@ def plan_pair(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
     plan = make_plan(base, ft, spec)
     check_overrides(plan, spec)
     _refuse_misplaced(plan, base, ft, spec)
-    return keep_ties(plan, base, ft, spec)
+    methods = {spec.method, *(override.options.get("method") for override in spec.overrides)}
+    return replace(keep_ties(plan, base, ft, spec), by_equivalence="equivalence" in methods)
 
 
 def _refuse_misplaced(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> None:

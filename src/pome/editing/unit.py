@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +17,23 @@ from pome.config.spec import EditSpec
 from pome.errors import NumericalError, printable
 from pome.kernel.decomposition import DecompositionCache
 from pome.kernel.equalize import Equalized, Recipe, Unsolved, ZeroDelta, equalize_matrix, equalize_product
+from pome.kernel.equivalence import Matched, match_matrix
 from pome.kernel.noise import storage_noise_floor
+from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule
 from pome.manifest import KeptRecord, TensorRecord, sample_spectrum
-from pome.planning.units import BaseRange, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
-MEASURED = tuple(
-    field.name for field in dataclasses.fields(Equalized) if field.name not in ("value", "sigma", "solver", "warnings")
-)
+# What a record says of a matrix that the kernel has found: all that does not come from the unit and its bytes.
+MEASURED = [
+    field.name
+    for field in dataclasses.fields(TensorRecord)
+    if field.name not in ("name", "part", "file", "role", "shape", "dtype", "noise_floor", "rounding", "spectrum")
+]
 
+Result = TypeVar("Result", Equalized, Matched)
 # Finds the cache of a matrix's decompositions, for a sweep that edits it many times.
 FindCache = Callable[[Unit, Part], DecompositionCache]
 
@@ -177,11 +183,15 @@ def edit_part(
     device: str,
     caches: FindCache | None = None,
 ) -> TensorRecord | KeptRecord:
-    """Equalize a delta, add it to `W_base` and write the sum to `out`, all of them as stored (transposed or not).
+    """Find the edit of a delta, add it to `W_base` and write the sum to `out`, all as stored (transposed or not).
 
     `delta` is D itself (m x n), or (F, G) with D = F G. Raises NumericalError.
     """
-    result = equalize_part(unit, part, delta, floor, spec, device, caches)
+    result: Equalized | Matched | KeptRecord
+    if spec.resolve(unit.name).method == "equivalence":
+        result = match_part(unit, part, delta, W_base, spec, device, caches)
+    else:
+        result = equalize_part(unit, part, delta, floor, spec, device, caches)
     if isinstance(result, KeptRecord):
         return result
     value = result.value.to("cpu")
@@ -195,7 +205,8 @@ def edit_part(
     # The difference of stored and base weights is exact in float32 for near values (Sterbenz), and so is the rest.
     lost = torch.sub(W.to(W_base.dtype), W_base).sub_(edit)
     out.copy_(W.reshape(out.shape))
-    return record_part(unit, part, result, floor, measure_norm(lost) / result.edit_norm)
+    rounding = measure_norm(lost) / result.edit_norm if result.edit_norm else 0.0
+    return record_part(unit, part, result, floor, rounding)
 
 
 def measure_norm(A: Tensor) -> float:
@@ -216,15 +227,52 @@ def equalize_part(
 ) -> Equalized | KeptRecord:
     """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
-    operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
-    sent = [send(operand, device) for operand in operands]
-    try:
+
+    def equalize(cache: DecompositionCache | None) -> Equalized:
+        operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
+        sent = [send(operand, device) for operand in operands]
         rule = RankRule.from_options(spec.rank_rule, vars(spec), floor)
         recipe = Recipe(rule, spec.scale, spec.beta, spec.power)
-        cache = caches(unit, part) if caches else None
         if len(sent) == 1:
             return equalize_matrix(sent[0], recipe, cache)
         return equalize_product(sent[0], sent[1], recipe, cache)
+
+    return _solve_part(unit, part, equalize, caches)
+
+
+def match_part(
+    unit: Unit,
+    part: Part,
+    delta: tuple[Tensor, ...],
+    W_base: Tensor,
+    spec: EditSpec,
+    device: str,
+    caches: FindCache | None = None,
+) -> Matched | KeptRecord:
+    """The kernel's answer for the fine-tuned weight W_base + delta, as stored, by the method `equivalence`.
+
+    The sum is exact where the delta is a difference of stored weights. Raises NumericalError.
+    """
+    spec = spec.resolve(unit.name)
+
+    def match(cache: DecompositionCache | None) -> Matched:
+        with full_precision(W_base.device):
+            W_ft = W_base.double() + (delta[0] if len(delta) == 1 else delta[0].double() @ delta[1].double())
+        sides = [W_base, W_ft]
+        sent = [send(side.T if unit.transposed else side, device) for side in sides]
+        if sent[0].device != sent[1].device:
+            sent = [side.cpu() for side in sent]
+        return match_matrix(sent[0], sent[1], spec.beta, cache)
+
+    return _solve_part(unit, part, match, caches)
+
+
+def _solve_part(
+    unit: Unit, part: Part, solve: Callable[[DecompositionCache | None], Result], caches: FindCache | None
+) -> Result | KeptRecord:
+    """What the kernel finds for a part, or why there is no edit. Raises NumericalError."""
+    try:
+        return solve(caches(unit, part) if caches else None)
     except ZeroDelta:
         return KeptRecord(unit.name, unit.label(part), "its delta is zero: FT equals BASE")
     except (Unsolved, ValueError) as error:  # no solver, or numbers out of the range of floats
@@ -232,8 +280,9 @@ def equalize_part(
         raise NumericalError(f"{where}: {error}; leave it out with --exclude to edit the others") from None
 
 
-def record_part(unit: Unit, part: Part, result: Equalized, floor: float, rounding: float) -> TensorRecord:
-    """The manifest's record of an edited matrix."""
+def record_part(unit: Unit, part: Part, result: Equalized | Matched, floor: float, rounding: float) -> TensorRecord:
+    """The manifest's record of an edited matrix: of what its method does not have, None."""
+    measured: dict[str, Any] = {name: getattr(result, name, None) for name in MEASURED}
     return TensorRecord(
         name=unit.name,
         part=unit.label(part),
@@ -243,10 +292,8 @@ def record_part(unit: Unit, part: Part, result: Equalized, floor: float, roundin
         dtype=unit.out_dtype,
         noise_floor=floor,
         rounding=rounding,
-        solver=result.solver,
-        warnings=result.warnings,
-        spectrum=sample_spectrum(result.sigma[: result.rank].tolist()),
-        **{name: getattr(result, name) for name in MEASURED},
+        spectrum=sample_spectrum(result.sigma[: getattr(result, "rank", None)].tolist()),
+        **measured,
     )
 
 
@@ -259,12 +306,17 @@ def send(D: Tensor, device: str) -> Tensor:
 
 
 def list_devices(device: str) -> list[str]:
-    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU. Raises NumericalError if absent."""
+    """The devices to work on: `auto` is every CUDA device, else MPS, else the CPU; `cuda` is every CUDA device.
+
+    Raises NumericalError for one that is not there.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
+    cuda = [f"cuda:{i}" for i in range(count)]
     if device == "auto":
-        return [f"cuda:{i}" for i in range(count)] or (["mps"] if mps else ["cpu"])
-    wanted = "cuda:0" if device == "cuda" else device
-    if wanted == "cpu" or (wanted == "mps" and mps) or wanted in [f"cuda:{i}" for i in range(count)]:
-        return [wanted]
+        return cuda or (["mps"] if mps else ["cpu"])
+    if device == "cuda" and cuda:
+        return cuda
+    if device == "cpu" or (device == "mps" and mps) or device in cuda:
+        return [device]
     raise NumericalError(f"device {device} is not there ({count} CUDA devices); use --device auto or cpu")

@@ -1,4 +1,4 @@
-"""The local engine: a map over units on this machine, one worker for each device.
+"""The local engine: a map over units on this machine, one worker for each device, or several on the CPU.
 
 While the kernel works on a unit, its worker's reader fetches the next. Results come back in the order in which they
 are finished, which no caller may rely on.
@@ -66,18 +66,20 @@ def map_units(
                 while ahead is not None:
                     unit, data = ahead
                     ready = data.result()
-                    ahead = fetch(reader)
+                    # Of the last units none is taken ahead that another worker could begin at once.
+                    ahead = fetch(reader) if todo.qsize() >= len(workers) else None
                     if stop.is_set():
                         break
                     tell(_Done(work(unit, ready, device)))
                     del ready, data  # else the worker holds one unit's bytes while it waits for the next
+                    ahead = ahead or fetch(reader)
         except BaseException as error:
             stop.set()
             tell(error)
         finally:
             tell(None)
 
-    workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices]
+    workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices[: len(units)]]
     for worker in workers:
         worker.start()
     failure: BaseException | None = None

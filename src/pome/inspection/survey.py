@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from pome.choices import ROLES
 from pome.config.spec import EditSpec
 from pome.editing.session import Source, open_pair
-from pome.engines.local import map_units
 from pome.inspection.records import Matrix, Survey
 from pome.manifest import KeptRecord
 from pome.output.progress import Progress
+from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
     """
     from pome.editing.lora_merge import read_unit
     from pome.editing.unit import list_devices
+    from pome.editing.workers import map_on_devices
     from pome.inspection.measure import measure_unit
 
     progress = progress or Progress()
@@ -54,7 +55,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
             return unit, measure_unit(unit, data, spec, device)
 
         found: dict[str, list[Matrix | KeptRecord]] = {}
-        for unit, records in map_units(units, devices, read, work):
+        for unit, records in map_on_devices(units, devices, count_cores(), read, work):
             found[unit.key] = records
             progress.advance("survey", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
         progress.finish("survey")

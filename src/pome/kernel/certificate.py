@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pome.kernel.decomposition import Truncation
-from pome.kernel.norms import ADDENDS, dot, draw_gaussian, multiply_thin, split_rows
-from pome.kernel.precision import to_float64
+from pome.kernel.norms import dot, draw_gaussian, multiply_thin, split_rows
 
 TOLERANCE = 1e-5
 # The mean square of s Gaussian probes of E is an unbiased estimate of norm_F(E)^2. Its worst case is an E of rank
@@ -79,10 +78,10 @@ def certify(found: Truncation, D: Operand) -> Certificate:
 def finish_certificate(
     found: Truncation, product: float, orthogonality: float, norm: float, asymmetry: float
 ) -> Certificate:
-    """Certificate from <D, M> and the norms, over what the spectrum says they should be."""
+    """Certificate from <D, M> and the norms, over what the spectrum says they should be, or at most."""
     sigma, weights = found.sigma[: found.k], found.weights
     return Certificate(
-        objective=product / float((sigma * weights).sum()),
+        objective=product / float((sigma * weights).sum()) / (1.0 + found.missed),
         orthogonality=orthogonality,
         norm=norm,
         square=float(weights.square().sum()),
@@ -92,22 +91,17 @@ def finish_certificate(
 
 
 def measure_isometry(P: Tensor, D: Operand) -> tuple[float, float, float]:
-    """norm_F(P P^T P - P), <D, P> and norm_F(P)^2: two passes over P (m x n), in blocks of rows that stay in the
-    cache."""
+    """norm_F(P P^T P - P), <D, P> and norm_F(P)^2: four passes over P (m x n)."""
     m, n = P.shape
     if m <= PROBES < n:
         total, _, square = measure_isometry(P.mT, ())
         return total, find_inner_product(D, slice(None), P), square
-    probes = draw_probes(n, P)
-    image, twice = P.new_empty(m, probes.shape[1]), to_float64(torch.zeros_like(probes))
+    image = multiply_thin(P, draw_probes(n, P))
+    defect = multiply_thin(P, multiply_thin(P.mT, image)) - image
     product, square = 0.0, 0.0
-    for rows in split_rows(P, ADDENDS):
-        block = P[rows]
-        image[rows] = multiply_thin(block, probes)
-        twice += to_float64(block.mT @ image[rows])
-        product += find_inner_product(D, rows, block) if D else 0.0
-        square += dot(block, block)
-    defect = multiply_thin(P, twice.to(P)) - image
+    for rows in split_rows(P):
+        product += find_inner_product(D, rows, P[rows]) if D else 0.0
+        square += dot(P[rows], P[rows])
     return math.sqrt(dot(defect, defect)), product, square
 
 

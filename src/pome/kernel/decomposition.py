@@ -1,7 +1,7 @@
 """Input and output of every solver: a delta and a rank rule in, the truncated decomposition and its spectrum out.
 
-The solvers are the rungs of one ladder, which `pome.kernel.ladder` climbs: deflated, gram and svd for a matrix, and
-factors for a product of two thin ones.
+The solvers are the rungs of one ladder, which `pome.kernel.ladder` climbs: deflated, gram and svd for a matrix, thin
+before them where few directions are asked for, and factors for a product of two thin matrices.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Decomposition:
     tall one. U: left ones, where the solver has them. strong: how many of the leading directions were deflated,
     residual (n x strong) what they leave in D^T D. noise: absolute error bound of sigma^2. tail: from which index on
     sigma was found without squaring.
+
+    The thin solver knows the leading k + 1 values and k vectors only, counts those as the rank, and bounds what they
+    may have `missed`.
     """
 
     sigma: Tensor
@@ -46,6 +49,7 @@ class Decomposition:
     strong: int = 0
     noise: float = 0.0
     tail: int = 0
+    missed: float = 0.0
 
 
 # What is known of one delta, by solver and device: a Decomposition, or why that solver has none.
@@ -84,19 +88,22 @@ class Truncation:
     """M = U_k (S_k / s_1)^P V_k^T of a delta, with the spectrum that it was cut from.
 
     M: m x n, in the delta's dtype and on its device. sigma: all min(m, n) singular values, descending, float64, CPU,
-    zero from `rank` on. resolution: the least gap (s_k - s_{k+1}) / s_k at which the solver can tell the two
-    directions apart. power: P. isometry: factors of U_k V_k^T in M's dtype; None where P = 0 and M is that product.
-    is_product: whether M was multiplied from those factors, with their weights in between, and from nothing else.
+    zero from `rank` on; only the k + 1 largest where the rank is not known (None). resolution: the least gap (s_k -
+    s_{k+1}) / s_k at which the solver can tell the two directions apart. power: P. isometry: factors of U_k V_k^T in
+    M's dtype; None where P = 0 and M is that product. is_product: whether M was multiplied from those factors, with
+    their weights in between, and from nothing else.
+    missed: bound on the share by which the true s_1^(1+P) + ... + s_k^(1+P) exceeds that of sigma.
     """
 
     M: Tensor
     sigma: Tensor
-    rank: int
+    rank: int | None
     k: int
     resolution: float
     power: float = 0.0
     isometry: Factors | None = None
     is_product: bool = False
+    missed: float = 0.0
 
     @property
     def sigma_next(self) -> float:

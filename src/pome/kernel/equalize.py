@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Equalized:
     Norms are Frobenius norms; D is the m x n delta, in whose units all singular values and norms are.
 
     value: alpha * U_k S_k^p V_k^T, m x n, float32 (float64 for a float64 delta), on the delta's device.
-    rank: numerical rank, the number of s_i > s_1 * sqrt(max(m, n) * 2^-52).
+    rank: numerical rank, the number of s_i > s_1 * sqrt(max(m, n) * 2^-52); None where few directions were asked for
+        and found without it.
     k: number of directions kept, in 1..rank.
     alpha: beta times what the scale rule gives; with p = 0 every non-zero singular value of `value`.
     beta: the factor that was asked for.
@@ -53,11 +55,12 @@ class Equalized:
     power_residual: norm(M^T D - D^T M) / norm(M^T D), estimated by seeded probes; 0 within 1e-5 where p is not 0.
     solver: the rung of the ladder that found it, such as `deflated-float32`.
     warnings: rungs that failed, a cut within a cluster of singular values, directions that storage rounding explains.
-    sigma: singular values of D, descending, float64, on the CPU.
+    sigma: singular values of D, descending, float64, on the CPU; the k + 1 largest where the rank is None.
     """
 
+    method: ClassVar[str] = "equalize"
     value: Tensor
-    rank: int
+    rank: int | None
     k: int
     alpha: float
     beta: float
@@ -141,7 +144,7 @@ def equalize_matrix(delta: Tensor, recipe: Recipe, cache: DecompositionCache | N
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
         rule = recipe.rule.shift(-exponent)
-        found = climb(list_attempts(D, cache, recipe.power), partial(prove_matrix, D), D.device, rule)
+        found = climb(list_attempts(D, cache, recipe.power, rule), partial(prove_matrix, D), D.device, rule)
         return scale_edit(found, recipe, (D.shape[0], D.shape[1]), squared_norm(D), exponent)
 
 

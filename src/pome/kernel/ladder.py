@@ -21,6 +21,7 @@ from pome.kernel.solvers.deflated import solve_deflated
 from pome.kernel.solvers.factors import solve_factors
 from pome.kernel.solvers.gram import solve_gram
 from pome.kernel.solvers.svd import solve_svd
+from pome.kernel.solvers.thin import solve_thin
 
 RUNGS: tuple[tuple[str, Solver], ...] = (
     ("deflated-float32", solve_deflated),
@@ -28,6 +29,8 @@ RUNGS: tuple[tuple[str, Solver], ...] = (
     ("svd-float64", solve_svd),
 )
 SMALL = 96  # short side below which a float64 SVD is as fast as anything
+# The thin route is tried for up to a SHARE of the short side, where that is not below THIN.
+THIN, SHARE = 512, 1 / 32
 
 
 class Unsolved(ArithmeticError):
@@ -36,11 +39,15 @@ class Unsolved(ArithmeticError):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One rung with its delta, ready to be tried, and the device whose memory it needs."""
+    """One rung with its delta, ready to be tried, and the device whose memory it needs.
+
+    is_bet: whether that it leaves the delta to the next one is as good as expected, and not worth a warning.
+    """
 
     name: str
     device: torch.device
     solve: Callable[[RankRule], Truncation]
+    is_bet: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ def climb(
             fault = certificate.find_fault()
         except (RuntimeError, Undecided) as failure:  # the drivers of every device raise RuntimeError or below it
             fault = summarise_failure(failure)
+            if attempt.is_bet and isinstance(failure, Undecided):
+                continue
             if isinstance(failure, torch.cuda.OutOfMemoryError):
                 full = attempt.device
         if fault is None:
@@ -93,13 +102,27 @@ def find_first_rung(D: Tensor) -> int:
     return 2 if min(D.shape) < SMALL else 1 if D.dtype == torch.float64 else 0
 
 
-def list_attempts(D: Tensor, cache: DecompositionCache | None = None, power: float = 0.0) -> Iterator[Attempt]:
-    """The ladder on the device of D, and after an accelerator's rungs those of the CPU.
+def is_thin(D: Tensor, rule: RankRule) -> bool:
+    """Whether a rule asks for so few directions of D (m x n) that the thin route is worth a try.
+
+    Only a number of directions is known to be right without the whole spectrum.
+    """
+    short = min(D.shape)
+    return rule.name == "fixed" and short >= THIN and (rule.number or 0.0) <= SHARE * short
+
+
+def list_attempts(
+    D: Tensor, cache: DecompositionCache | None = None, power: float = 0.0, rule: RankRule | None = None
+) -> Iterator[Attempt]:
+    """The thin route where `rule` suits it, the ladder on the device of D, and after an accelerator's rungs those of
+    the CPU.
 
     Between the two stands the smaller form: D on the CPU, and only the `eigh` of the short side on the accelerator.
     """
     first = find_first_rung(D)
     given: dict[str, Any] = {"cache": cache, "power": power}
+    if rule is not None and is_thin(D, rule):
+        yield Attempt("thin", D.device, partial(solve_thin, D, **given), is_bet=True)
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D, **given))
     if D.device.type != "cpu":

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
-from pome.config.spec import NUMBER_OF, EditSpec
+from pome.config.conflicts import NUMBER_OF
+from pome.config.spec import EditSpec
 from pome.config.yaml_text import compose
-from pome.manifest import Manifest, SideRecord, TensorRecord
+from pome.manifest import Manifest, SideRecord, TensorRecord, show_median
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
+POET = "https://arxiv.org/abs/2506.08001"
 TAGS = ("pome", "model-editing")
 # What stays true of the edited model. Results (`model-index`) do not: they were measured on FT.
 _CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
@@ -131,8 +133,22 @@ def _introduce(manifest: Manifest) -> str:
 
 
 def _describe_weights(manifest: Manifest) -> str:
-    """What became of the singular directions of each update."""
+    """What became of each weight, or of the singular directions of its update."""
     spec = manifest.spec
+    methods = {record.method for record in manifest.tensors} or {spec["method"]}
+    matched = (
+        f"edited by orthogonal equivalence (POET, [arXiv 2506.08001]({POET})): they have the singular values of the "
+    )
+    matched += "pretrained weights and the singular directions of the fine-tuned ones"
+    if methods == {"equivalence"}:
+        return matched
+    if "equivalence" in methods:
+        return f"edited, some {matched.removeprefix('edited ')}; the others {_describe_directions(spec)}"
+    return _describe_directions(spec)
+
+
+def _describe_directions(spec: dict[str, Any]) -> str:
+    """What POME made of the singular directions of each update."""
     powers = {options["power"] for options in (spec, *spec["overrides"]) if "power" in options} or {0.0}
     by = f"by POME ([arXiv 2510.06627]({PAPER})): the leading singular directions of each update are kept and"
     if powers == {0.0}:
@@ -157,16 +173,11 @@ def _describe_edits(manifest: Manifest) -> str:
         "| role | matrices | shape | rank | k | alpha | beta | energy kept | norm of edit / of update |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (role, (rows, columns)), records in by_role.items():
-        middle = {
-            key: statistics.median(getattr(record, key) for record in records)
-            for key in ("rank", "k", "alpha", "beta", "energy_kept")
-        }
+    for (role, (m, n)), records in by_role.items():
+        columns = {"rank": ".0f", "k": ".0f", "alpha": ".4g", "beta": "g", "energy_kept": ".3f"}
+        middle = " | ".join(show_median(records, key, form) for key, form in columns.items())
         ratio = statistics.median(record.edit_norm / record.delta_norm for record in records)
-        lines.append(
-            f"| {role} | {len(records)} | {rows} x {columns} | {middle['rank']:.0f} | {middle['k']:.0f} | "
-            f"{middle['alpha']:.4g} | {middle['beta']:g} | {middle['energy_kept']:.3f} | {ratio:.3f} |"
-        )
+        lines.append(f"| {role} | {len(records)} | {m} x {n} | {middle} | {ratio:.3f} |")
     lines += ["", "Medians over the matrices of a row. `pome_manifest.json` has every matrix and each file's hash."]
     return "\n".join(lines)
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 class Progress:
     """Listener to a run: subclass it and override what you show. This class shows nothing.
 
-    Tasks are `copy` and `hash`, counted in bytes, and `edit` and `survey`, counted in units (2-D tensors, or single
-    experts of a 3-D one). Calls come from the thread that started the run, but for `advance` of `hash`, which may come
-    from another.
+    Tasks are `copy`, `compare` and `hash`, counted in bytes, and `edit` and `survey`, counted in units (2-D tensors, or
+    single experts of a 3-D one). Calls come from the thread that started the run, but for `advance` of `hash`, which
+    may come from another.
     """
 
     def begin(self, plan: Plan, ft: Checkpoint, devices: list[str], resumed: int) -> None:
@@ -28,7 +28,7 @@ class Progress:
         """Something that a user should know of the inputs, found by reading them."""
 
     def start(self, task: str, total: int, work: float = 0.0) -> None:
-        """A task of `total` bytes (`copy`, `hash`) or units (`edit`, `survey`) begins.
+        """A task of `total` bytes (`copy`, `compare`, `hash`) or units (`edit`, `survey`) begins.
 
         `work` is the sum of `Unit.work` over what this run will do itself, for an estimate of the time left.
         """

@@ -3,8 +3,10 @@
 The staging folder `OUT.pome-staging` holds
     lock        held while a run lives (flock, and who holds it for file systems whose locks lie)
     command     what is being made; another command's progress is never reused
-    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced
+    journal     one JSON line for each copied file and each finished unit, written after its bytes are synced, and one
+                for the number of cores that units are split over
     output/     what becomes OUT
+    factors     what an adapter's tensors are assembled from
     publishing  the command, and the hash of the manifest by which the OUT that it made is known
     replaced/   the former OUT, for the moment of an overwrite
 
@@ -19,7 +21,6 @@ import json
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -45,7 +46,9 @@ from pome.output.durable import (
 )
 from pome.output.lock import LOCK_NAME, Lock, take_lock
 from pome.output.target import STAGING_SUFFIX
+from pome.output.weight_files import WeightFiles
 
+SCRATCH = "factors"  # beside the output: factors of adapters, until their ranks are all known
 _SPARE = 16 << 20  # room for journal, manifest and directories when free space is checked
 
 
@@ -58,12 +61,12 @@ class Staging:
         self.output = self.folder / "output"
         self._command = command
         self._fresh = fresh
-        self._files: dict[str, int] = {}
-        self._opening = threading.Lock()
+        self._files, self._scratch = WeightFiles(self.output), WeightFiles(self.folder)
         self._lock: Lock | None = None
         self._journal = -1
         self._sync_failed = False
         self.notices: list[str] = []  # what the file system cannot do
+        self.cores: int | None = None  # of the split that finished units were made with
         self.copied: dict[str, int] = {}  # name -> bytes
         self.finished: dict[str, dict[str, Any]] = {}  # unit key -> what its journal line carries
 
@@ -83,10 +86,10 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (*self._files.values(), self._journal):
-            if fd >= 0:
-                os.close(fd)
-        self._files.clear()
+        self._files.close()
+        self._scratch.close()
+        if self._journal >= 0:
+            os.close(self._journal)
         self._journal = -1
         if self._lock is not None:
             self._lock.release()
@@ -145,6 +148,8 @@ class Staging:
                 good += len(line)
                 if "copied" in entry:
                     self._note_copied(entry["copied"], entry["bytes"])
+                elif "cores" in entry:
+                    self.cores = entry["cores"]
                 else:
                     self.finished[entry["unit"]] = entry
         os.ftruncate(self._journal, good)
@@ -225,6 +230,17 @@ class Staging:
         finally:
             os.close(fd)
 
+    def keep_cores(self, cores: int) -> int:
+        """The number of cores that this output's units are split over: the first run's, journalled; else `cores`.
+
+        The number of threads decides the last bits of a matrix, and all matrices shall come out as in one run.
+        """
+        if self.cores is None:
+            with as_output_error(self.folder / "journal"):
+                append_synced(self._journal, json.dumps({"cores": cores}).encode() + b"\n")
+            self.cores = cores
+        return self.cores
+
     def put_file(self, name: str, content: bytes) -> None:
         """Write a small file of our own making into the output."""
         with as_output_error(self.output / name):
@@ -232,8 +248,15 @@ class Staging:
 
     def write(self, name: str, data: bytearray, offset: int) -> None:
         """Write bytes of one unit to their range of a weight file; they are safe only after `commit`."""
-        with as_output_error(self.output / name):
-            write_at(self._open(name), data, offset)
+        (self._scratch if name == SCRATCH else self._files).write(name, data, offset)
+
+    def open_scratch(self) -> None:
+        """Make the scratch file, which `write` takes too. Without it what the journal says of its bytes is void."""
+        path = self.folder / SCRATCH
+        if not path.is_file():
+            self.finished.clear()
+            with as_output_error(path):
+                path.touch()
 
     def commit(self, entries: list[dict[str, Any]]) -> None:
         """Sync all written bytes, then the journal lines that say they are there; each has `unit` and its `file`.
@@ -244,11 +267,8 @@ class Staging:
         if self._sync_failed:
             return
         self._sync_failed = True
-        with self._opening:  # workers go on and may open the next file; what is committed is in those open by now
-            files = list(self._files.items())
-        for name, fd in files:
-            with as_output_error(self.output / name):
-                sync_file(fd, data_only=True)
+        self._scratch.sync()
+        self._files.sync()
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         with as_output_error(self.folder / "journal"):
             append_synced(self._journal, lines)
@@ -261,8 +281,7 @@ class Staging:
                 f"{show_path(self.target)}: appeared meanwhile; move it away or give --overwrite, then run again"
             )
         with as_output_error(self.output):
-            for fd in self._files.values():
-                sync_file(fd)
+            self._files.sync(data_only=False)
             write_synced(self.output / MANIFEST_NAME, manifest)
             for root, _, _ in os.walk(self.output):
                 sync_folder(Path(root))
@@ -283,14 +302,14 @@ class Staging:
 
     def clear_output(self) -> None:
         """Take the output's files away, and what the journal says of them; the folder and its command stay."""
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._files.close()
+        self._scratch.close()
         with as_output_error(self.folder):
             os.ftruncate(self._journal, 0)
             os.lseek(self._journal, 0, os.SEEK_SET)
             remove(self.output)
             self.output.mkdir()
+        self.cores = None
         self.copied.clear()
         self.finished.clear()
 
@@ -303,12 +322,6 @@ class Staging:
         """Take away the staging folder with all progress, where no run can go on from it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _open(self, name: str) -> int:
-        with self._opening:  # workers of several devices write to one file
-            if name not in self._files:
-                self._files[name] = os.open(self.output / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            return self._files[name]
-
 
 def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a journal line is one that this class or the run writes."""
@@ -316,6 +329,8 @@ def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
         return False
     if "copied" in entry:
         return isinstance(entry["copied"], str) and isinstance(entry.get("bytes"), int)
+    if "cores" in entry:
+        return type(entry["cores"]) is int and entry["cores"] > 0
     texts = entry.get("unit"), entry.get("file")
     lists = entry.get("tensors"), entry.get("kept"), entry.get("copies")
     return all(isinstance(t, str) for t in texts) and all(isinstance(items, list) for items in lists)

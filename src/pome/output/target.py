@@ -17,8 +17,8 @@ STAGING_SUFFIX, SWEEP_SUFFIX = ".pome-staging", ".pome-sweep"
 SCORER_LOG = "scorer.log"
 # All that ever lies in a staging folder: the run's own, the output before it is OUT, and a sweep's.
 STAGED = {
-    *(LOCK_NAME, "command", "journal", "output", "replaced", "publishing", "factors"),
-    *("decompositions", "base", "scores.jsonl", "scores.new", SCORER_LOG),
+    *(LOCK_NAME, "command", "journal", "output", "replaced", "publishing", "factors", "probe"),
+    *("decompositions", "base", "workers", "scores.jsonl", "scores.new", SCORER_LOG),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,14 @@ from pome.checkpoint.header import DTYPE_BITS, Header, build_header, order_entri
 from pome.checkpoint.lora import AdapterChange, LowRank
 from pome.checkpoint.source import Checkpoint
 from pome.manifest import KeptRecord
+from pome.planning.split import count_cores, find_threads, group_units
 from pome.roles.layout import Block, Layout, Part, matrix_shape
 
 STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Layouts = dict[str, tuple[bytes, Header]]  # file -> its new header, as bytes and read
 Added = dict[str, list[tuple[str, str, tuple[int, ...]]]]  # file -> name, dtype and shape of tensors that FT lacks
 BYTE_WORK = 32.0  # to read, merge or write a byte takes about as long as so many multiply-adds
+FLOAT64_ENTRIES = 1 << 20  # entries of a matrix that is worked on in float64
 TORCH_BYTES = 350 << 20  # the resident size of a process that has imported torch and computed once
 
 
@@ -85,10 +88,32 @@ class Unit:
     def work(self) -> float:
         """What the unit costs beside others, for an estimate of the time left: m n min(m, n) of each matrix, and the
         bytes that are moved."""
-        shapes = [fan_out_in(self, part) for part in self.parts]
-        return sum(m * n * min(m, n) for m, n in shapes) + BYTE_WORK * (
+        return sum(m * n * min(m, n) for m, n in self.matrices) + BYTE_WORK * (
             self.nbytes + self.base_nbytes + self.out_nbytes
         )
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(fan_out, fan_in) of each part."""
+        return [fan_out_in(self, part) for part in self.parts]
+
+    @property
+    def workspace(self) -> int:
+        """Expected bytes of memory that a worker takes at it: the unit, the next one that is read, and what is
+        computed."""
+        stored = 8 if "F64" in (self.dtype, self.base_dtype) else 4
+        work = 0
+        for m, n in self.matrices:
+            wide = 8 if m * n <= FLOAT64_ENTRIES else stored
+            # delta, edit, polar factor and its product on the long side, in float32 sums over them too; eigenvectors
+            # and workspace on the short one
+            work = max(work, (5 if wide == 4 else 4) * wide * m * n + 5 * 8 * min(m, n) ** 2)
+        # An adapter's other tensors are merged: their change and the sum in float32.
+        return (work or 4 * self.nbytes) + 2 * (self.nbytes + self.base_nbytes)
+
+    def count_threads(self, cores: int) -> int:
+        """Threads that the unit is worked on with, of so many cores."""
+        return find_threads(max(map(min, self.matrices), default=0), self.workspace, cores)
 
     def label(self, part: Part) -> str | None:
         """The manifest's `part`: None for a whole 2-D tensor, else such as `expert=3,half=up`."""
@@ -107,6 +132,7 @@ class Plan:
     merged: tuple[str, ...] = ()  # tensors that an adapter changes and that are, wholly or in part, not edited
     loras: tuple[LowRank, ...] = ()  # of an adapter as the output: all that it has
     notes: tuple[str, ...] = ()  # what a user should know of these inputs
+    by_equivalence: bool = False  # whether some matrix is edited by that method, which works in float64
 
     def matrices(self) -> Iterator[tuple[Unit, Part]]:
         return ((unit, part) for unit in self.units for part in unit.parts)
@@ -121,17 +147,23 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Expected peak of resident memory in bytes: torch, two units in flight, and the workspace of the largest."""
-        work = 0
-        for unit, part in self.matrices():
-            m, n = fan_out_in(unit, part)
-            short = min(m, n)
-            wide = 8 if "F64" in (unit.dtype, unit.base_dtype) else 4
-            # delta, edit, polar factor and its product on the long side; eigenvectors and workspace on the short one
-            work = max(work, 4 * wide * m * n + 5 * 8 * short * short + 2 * (unit.nbytes + unit.base_nbytes))
-        # An adapter's other tensors are merged: their change and the sum in float32, beside the bytes of two units.
-        work = max([work, *(6 * unit.nbytes + 2 * unit.base_nbytes for unit in self.units if not unit.parts)])
-        return TORCH_BYTES + work
+        """Expected peak of resident memory in bytes, on this machine's cores."""
+        return self.expect_memory(count_cores())
+
+    def expect_memory(self, cores: int) -> int:
+        """Expected peak of resident memory in bytes: torch, and the workspaces of what so many cores do side by
+        side."""
+        most = 0
+        for threads, units in group_units(self.units, cores):
+            most = max(most, sum(heapq.nlargest(cores // threads, map(self._expect_workspace, units))))
+        return TORCH_BYTES + most
+
+    def _expect_workspace(self, unit: Unit) -> int:
+        if not self.by_equivalence:
+            return unit.workspace
+        # In float64: both weights, singular vectors and the product; eigenvectors and workspace on the short side.
+        work = max((7 * 8 * m * n + 5 * 8 * min(m, n) ** 2 for m, n in unit.matrices), default=0)
+        return max(unit.workspace, work + 2 * (unit.nbytes + unit.base_nbytes))
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""

@@ -27,6 +27,18 @@ KINDS = (
         "--rank-rule noise-floor",
     ),
     (
+        re.compile(r"W_ft has rank \d+ and W_base \d+"),
+        "The fine-tuned weight has a lower rank than its base: which directions get the base's other singular values "
+        "is not determined.",
+        "--exclude, with their names",
+    ),
+    (
+        re.compile(r"singular values of W_ft are tied"),
+        "The fine-tuned weight has equal singular values where its base has others: which directions get which is not "
+        "determined.",
+        "--exclude, with their names",
+    ),
+    (
         re.compile(r"[\w ,.-]+ handed over: "),
         "A faster solver could not be certified and a slower one was used; the result is certified all the same.",
         "",

@@ -40,7 +40,7 @@ def write_plots(sheet: Sheet, folder: Path) -> list[Path]:
     try:
         folder.mkdir(exist_ok=True)
         for key in MAPS:
-            if key in labels:
+            if key in labels and any(row.values[key] is not None for row in sheet.rows):
                 quantity = labels[key]
                 made += _save(_draw_map(sheet, key, quantity.label, quantity.log), folder / f"heat_{key}")
         for role in sheet.roles:
@@ -131,7 +131,7 @@ def _draw_spectra(rows: Sequence[Row], role: str, is_edit: bool) -> Figure:
     for i, row in enumerate(rows):
         points = [(k, s) for k, s in row.points if s > 0.0]
         axes.loglog(*zip(*points, strict=True), color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)
-        if is_edit:
+        if is_edit and row.after is not None:
             k, alpha = row.after
             edited = [(i, alpha * s**row.power) for i, s in points if i <= k]
             axes.loglog(*zip(*edited, strict=True), "--", color=shades((i + 1) / (len(rows) + 1)), linewidth=0.9)

@@ -84,6 +84,14 @@ SURVEYED = (
     Quantity("drift", "spectral drift", "Relative change of the base's leading singular values.", True, "drift"),
 )  # fmt: skip
 
+MATCHED = (
+    Quantity(
+        "spectral_drift", "spectral drift", "Relative change of the base's singular values, which the edit takes back.",
+        True, "spectral drift",
+    ),
+    Quantity("distance", "distance", "Norm of the way from the fine-tuned weight to W_E, before beta.", True),
+)  # fmt: skip
+
 EDITED = (
     Quantity("delta_norm", "‖Δ‖", "Norm of what training changed.", True),
     Quantity("rank", "rank", "Singular values that are not zero to the precision of the method.", True, "rank"),

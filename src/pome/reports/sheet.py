@@ -6,17 +6,23 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.choices import ROLES
-from pome.config.spec import EditSpec
+from pome.config.extraction import read_spec
 from pome.errors import SpecError, VerificationError, printable
 from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
 from pome.manifest import Manifest, TensorRecord, spread_indices
 from pome.reports.edit_warnings import group_warnings
-from pome.reports.quantities import EDITED, SURVEYED, Quantity
+from pome.reports.quantities import EDITED, MATCHED, SURVEYED, Quantity
 
+# The numbers that a record of each method has beside those of every record.
+METHOD_KEYS = {
+    "equalize": {"k", "energy_kept", "alpha", "cut_gap", "sigma_max"},
+    "equivalence": {"spectral_drift", "distance"},
+}
 POINTS, FEW_POINTS, MANY = 96, 24, 4000  # points kept of a spectrum; with more matrices than MANY, the few
 
 
@@ -25,7 +31,8 @@ class Row:
     """One matrix.
 
     points: (index from 1, singular value of the delta), by index. floor: largest singular value of storage rounding.
-    after: (k, alpha) of the edit; of a survey, those of an edit with defaults. power: the edit makes alpha s^power of a
+    after: (k, alpha) of the edit; of a survey, those of an edit with defaults; None where the edit has the singular
+    values of the base, which `points` then are. power: the edit makes alpha s^power of a
     singular value s that it keeps.
     """
 
@@ -37,7 +44,7 @@ class Row:
     values: dict[str, float | None]
     points: list[tuple[int, float]]
     floor: float
-    after: tuple[int, float]
+    after: tuple[int, float] | None
     power: float = 0.0
 
     @property
@@ -65,7 +72,7 @@ class Sheet:
     @property
     def roles(self) -> list[str]:
         present = {row.role for row in self.rows}
-        return [role for role in ROLES if role in present]
+        return sorted(present, key=order_role)
 
 
 def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestion) -> Sheet:
@@ -101,43 +108,53 @@ def _estimate_departure(matrix: Matrix) -> float:
 def make_edit_sheet(manifest: Manifest) -> Sheet:
     """The sheet of an output, from its manifest: before and after. Raises VerificationError."""
     try:
-        spec = EditSpec.from_mapping(manifest.spec)
+        spec = read_spec(manifest.spec)
     except SpecError as error:
         raise VerificationError(f"{MANIFEST_NAME}: spec: {error}; give an output of pome") from None
     rows = _sort_rows(_make_edited_row(record, spec.resolve(record.name).power) for record in manifest.tensors)
     kept = tuple((record.name, record.reason) for record in manifest.kept)
     sides = manifest.base.source, manifest.fine_tuned.source
-    return Sheet("edit", *sides, EDITED, rows, kept, tuple(group_warnings(manifest.tensors)), None)
+    quantities = EDITED + (MATCHED if any(row.after is None for row in rows) else ())
+    return Sheet("edit", *sides, quantities, rows, kept, tuple(group_warnings(manifest.tensors)), None)
 
 
 def _make_edited_row(record: TensorRecord, power: float) -> Row:
     """Raises VerificationError for a record that pome did not write: a manifest may come from anybody."""
-    values = {q.key: getattr(record, q.key) for q in EDITED if hasattr(record, q.key)}
+    values: dict[str, Any] = {q.key: getattr(record, q.key) for q in (*EDITED, *MATCHED) if hasattr(record, q.key)}
+    most = min(record.shape) if record.rank is None else record.rank
+    points = dict(record.spectrum)
     try:
         values["edit_ratio"] = record.edit_norm / record.delta_norm
-        values["cut_gap"] = 1.0 - record.sigma_next / record.sigma_k
-        good = all(map(math.isfinite, (*values.values(), *record.shape)))
-        good &= min(record.delta_norm, record.sigma_max, record.sigma_k) > 0
-        good &= record.role in ROLES and 1 <= record.k <= record.rank <= min(record.shape)
-        good &= all(1 <= i <= record.rank and math.isfinite(s) for i, s in record.spectrum)
-    except (TypeError, ArithmeticError):  # a norm of zero, a number that no float holds, a side that is none
+        good = set(record.role.split("+")) <= set(ROLES) and record.delta_norm > 0 and most <= min(record.shape)
+        good &= all(1 <= i <= most and math.isfinite(s) for i, s in record.spectrum)
+        values["cut_gap"], after = None, None
+        if record.method == "equalize":
+            cut: Any = record  # none of its numbers is None
+            values["cut_gap"], after = 1.0 - cut.sigma_next / cut.sigma_k, (cut.k, cut.alpha)
+            good &= min(cut.sigma_max, cut.sigma_k) > 0 and 1 <= cut.k <= most
+            points |= {1: cut.sigma_max, cut.k: cut.sigma_k} | ({cut.k + 1: cut.sigma_next} if cut.k < most else {})
+        named = {"delta_norm", "edit_ratio", "departure", "rounding", "noise_floor"}
+        named |= METHOD_KEYS[record.method]
+        good &= all(map(math.isfinite, (*(values[key] for key in named), *record.shape)))
+    except (TypeError, KeyError, ArithmeticError):  # a norm of zero, what no float holds, none, an unknown method
         good = False
     if not good:
         said = f"the record of {printable(record.name)} is not one that pome writes"
         raise VerificationError(f"{MANIFEST_NAME}: {said}; give an output of pome")
-    points = {**dict(record.spectrum), 1: record.sigma_max, record.k: record.sigma_k}
-    if record.k < record.rank:
-        points[record.k + 1] = record.sigma_next
-    place, after = find_place(record.name), (record.k, record.alpha)
-    name, part, floor = record.name, record.part, record.noise_floor
+    place, name, part, floor = find_place(record.name), record.name, record.part, record.noise_floor
     return Row(name, part, record.role, place, record.shape, values, sorted(points.items()), floor, after, power)
+
+
+def order_role(role: str) -> tuple[int, str]:
+    """The place of a role in tables; a matrix of an extracted adapter may have several, as in `gate+up`."""
+    return ROLES.index(role.partition("+")[0]), role
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Layer by layer, and in each by role: files hold layer 10 before layer 2."""
     made = list(rows)
     order = {place: i for i, place in enumerate(sort_places([row.place for row in made]))}
-    return tuple(sorted(made, key=lambda row: (order[row.place], ROLES.index(row.role))))
+    return tuple(sorted(made, key=lambda row: (order[row.place], order_role(row.role))))
 
 
 def summarise_roles(sheet: Sheet, keys: Sequence[str]) -> list[tuple[str, int, dict[str, float]]]:

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from pome.sweeping.grid import FINE_TUNED, describe_rank_choice
 from pome.sweeping.trials import Outcome, Trial
@@ -13,7 +14,7 @@ from pome.sweeping.trials import Outcome, Trial
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Trials that share layers, scale and power: a row for each way to choose k, a column for each beta."""
+    """Trials that share layers, method, scale and power: a row for each way to choose k, a column for each beta."""
 
     title: str
     rows: tuple[str, ...]
@@ -22,24 +23,26 @@ class HeatMap:
 
 
 def list_heat_maps(outcome: Outcome) -> list[HeatMap]:
-    """One map for every layers, scale and power that were tried together, in the order of the grid."""
+    """One map for every layers, method, scale and power that were tried together, in the order of the grid."""
     grid = outcome.grid
     maps = []
-    found: dict[tuple[str, str, float, str, str], Trial] = {}
+    found: dict[tuple[Any, ...], Trial] = {}
     for trial in outcome.trials:
         if trial.candidate is not None and trial.score is not None:
             params = trial.candidate.params
             layers, choice = "+".join(params["layers"]), trial.candidate.rank_choice
-            at = layers, params["scale"], params["power"], choice, f"{params['beta']:g}"
+            at = layers, params["method"], params.get("scale"), params.get("power"), choice, f"{params['beta']:g}"
             found[at] = trial
-    rank_choices = list(dict.fromkeys(describe_rank_choice(options) for options in grid["cuts"]))
     betas = [f"{beta:g}" for beta in grid["beta"]]
     for layers in ("+".join(item) for item in grid["layers"]):
-        for scale, power in itertools.product(grid["scale"], grid["power"]):
-            cells = tuple(tuple(found.get((layers, scale, power, k, beta)) for beta in betas) for k in rank_choices)
+        for method, scale, power in itertools.product(grid["method"], [None, *grid["scale"]], [None, *grid["power"]]):
+            choices = tuple(dict.fromkeys(describe_rank_choice({"method": method, **cut}) for cut in grid["cuts"]))
+            start = layers, method, scale, power
+            cells = tuple(tuple(found.get((*start, choice, beta)) for beta in betas) for choice in choices)
             if any(cell is not None for row in cells for cell in row):
-                title = f"{layers}, scale {scale}" + (f", power {power:g}" if power else "")
-                maps.append(HeatMap(title, tuple(rank_choices), tuple(betas), cells))
+                title = f"{layers}, scale {scale}" if scale else f"{layers}, {method}"
+                title += f", power {power:g}" if power else ""
+                maps.append(HeatMap(title, choices, tuple(betas), cells))
     return maps
 
 

@@ -47,7 +47,14 @@ def _describe_edit(sheet: Sheet) -> list[tuple[str, str]]:
             show_figure(_median(sheet.rows, "departure")),
             "departure: the edit moved a weight by this many lengths of its update from the fine-tuned one (median)",
         ),
-        (show_share(_median(sheet.rows, "energy_kept")), "of the update's energy lies in the directions kept (median)"),
+        *(
+            (show(_median(sheet.rows, key)), said)
+            for key, show, said in (
+                ("energy_kept", show_share, "of the update's energy lies in the directions kept (median)"),
+                ("spectral_drift", show_figure, "spectral drift that the edit takes back (median)"),
+            )
+            if any(row.values.get(key) is not None for row in sheet.rows)
+        ),
         _find_largest(sheet, moved, "of what the edit moved lies in"),
         (show_figure(_median(sheet.rows, "rounding")), "of the edit was lost to rounding (median share)"),
     ]

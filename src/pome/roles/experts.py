@@ -7,6 +7,14 @@ from pome.roles.layout import OTHER, Layout, Part, split_runs
 from pome.roles.model_config import Config, hidden_size_of
 from pome.roles.names import Path, Shape
 
+# Stacked experts as transformers holds them -> their matrices, and the leaves of single experts in checkpoints.
+STACKS = {
+    "gate_up_proj": (("gate", "up"), (("gate_proj", "up_proj"), ("w1", "w3"))),
+    "gate_proj": (("gate",), (("gate_proj",), ("w1",))),
+    "up_proj": (("up",), (("up_proj",), ("w3",))),
+    "down_proj": (("down",), (("down_proj",), ("w2",))),
+}
+
 
 def find_experts_layout(path: Path, shape: Shape, facts: Config | None) -> Layout:
     """Stacked experts, each stored as a `shape` slice of a 3-D tensor."""

@@ -32,6 +32,12 @@ class Family:
     experts: Literal["out_in", "in_out"] | None = None
     in_out_halves: Literal["side by side", "interleaved"] | None = None
     marked_in_out: bool = False
+    # Stored (E, in, out), and turned to (E, out, in) by transformers 5 while it loads them.
+    turned_on_load: bool = False
+    # Names in checkpoints -> names in the model of transformers 5, in this order: regular expressions, as for `re.sub`.
+    renames: tuple[tuple[str, str], ...] = ()
+    # What the names of a headed model begin with, where old checkpoints of the base model leave it out.
+    prefix: str = ""
     expert_names: Mapping[str, str] = field(default_factory=dict)  # leaves of stacked experts: "gate_up" or "down"
     # All experts of a layer below each other in one matrix: leaf -> role.
     experts_below_each_other: Mapping[str, str] = field(default_factory=dict)
@@ -77,26 +83,39 @@ def _four_cores(config: Config, heads: int) -> FusedQkv:
 
 _FUSED_WI = Family(fused_names={"Wi": "gate_up", "Wo": "down"}, qkv=_in_a_row)
 _MOONSHINE = Family(fused_up=("up", "gate"))
-_QWEN3_VL_MOE = Family(in_out_halves="side by side")  # its checkpoints exist both ways
+_QWEN3_VL_MOE = Family(in_out_halves="side by side", turned_on_load=True)  # its checkpoints exist both ways
+
+_BLOCK_SPARSE = ((r"\.block_sparse_moe\.", ".mlp."),)
+_PHIMOE = (*_BLOCK_SPARSE, (r"\.mlp\.gate\.", ".mlp.router."))
+_GRANITE = (
+    (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+    (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+    (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
+)
 
 # Experts stored (E, out, in), and nothing else to tell.
 _PLAIN_EXPERTS = words(
     "afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
-    "ernie4_5_moe exaone_moe flex_olmo gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm_moe_dsa granitemoe "
-    "granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 jamba kimi_linear laguna lfm2_moe mimo_v2_flash "
-    "minimax_m2 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_text "
-    "solar_open"
+    "ernie4_5_moe exaone_moe flex_olmo gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm_moe_dsa "
+    "hunyuan_v1_moe hy_v3 jamba laguna lfm2_moe mimo_v2_flash olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next "
+    "qwen3_omni_moe_text solar_open"
 )
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN_EXPERTS, Family(experts="out_in")),
+    **dict.fromkeys(words("kimi_linear minimax_m2 mixtral"), Family(experts="out_in", renames=_BLOCK_SPARSE)),
+    **dict.fromkeys(words("granitemoe granitemoehybrid granitemoeshared"), Family(experts="out_in", renames=_GRANITE)),
     "aria_text": Family(
         experts="in_out",
         in_out_halves="side by side",
         marked_in_out=True,
         expert_names={"fc1": "gate_up", "fc2": "down"},
+        renames=(
+            (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),
+            (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
+        ),
     ),
-    "bloom": Family(qkv=_per_head),
+    "bloom": Family(qkv=_per_head, prefix="transformer"),
     "clvp_decoder": Family(conv1d=True),
     "codegen": Family(qkv=_four_cores),
     "ctrl": Family(ffn_names={"0": "up", "2": "down"}),
@@ -105,20 +124,21 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(qkv=_falcon),
     "fuyu": Family(qkv=_per_head),
     "gpt-sw3": Family(conv1d=True),
-    "gpt2": Family(conv1d=True),
+    "gpt2": Family(conv1d=True, prefix="transformer"),
     "gpt_bigcode": Family(qkv=_multi_query_or_per_head),
-    "gpt_neox": Family(qkv=_per_head),
+    "gpt_neox": Family(qkv=_per_head, renames=((r"^embed_out\.", "lm_head."),)),
     "gpt_neox_japanese": Family(qkv=_per_head),
     "gpt_oss": Family(experts="in_out", in_out_halves="interleaved", marked_in_out=True),
     "imagegpt": Family(conv1d=True),
     "llama4_text": Family(experts="in_out", in_out_halves="side by side"),
-    "minimax": Family(experts="out_in", qkv=_per_head),
+    "minimax": Family(experts="out_in", qkv=_per_head, renames=_BLOCK_SPARSE),
     "modernbert": _FUSED_WI,
     "modernbert-decoder": _FUSED_WI,
     "moonshine": _MOONSHINE,
     "moonshine_streaming": _MOONSHINE,
     "moshi": Family(fused_up=("gate", "up"), width_counts_both=True),
     "mpt": Family(qkv=_in_a_row),
+    "nemotron_h": Family(experts="out_in", renames=((r"^backbone\.", "model."),)),
     "openai-gpt": Family(conv1d=True),
     "openai_privacy_filter": Family(experts="in_out", in_out_halves="side by side", marked_in_out=True),
     "persimmon": Family(qkv=_per_head),
@@ -128,6 +148,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe_text": _QWEN3_VL_MOE,
     "RefinedWeb": Family(qkv=lambda config, heads: _falcon(config, heads, new=True)),
     "RefinedWebModel": Family(qkv=_falcon),
+    "phimoe": Family(experts="out_in", renames=_PHIMOE),
     "rwkv": Family(ffn_names={"key": "up", "value": "down"}),
 }
 _UNKNOWN = Family()

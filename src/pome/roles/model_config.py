@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,19 +25,25 @@ def config_of(name: str, config: Config | None) -> Config | None:
     """The part of a (possibly multimodal) config about the tower in which `name` lies; None: not known."""
     tokens = name.split(".")
     while config is not None:
-        for pattern, keys in _TOWERS:
-            if any(pattern.search(token) for token in tokens):
-                found = next((config[key] for key in keys if isinstance(config.get(key), Mapping)), None)
-                if found is not None:
-                    return config_of_text(found)
-                if any(isinstance(config.get(key), Mapping) for key in _TEXT):
-                    return None  # a tower beside a language model, of which the config says nothing we know
+        for tower in sorted({tower for token in tokens for tower in _find_towers(token)}):
+            keys = _TOWERS[tower][1]
+            found = next((config[key] for key in keys if isinstance(config.get(key), Mapping)), None)
+            if found is not None:
+                return config_of_text(found)
+            if any(isinstance(config.get(key), Mapping) for key in _TEXT):
+                return None  # a tower beside a language model, of which the config says nothing we know
         sides = [token for token in tokens[:2] if token in ("encoder", "decoder")]
         side = next((side for side in sides if isinstance(config.get(side), Mapping)), None)
         if side is None:
             return config_of_text(config)
         config, tokens = config[side], tokens[tokens.index(side) + 1 :]
     return None
+
+
+@functools.lru_cache(1 << 14)
+def _find_towers(token: str) -> tuple[int, ...]:
+    """Which of _TOWERS a word of a name speaks of."""
+    return tuple(i for i, (pattern, _) in enumerate(_TOWERS) if pattern.search(token))
 
 
 def config_of_text(config: Config) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -39,6 +41,13 @@ def module_path(name: str) -> Path:
     if len(tokens) > 1 and tokens[-1] == "linear":
         tokens.pop()
     return tuple(tokens)
+
+
+# A model of 100,000 tensors has a few words and numbers, which stand in many names.
+@functools.lru_cache(1 << 14)
+def match_word(pattern: re.Pattern[str], word: str) -> bool:
+    """Whether a pattern matches the whole of a word of a path."""
+    return pattern.fullmatch(word) is not None
 
 
 def words(*lines: str) -> frozenset[str]:

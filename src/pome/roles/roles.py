@@ -17,7 +17,7 @@ from pome.roles.experts import find_experts_layout
 from pome.roles.feed_forward import FFN_MODULE, find_ffn_layout, find_refuted, module_of
 from pome.roles.layout import OTHER, Layout, Part
 from pome.roles.model_config import Config, config_of, expert_count_of
-from pome.roles.names import Path, Shape, module_path, words
+from pome.roles.names import Path, Shape, match_word, module_path, words
 
 # Inside these nothing is what its name suggests: state-space and linear attention, the indexers of sparse
 # attention, adapters, projections between towers and into a bottleneck, norms with a gate.
@@ -48,7 +48,7 @@ def find_layout(name: str, shape: tuple[int, ...], config: Mapping[str, Any] | N
     facts = config_of(name, config)
     if len(shape) == 2:
         return _find_matrix_layout(path, (shape[0], shape[1]), facts)
-    foreign = any(ATTENTION_MODULE.fullmatch(token) or _FOREIGN.fullmatch(token) for token in path)
+    foreign = any(match_word(ATTENTION_MODULE, token) or match_word(_FOREIGN, token) for token in path)
     if len(shape) == 3 and not foreign:
         return find_experts_layout(path, (shape[1], shape[2]), facts)
     return OTHER
@@ -72,11 +72,11 @@ def _find_matrix_layout(path: Path, shape: Shape, facts: Config | None) -> Layou
         return OTHER
     if any("router" in token for token in path):
         return Layout((Part("router"),))
-    if any(_FOREIGN.fullmatch(token) for token in path) or any(token in FUSED_QKV for token in path[:-1]):
+    if any(match_word(_FOREIGN, token) for token in path) or any(token in FUSED_QKV for token in path[:-1]):
         return OTHER
     # The last module around a tensor decides: an attention inside an FFN is an attention.
-    attention = max((i for i, token in enumerate(path) if ATTENTION_MODULE.fullmatch(token)), default=-1)
-    ffn = max((i for i, token in enumerate(path[:-1]) if FFN_MODULE.fullmatch(token)), default=-1)
+    attention = max((i for i, token in enumerate(path) if match_word(ATTENTION_MODULE, token)), default=-1)
+    ffn = max((i for i, token in enumerate(path[:-1]) if match_word(FFN_MODULE, token)), default=-1)
     leaves = (".".join(path[-2:]), path[-1])
     if attention > ffn or (attention == ffn and path[-1] in ("q_proj", "k_proj", "v_proj", "o_proj")):
         return find_attention_layout(path, leaves, shape, facts)
@@ -92,7 +92,7 @@ def _is_router(path: Path, shape: Shape, facts: Config | None) -> bool:
     """Whether an FFN's `gate` chooses experts: as many rows as there are experts, or few when nobody says."""
     if path[-1] == "shared_expert_gate":
         return True
-    if path[-1] != "gate" or len(path) < 2 or not FFN_MODULE.fullmatch(path[-2]):
+    if path[-1] != "gate" or len(path) < 2 or not match_word(FFN_MODULE, path[-2]):
         return False
     experts = expert_count_of(facts)
     return shape[0] == experts if experts else shape[0] < shape[1] and shape[0] <= 1024

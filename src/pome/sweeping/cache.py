@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, MutableMapping
+import secrets
+from collections.abc import Collection, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pome.editing.unit import FLOAT64_ENTRIES
 from pome.kernel.decomposition import Decomposition, DecompositionCache, Undecided
 from pome.output.durable import sync_file
-from pome.planning.units import Plan, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, Plan, Unit, fan_out_in
 from pome.roles.layout import Part
 
 
@@ -56,7 +56,8 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         tensors = {name.removesuffix(".T"): t.mT if name.endswith(".T") else t for name, t in found.items()}
         fields: dict[str, Any] = {name: t if name == "sigma" else t.to(device) for name, t in tensors.items()}
         fields |= {name: int(said[name]) for name in ("rank", "strong", "tail")}
-        return Decomposition(**fields, noise=float.fromhex(said["noise"]))
+        fields |= {name: float.fromhex(said[name]) for name in ("noise", "missed")}
+        return Decomposition(**fields)
 
     def __setitem__(self, key: str, decomposition: Decomposition | Undecided) -> None:
         tensors: dict[str, Tensor] = {}
@@ -71,9 +72,9 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
                 elif tensor is not None:
                     tensors[f"{name}.T"] = tensor.cpu().mT.contiguous()
             said = {name: str(getattr(decomposition, name)) for name in ("rank", "strong", "tail")}
-            said["noise"] = decomposition.noise.hex()
+            said |= {name: getattr(decomposition, name).hex() for name in ("noise", "missed")}
         path = self._path(key)
-        made = path.with_suffix(".new")
+        made = path.with_suffix(f".{secrets.token_hex(4)}.new")  # workers on several machines may make the same one
         save_file(tensors, made, said)
         with open(made, "rb") as file:
             sync_file(file.fileno())
@@ -89,15 +90,17 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         return len(list(self.folder.glob(f"{self.stem}-*.safetensors")))
 
 
-def count_bytes(plans: list[Plan]) -> int:
-    """Disk space in bytes that the decompositions of these plans' matrices take: short side squared, and residual."""
+def count_bytes(plans: list[Plan], methods: Collection[str]) -> int:
+    """Disk space in bytes that the decompositions of these plans' matrices take by these methods: short side squared,
+    and a residual; of W_ft both sides' vectors."""
     sizes: dict[tuple[str, str | None], int] = {}
     for plan in plans:
         for unit, part in plan.matrices():
             m, n = fan_out_in(unit, part)
             short, lows = min(m, n), unit.change.lows if unit.change else ()
+            cut = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
             if lows:
-                sizes[unit.key, unit.label(part)] = 8 * max(low.rank for low in lows) * (m + n)
-            else:
-                sizes[unit.key, unit.label(part)] = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
+                cut = 8 * max(low.rank for low in lows) * (m + n)
+            of_method = {"equalize": cut, "equivalence": 8 * short * (m + n)}
+            sizes[unit.key, unit.label(part)] = sum(of_method[method] for method in methods)
     return sum(sizes.values())

@@ -12,7 +12,9 @@ from pome.config.spec import EditSpec
 from pome.editing.lora_merge import Data, make_patch, read_unit, see_ft
 from pome.editing.session import Opened
 from pome.editing.unit import TORCH_DTYPES
+from pome.editing.workers import map_on_devices
 from pome.engines.local import map_units
+from pome.planning.split import count_cores
 from pome.planning.units import Plan, Unit
 from pome.sweeping.cache import DecompositionFolder
 
@@ -30,6 +32,7 @@ class Maker:
     ) -> None:
         self.opened = opened
         self.devices = devices
+        self.cores = count_cores()
         self.caches = caches
         self.write = write
         self.dirty = {unit.key: unit for plan in plans for unit in plan.units}
@@ -52,7 +55,7 @@ class Maker:
             elif unit.key in before:
                 self.write(unit, see_ft(unit, data))
 
-        for _ in map_units(units, self.devices, self._read, work):
+        for _ in map_on_devices(units, self.devices, self.cores, self._read, work):
             pass
 
     def restore(self) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pome.choices import RANK_RULES, SEARCHES, SearchName
+from pome.config.conflicts import RANK_OPTIONS, find_idle, merge_options, refuse_beside_method
 from pome.config.options import RUN, Option, check_choice, check_count, check_text, documented, read_float, show
-from pome.config.spec import EDIT_OPTIONS, RANK_OPTIONS, EditSpec, merge_options
+from pome.config.spec import EDIT_OPTIONS, EditSpec
 from pome.errors import SpecError
 
 LISTED = tuple(name for name, option in EDIT_OPTIONS.items() if option.axis)  # options of which a sweep takes a list
@@ -40,14 +41,16 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        rest = [name for name in self.params if name != "layers" and name not in RANK_OPTIONS]
+        rest = [name for name in self.params if name not in ("layers", "method") and name not in RANK_OPTIONS]
         rest = [name for name in rest if self.params[name] != 0]  # a power of 0 goes without saying
         words = [self.params[name] if EDIT_OPTIONS[name].choices else f"{name}={self.params[name]:g}" for name in rest]
         return " ".join(["+".join(self.params["layers"]), self.rank_choice, *words])
 
 
 def describe_rank_choice(params: Mapping[str, Any]) -> str:
-    """How options choose k, in a word."""
+    """How options choose k, in a word; of a method that chooses none, its name."""
+    if "rank_rule" in find_idle(params.get("method")):
+        return str(params["method"])
     rule = RANK_RULES[params.get("rank_rule") or ("fixed" if "rank" in params else "ratio")]
     return rule.describe(params[rule.number] if rule.number else None)
 
@@ -75,10 +78,12 @@ class Grid:
             yield dict(zip(self.axes, values, strict=True))
 
     def make(self, at: Mapping[str, Any]) -> Candidate:
-        """The candidate at one alternative of each axis."""
+        """The candidate at one alternative of each axis; one for all that differ in what has no effect."""
         params: dict[str, Any] = {}
         for name, value in at.items():
             params |= value if name == RANK_AXIS else {name: list(value) if isinstance(value, tuple) else value}
+        for name in find_idle(params["method"]):
+            params.pop(name, None)
         values = {field.name: getattr(self.shared, field.name) for field in dataclasses.fields(EditSpec)}
         return Candidate(params, EditSpec.from_mapping(merge_options(values, params)))
 
@@ -87,10 +92,17 @@ class Grid:
         return self.axes["layers"]
 
     @property
+    def methods(self) -> frozenset[str]:
+        """Every method that a matrix may be edited by."""
+        overrides = (override.options.get("method") for override in self.shared.overrides)
+        return frozenset({*self.axes["method"], *filter(None, overrides)})
+
+    @property
     def size(self) -> int:
         """The most candidates that the search will ask for."""
-        counts = [len(values) for values in self.axes.values()]
-        return math.prod(counts) if self.search == "grid" else 1 + sum(count - 1 for count in counts)
+        if self.search == "grid":
+            return len({self.make(at).key for at in self.combine()})
+        return 1 + sum(len(values) - 1 for values in self.axes.values())
 
     def to_mapping(self) -> dict[str, Any]:
         """For the manifest and for people."""
@@ -132,6 +144,9 @@ def make_grid(
             axes[name] = tuple(_read_value(name, item) for item in items)
             _check_axis(name, axes[name])
     shared = EditSpec.from_mapping(given)
+    for name in find_idle(axes["method"][0]) if len(axes["method"]) == 1 else ():
+        if name in lists:
+            refuse_beside_method(name, axes["method"][0])
     for name, option in EDIT_OPTIONS.items():
         if "sweep" in option.hidden_in and getattr(shared, name) != option.default:
             raise SpecError(
@@ -227,22 +242,22 @@ def _read_number(name: str, item: Any) -> float:
     return number
 
 
-def walk(grid: Grid) -> Generator[Candidate, float | None, None]:
-    """The candidates in the order of the search; each is answered with its score, higher being better, or None.
+def walk(grid: Grid) -> Generator[list[Candidate], list[float | None], None]:
+    """The candidates in the order of the search, in stages whose candidates do not depend on one another.
 
-    `coordinate` goes along one axis at a time from the first value of each: beta, how k is chosen, the layers, then
-    every other axis. It asks for some candidates again, whose scores the caller knows.
+    Each stage is answered with their scores, higher being better, or None. `coordinate` goes along one axis at a time
+    from the first value of each: the method, beta, how k is chosen, the layers, then every other axis. It asks for some
+    candidates again, whose scores the caller knows.
     """
     if grid.search == "grid":
-        for at in grid.combine():
-            yield grid.make(at)
+        yield list({candidate.key: candidate for candidate in map(grid.make, grid.combine())}.values())
         return
     at = {name: values[0] for name, values in grid.axes.items()}
-    for name in [*FIRST_AXES, *(name for name in grid.axes if name not in FIRST_AXES)]:
-        best: tuple[float, Any] | None = None
-        for value in grid.axes[name]:
-            score = yield grid.make({**at, name: value})
-            if score is not None and (best is None or score > best[0]):
-                best = (score, value)
-        if best is not None:
-            at[name] = best[1]
+    # What the other axes are depends on the method: where there is a choice, it comes before them.
+    first = ("method", *FIRST_AXES) if len(grid.axes["method"]) > 1 else FIRST_AXES
+    for name in [*first, *(name for name in grid.axes if name not in first)]:
+        values = grid.axes[name]
+        scores = yield [grid.make({**at, name: value}) for value in values]
+        scored = [(score, value) for score, value in zip(scores, values, strict=True) if score is not None]
+        if scored:
+            at[name] = max(scored, key=lambda pair: pair[0])[1]  # the first of equal ones

@@ -9,6 +9,7 @@ from typing import Any
 
 from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.config.extraction import read_spec
 from pome.config.spec import EditSpec
 from pome.editing.session import Opened, Source, open_pair
 from pome.errors import PomeError
@@ -41,7 +42,7 @@ def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Mani
         copied = {**manifest.base.files, **manifest.fine_tuned.files}
         if card and manifest.files.get(CARD_NAME) in (None, copied.get(CARD_NAME)):
             return None
-        with open_pair(base, ft, EditSpec.from_mapping(manifest.spec)) as opened:
+        with open_pair(base, ft, read_spec(manifest.spec)) as opened:
             if not _are_same_inputs(opened, manifest):
                 return None
     except (PomeError, OSError, KeyError, ValueError, TypeError):

@@ -14,6 +14,7 @@ from pome.checkpoint.hashing import hash_file
 from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME, list_adapted_side_files, list_side_files
 from pome.checkpoint.source import Checkpoint, open_checkpoint
+from pome.config.extraction import ExtractSpec, read_spec
 from pome.config.spec import EditSpec
 from pome.editing.session import plan_pair
 from pome.editing.ties import find_copies, hold_same_bytes
@@ -30,6 +31,7 @@ from pome.verification.comparison import (
     compare_side_files,
     compare_untouched,
 )
+from pome.verification.extraction import check_extraction
 from pome.verification.recomputation import check_adapter, compare_converted, is_converted, recompute
 
 # What a Hub or git leaves beside an output that was uploaded and fetched again.
@@ -159,6 +161,12 @@ def _check_against_inputs(
             return 0, 0
         made, tuned = sides[:2]
         spec = _read_spec(manifest)
+        if isinstance(spec, ExtractSpec):
+            if base is None:
+                raise VerificationError(f"{printable(os.fspath(ft))}: an extracted adapter; give --base too")
+            planned = plan_pair(sides[2], tuned, dataclasses.replace(spec, allow_missing=True, allow_other_depth=True))
+            full = full or bool(damaged)
+            return check_extraction(made, sides[2], tuned, planned, manifest, spec, full, found, advance)
         adapted = tuned.adapter_config is not None
         if adapted and base is None:
             raise VerificationError(
@@ -234,6 +242,6 @@ def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set
 
 def _read_spec(manifest: Manifest) -> EditSpec:
     try:
-        return EditSpec(**manifest.spec)
+        return read_spec(manifest.spec)
     except (TypeError, SpecError) as error:
         raise VerificationError(f"{MANIFEST_NAME}: its spec is not one of pome: {printable(str(error))}") from None

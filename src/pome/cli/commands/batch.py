@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pome.cli.batch import Job, read_batch
-from pome.cli.console import complain, describe_error, make_console, write_document
+from pome.choices import ENGINES, EngineName
+from pome.cli.batch import Job, read_batch, run_job
+from pome.cli.console import make_console, write_document
 from pome.cli.options import Argument, AsJson, Quiet
-from pome.config.options import JOBS, Option
-from pome.errors import PomeError, SpecError, printable
+from pome.config.options import JOBS, Option, find_options
+from pome.config.reading import read_address
+from pome.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,13 @@ def run(
         tuple[str, ...],
         Option("Give a variable of the file; repeatable.", metavar="NAME=VALUE", flag="--set", group=JOBS),
     ] = (),
+    engine: Annotated[
+        EngineName, Option("Where jobs are run: here, or spread over a Ray cluster.", metavar="NAME", choices=ENGINES)
+    ] = "local",
+    ray_address: Annotated[
+        str | None, Option("The Ray cluster: HOST:PORT of its head, or auto.", metavar="ADDRESS", read=read_address)
+    ] = None,
+    at_once: Annotated[int | None, Option("Run at most N jobs at once, with engine ray.", metavar="N")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,12 +51,52 @@ def run(
     pairs = [text.partition("=") for text in variables]
     if wrong := next((name for name, equals, _ in pairs if not equals), None):
         raise SpecError(f"--set {printable(wrong)}: write NAME=VALUE")
+    own = {"engine": engine, "ray_address": ray_address, "at_once": at_once}
+    for name, value in own.items():
+        if value is not None:
+            find_options(run)[name].check(value)
     jobs = read_batch(Path(file), only, {name: value for name, _, value in pairs})
     console = make_console(quiet)
+    if engine == "ray":
+        results, stopped = run_spread(jobs, ray_address, at_once, quiet)
+    elif at_once is not None or ray_address is not None:
+        given = "at_once" if at_once is not None else "ray_address"
+        raise SpecError(f"{given}: has no effect without engine 'ray'; give both or neither", options=[given, "engine"])
+    else:
+        results, stopped = run_here(jobs, console)
+    from pome.cli.tables.batch import make_batch_table
+
+    console.print(make_batch_table(results))
+    if as_json:
+        write_document([json.dumps({"jobs": results}, indent=1), "\n"])
+    if stopped is not None:
+        raise KeyboardInterrupt(stopped)
+    if any(result["status"] != "done" for result in results):
+        raise typer.Exit(1)
+
+
+def run_spread(
+    jobs: list[Job], address: str | None, at_once: int | None, quiet: bool
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Results of jobs run on Ray, in the order of the file; and what to say where they were interrupted."""
+    from pome.cli.remote import run_on_ray
+
+    found: dict[str, dict[str, Any]] = {}
+    stopped = None
+    try:
+        for result in run_on_ray(jobs, address, at_once, quiet):
+            found[result["name"]] = result
+    except KeyboardInterrupt:
+        stopped = f"interrupted; {len(found)} of {len(jobs)} jobs came to an end before it"
+    return [found.get(job.name, {**job.begin(), "status": "interrupted", "error": ""}) for job in jobs], stopped
+
+
+def run_here(jobs: list[Job], console: Console) -> tuple[list[dict[str, Any]], str | None]:
+    """Results of jobs run one after the other; and what to say where they were interrupted."""
     results: list[dict[str, Any]] = []
     stopped: str | None = None
     for job in jobs:
-        result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out, "seconds": 0.0}
+        result = job.begin()
         if stopped is not None:
             results.append({**result, "status": "not run", "error": ""})
             continue
@@ -61,25 +109,4 @@ def run(
             said = str(error) or "interrupted"
             stopped = f"{printable(job.name)}: {said}; {len(results)} of {len(jobs)} jobs came to an end before it"
             results.append({**result, "status": "interrupted", "error": said})
-    from pome.cli.tables.batch import make_batch_table
-
-    console.print(make_batch_table(results))
-    if as_json:
-        write_document([json.dumps({"jobs": results}, indent=1), "\n"])
-    if stopped is not None:
-        raise KeyboardInterrupt(stopped)
-    if any(result["status"] != "done" for result in results):
-        raise typer.Exit(1)
-
-
-def run_job(job: Job, console: Console) -> dict[str, Any]:
-    """Run one job; an error of it is told and becomes its result."""
-    begun = time.monotonic()
-    result: dict[str, Any] = {"name": job.name, "command": job.command, "out": job.out}
-    try:
-        result |= job.run(console)
-    except (PomeError, OSError, MemoryError) as error:
-        complain(f"{job.name}: {describe_error(error)}")
-        result |= {"status": "failed", "error": describe_error(error)}
-    result["seconds"] = round(time.monotonic() - begun, 3)
-    return result
+    return results, stopped

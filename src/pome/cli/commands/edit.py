@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(
 
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
-    spec = make_spec(config, pick_options(given, EditSpec))
+    spec = make_spec(config, pick_options(given, EditSpec), EditSpec)
     publication, replacing = (
         Publication(**pick_options(given, Publication)),
         Replacing(**pick_options(given, Replacing)),
@@ -64,14 +65,19 @@ def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, a
     from pome.cli.tables.edit import describe_left_out, describe_needs, describe_plan, make_plan_table
     from pome.editing.session import open_pair
     from pome.output.target import check_target
+    from pome.planning.devices import find_device
+    from pome.planning.rates import find_rates
 
+    begun = time.perf_counter()
     with open_pair(base, ft, spec) as opened:
+        device = find_device(spec.device)
+        cost = opened.estimate(spec, device, find_rates(device.name), time.perf_counter() - begun)
         target = check_target(out, opened.list_inputs(), overwrite=True)  # that it exists is said, not refused
         print_lines(console, [describe_plan(opened), *describe_left_out(opened.not_copied)])
         console.print(make_plan_table(opened))
-        print_lines(console, describe_needs(opened, spec, target, overwrite))
+        print_lines(console, describe_needs(opened, spec, target, overwrite, cost))
         if as_json:
-            print(json.dumps(opened.to_json(), indent=1))
+            print(json.dumps({**opened.to_json(), "estimate": cost.to_json()}, indent=1))
 
 
 def make_edit(
@@ -115,6 +121,10 @@ class EditJob(Job):
         replacing = Replacing(**pick_options(values, Replacing))
         spec = EditSpec.from_given(pick_options(values, EditSpec))
         return cls(read_name(values, out), "edit", base, fine_tuned, out, spec, publication, replacing)
+
+    @property
+    def engine(self) -> str:
+        return self.spec.engine
 
     def run(self, console: Console) -> dict[str, Any]:
         base, ft = str(self.base), str(self.fine_tuned)

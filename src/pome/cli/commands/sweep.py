@@ -12,11 +12,12 @@ from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import Argument, AsJson, Base, Config, FineTuned, Given, Quiet
 from pome.cli.outputs import accept_finished, push, report_edit
-from pome.config.options import OUTPUT, RUN, Option, check_switch, pick_options
+from pome.config.conflicts import merge_options
+from pome.config.options import OUTPUT, RUN, Option, find_options, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
-from pome.config.spec import EditSpec, check_alone, merge_options
+from pome.config.spec import EditSpec, check_alone
 from pome.config.yaml_text import read_config
-from pome.errors import printable
+from pome.errors import SpecError, printable
 from pome.sweeping.grid import LISTED, Grid, make_grid
 from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.options import make_scorer
@@ -73,6 +74,10 @@ class SweepJob(Job):
     retry_failed: Annotated[
         bool, Option("Score again what had no score in an earlier run.", group=RUN, everyday=False)
     ] = False
+    at_once: Annotated[
+        int | None,
+        Option("Score at most N models at once, with engine ray.", metavar="N", group=RUN, everyday=False),
+    ] = None
     writes: ClassVar[bool] = True
 
     @staticmethod
@@ -87,18 +92,26 @@ class SweepJob(Job):
         """A sweep from its options by name: lists of edit's, and its own. Raises SpecError."""
         base, fine_tuned, out = read_sides(values)
         scorer = {key: value for key, value in pick_options(values, make_scorer).items() if value is not None}
-        switches = {key: check_switch(key, value) for key, value in pick_options(values, cls).items()}
+        own = {key: find_options(cls)[key].check(value) for key, value in pick_options(values, cls).items()}
+        grid = make_grid(pick_options(values, EditSpec), values.get("search", "grid"))
+        if own.get("at_once") is not None and grid.shared.engine != "ray":
+            said = "at_once: has no effect without engine 'ray'; give both or neither"
+            raise SpecError(said, options=["at_once", "engine"])
         publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
         return cls(
             read_name(values, f"sweep {out}"), "sweep", base, fine_tuned, out,
-            make_grid(pick_options(values, EditSpec), values.get("search", "grid")), make_scorer(**scorer),
-            publication, replacing, Reports(**pick_options(values, Reports)), **switches,
+            grid, make_scorer(**scorer),
+            publication, replacing, Reports(**pick_options(values, Reports)), **own,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """What makes two sweeps of one pair the same, as in a manifest."""
         return {"scorer": self.scorer.describe(), "grid": self.grid.to_mapping()}
+
+    @property
+    def engine(self) -> str:
+        return self.grid.shared.engine
 
     def run(self, console: Console) -> dict[str, Any]:
         if not self.replacing.overwrite:
@@ -138,7 +151,7 @@ def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
         outcome = sweep(
             base, ft, out, job.grid, job.scorer, listener=listener, progress=progress,
             overwrite=job.replacing.overwrite, fresh=job.replacing.fresh, write_best=job.write_best,
-            retry_failed=job.retry_failed, card=job.publication.has_card,
+            retry_failed=job.retry_failed, card=job.publication.has_card, at_once=job.at_once,
         )  # fmt: skip
     for table in make_sweep_tables(outcome):
         console.print(table)

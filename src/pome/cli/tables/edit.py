@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.cli.tables.estimate import describe_time
 from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
 from pome.config.spec import EditSpec
 from pome.editing.session import Opened
 from pome.errors import printable
 from pome.inspection.suggest import Notice
-from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord
+from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord, show_median
+from pome.planning.estimate import Estimate
 from pome.planning.units import fan_out_in
 from pome.reports.edit_warnings import group_warnings
 
@@ -37,19 +38,16 @@ def describe_plan(opened: Opened) -> str:
     return "\n".join([line, *describe_pair_notices(opened)])
 
 
-def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool) -> list[str]:
-    """What the edit of a dry run would need: device, memory and disk; and that OUT exists, if it does."""
-    template = opened.template
-    sizes = {name: file.header.file_size for name, file in template.weights.files.items()}
-    sizes |= {name: header.file_size for name, (_, header) in template.layouts.items()}
-    sizes |= {file.name: file.size for file in template.side_files}
+def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool, cost: Estimate) -> list[str]:
+    """What the edit of a dry run would need: device, memory, time and disk; and that OUT exists, if it does."""
     folder = next(place for place in target.parents if place.is_dir())
     free = shutil.disk_usage(folder).free
     device = "auto (chosen when the edit starts)" if spec.device == "auto" else spec.device
     place = printable(str(folder), 1000)
     lines = [
         f"device {device}, expected memory {show_bytes(opened.plan.memory)}",
-        f"disk: {show_bytes(sum(sizes.values()))} needed (less where the file system can share blocks with the input), "
+        describe_time(cost),
+        f"disk: {show_bytes(cost.bytes_copied)} needed (less where the file system can share blocks with the input), "
         f"{show_bytes(free)} free in {place}",
     ]
     if target.exists():
@@ -80,25 +78,22 @@ def make_plan_table(opened: Opened) -> FittedTable:
 
 def make_closing_table(manifest: Manifest) -> FittedTable:
     """A row for each role: how many matrices, and the medians of what was measured."""
-    measured = ("energy kept", "departure", "lost to rounding", "warnings")
-    table = FittedTable("role", "matrices", "rank", "k", *measured, where="the manifest has them")
+    columns = {"departure": ("departure", ".3f"), "lost to rounding": ("rounding", ".2g")}
+    methods = {record.method for record in manifest.tensors}
+    if "equivalence" in methods:
+        columns = {"spectral drift": ("spectral_drift", ".2g"), **columns}
+    if "equalize" in methods:
+        columns = {"rank": ("rank", ".0f"), "k": ("k", ".0f"), "energy kept": ("energy_kept", ".3f"), **columns}
+    table = FittedTable("role", "matrices", *columns, "warnings", where="the manifest has them")
     by_role: dict[str, list[TensorRecord]] = {}
     for record in manifest.tensors:
         by_role.setdefault(record.role, []).append(record)
     for role, records in by_role.items():
-        median: dict[str, float] = {
-            name: statistics.median(getattr(record, name) for record in records)
-            for name in ("rank", "k", "energy_kept", "departure", "rounding")
-        }
         warned = sum(bool(record.warnings) for record in records)
         table.add_row(
             role,
             str(len(records)),
-            f"{median['rank']:.0f}",
-            f"{median['k']:.0f}",
-            f"{median['energy_kept']:.3f}",
-            f"{median['departure']:.3f}",
-            f"{median['rounding']:.2g}",
+            *(show_median(records, name, form) for name, form in columns.values()),
             str(warned) if warned else "-",
         )
     return table

@@ -16,7 +16,10 @@ function drawSpectrum() {
   const width = Math.max(280, box.clientWidth), height = width < 460 ? 300 : 340;
   const left = 58, right = 14, top = 14, bottom = 40, floor = data.floor[chosen];
   const [kept, alpha] = data.after.map((key) => data.values[key][chosen]), power = data.power[chosen] || 0;
-  const edited = power
+  const matched = kept === null; // the method equivalence: the values shown are the base's, and the edit has them
+  const edited = matched
+    ? []
+    : power
     ? points.filter(([k]) => k <= kept).map(([k, s]) => [k, alpha * s ** power])
     : [[1, alpha], [kept, alpha]];
   const svg = make("svg", null, box, {
@@ -59,12 +62,12 @@ function drawSpectrum() {
     item.append(text);
   };
   const before = { class: "before" }, after = { class: "edited" }, noise = { class: "noise" };
-  make("path", null, svg, { d: path(edited) + "L" + end + "L" + X(1) + " " + (height - bottom) + "Z", class: "fill" });
+  if (!matched) make("path", null, svg, { d: path(edited) + "L" + end + "L" + X(1) + " " + (height - bottom) + "Z", class: "fill" });
   make("path", null, svg, { d: path(points), ...before });
-  make("path", null, svg, { d: path(edited) + drop, ...after });
-  entry(before, "before: singular values of the delta");
+  if (!matched) make("path", null, svg, { d: path(edited) + drop, ...after });
+  entry(before, matched ? "singular values of the base, and after the edit" : "before: singular values of the delta");
   const values = power ? " values of " + show(alpha) + " s^" + show(power) : " values of " + show(alpha);
-  entry(after, (data.kind === "edit" ? "after: " : "after an edit with defaults: ") + kept + values);
+  if (!matched) entry(after, (data.kind === "edit" ? "after: " : "after an edit with defaults: ") + kept + values);
   if (floor > 0) {
     const visible = Math.log10(floor) >= low;
     if (visible) line(left, Y(floor), width - right, Y(floor), noise);

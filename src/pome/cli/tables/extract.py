@@ -1,0 +1,149 @@
+"""What `pome extract` shows before and after the work: the plan, the closing table, what is lost."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
+from pome.checkpoint.sidefiles import MANIFEST_NAME
+from pome.cli.console import print_lines
+from pome.cli.tables.edit import describe_kept, describe_pair_notices, describe_warnings, name_input
+from pome.cli.tables.fitted import FittedTable
+from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
+from pome.config.extraction import ExtractSpec
+from pome.editing.session import Opened
+from pome.errors import printable
+from pome.manifest import LostRecord, Manifest, TensorRecord, show_median
+from pome.planning.extract_plan import ExtractPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = 5  # of what is lost, the largest
+
+
+def describe_extraction(opened: Opened, extraction: ExtractPlan) -> str:
+    """A line of what becomes what, how many LoRAs and bytes; and the notices, a line each."""
+    plan = extraction.plan
+    roles = dict.fromkeys(role for _, part in plan.matrices() for role in part.role.split("+"))
+    line = (
+        f"{name_side(opened.base)} (pretrained) -> {name_side(opened.ft)} (fine-tuned)   "
+        f"{count_noun(len(extraction.loras), 'LoRA')} of {count_noun(len(plan.units), 'matrix', 'matrices')} "
+        f"({', '.join(roles)})   {show_bytes(plan.bytes_read)} to read"
+    )
+    return "\n".join([line, *describe_pair_notices(opened)])
+
+
+def make_lora_table(extraction: ExtractPlan) -> FittedTable:
+    """The plan of `--dry-run`: a row for each role and shape, then what no LoRA holds and why."""
+    table = FittedTable("role", "matrices", "shape", "dtype", "rank at most", texts=(2,), where="--json has them")
+    rows: Counter[tuple[str, str, str, int]] = Counter()
+    for cell in extraction.cells:
+        unit = cell.unit
+        rows[unit.parts[0].role, " x ".join(map(str, unit.shape)), unit.out_dtype, cell.most] += 1
+    for (role, shape, dtype, most), count in rows.items():
+        table.add_row(role, str(count), shape, dtype, str(most))
+    for reason, count in Counter(kept.reason for kept in extraction.kept).items():
+        table.add_row("kept", str(count), reason, "", "", style="dim")
+    return table
+
+
+def describe_needs(extraction: ExtractPlan, spec: ExtractSpec, target: Path, overwrite: bool) -> list[str]:
+    """What the extraction of a dry run would need; what is known only when all of FT is read; and that OUT exists."""
+    plan = extraction.plan
+    device = "auto (chosen when the extraction starts)" if spec.device == "auto" else spec.device
+    folder = next(place for place in target.parents if place.is_dir())
+    free = f"{show_bytes(shutil.disk_usage(folder).free)} free in {printable(str(folder), 1000)}"
+    most = "" if spec.rank_rule == "fixed" else "at most "
+    lines = [
+        f"device {device}, expected memory {show_bytes(plan.memory)}",
+        f"LoRAs: {most}{show_bytes(plan.bytes_written)}, and as much again while they are made; {free}",
+        "What else differs between BASE and FT is found when all of FT is read.",
+    ]
+    if target.exists():
+        then = "it will be replaced" if overwrite else "it needs --overwrite to be replaced, or another OUT"
+        lines.append(f"{printable(str(target), 1000)} exists: {then}")
+    return lines
+
+
+def report_extraction(manifest: Manifest, out: Path, console: Console) -> None:
+    """Tell what the adapter holds, what is lost, and what OUT is now."""
+    if manifest.tensors:
+        console.print(make_closing_table(manifest))
+    lines = [*describe_kept(manifest.kept), *describe_warnings(manifest), *describe_lost(manifest)]
+    if manifest.saved:
+        lines.append(f"saved whole: {count_noun(len(manifest.saved), 'tensor')} of FT (modules_to_save)")
+    print_lines(console, [*lines, *describe_closing(manifest, out)])
+
+
+def find_energy(record: TensorRecord) -> float:
+    """Share of the squared norm that a LoRA keeps, which every record of an extraction has."""
+    return record.energy_kept or 0.0
+
+
+def make_closing_table(manifest: Manifest) -> FittedTable:
+    """A row for each role: how many matrices, their ranks, the energy kept over all of them, and the largest loss."""
+    heads = ("role", "matrices", "k", "energy kept", "least", "of", "lost to rounding")
+    table = FittedTable(*heads, texts=(5,), where="the manifest has them")
+    by_role: dict[str, list[TensorRecord]] = {}
+    for record in manifest.tensors:
+        by_role.setdefault(record.role, []).append(record)
+    for role, records in by_role.items():
+        total = sum(record.delta_norm**2 for record in records)
+        kept = sum(find_energy(record) * record.delta_norm**2 for record in records) / total if total else 1.0
+        worst = min(records, key=find_energy)
+        table.add_row(
+            role,
+            str(len(records)),
+            show_median(records, "k", ".0f"),
+            f"{kept:.3f}",
+            f"{find_energy(worst):.3f}",
+            printable(worst.title),
+            f"{statistics.median(record.rounding for record in records):.2g}",
+        )
+    return table
+
+
+def describe_lost(manifest: Manifest) -> list[str]:
+    """What changed and is not in the adapter: by reason, how much of it, and the largest."""
+    groups: dict[str, list[LostRecord]] = {}
+    for record in manifest.lost:
+        groups.setdefault(record.reason, []).append(record)
+    lines = []
+    for reason, records in sorted(groups.items(), key=lambda item: -_norm(item[1])):
+        largest = sorted(records, key=lambda record: -record.norm)[:SHOWN]
+        named = ", ".join(f"{printable(r.name)} {r.norm:.3g} ({r.share:.2g} of BASE's)" for r in largest)
+        more = f" and {len(records) - SHOWN} more (the manifest names all)" if len(records) > SHOWN else ""
+        lines.append(
+            f"warning: lost: {count_noun(len(records), 'tensor')} changed by a norm of {_norm(records):.3g} and "
+            f"{'is' if len(records) == 1 else 'are'} not in the adapter: {printable(reason, 400)} ({named}{more})"
+        )
+    return lines
+
+
+def _norm(records: list[LostRecord]) -> float:
+    return float(sum(record.norm**2 for record in records) ** 0.5)
+
+
+def describe_closing(manifest: Manifest, out: Path) -> list[str]:
+    """What OUT is now beside FT, how long it took, and the commands that check and load it."""
+    size = manifest.files[ADAPTER_WEIGHTS].bytes
+    weights = [file.bytes for name, file in manifest.fine_tuned.files.items() if name.endswith(".safetensors")]
+    beside = f", {size / sum(weights):.1%} of FT's {show_bytes(sum(weights))}" if sum(weights) else ""
+    count = count_noun(len(manifest.tensors), "matrix", "matrices")
+    seconds = manifest.timing.get("total_seconds")
+    took = f", in {show_seconds(seconds)}" if isinstance(seconds, float | int) else ""
+    sides = [name_input(manifest.base), name_input(manifest.fine_tuned)]
+    command = shlex.join(["pome", "verify", str(out), "--base", sides[0], "--ft", sides[1]])
+    return [
+        *(f"note: {printable(notice, 2000)}" for notice in manifest.notices if notice.startswith("OUT ")),
+        f"{printable(str(out), 1000)}: {show_bytes(size)}{beside}, {count}{took}",
+        f"manifest: {printable(str(out / MANIFEST_NAME), 1000)}",
+        "to verify it:",
+        f"  {printable(command, 2000)}",
+    ]

@@ -1,0 +1,93 @@
+"""The actor of the Ray engine: works on bundles of units where Ray placed it. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from typing import Any, Protocol
+
+Item = tuple[int, bytes]  # the number of a unit, and the unit, pickled
+# What became of a bundle: results, pickled, by the number of their units; seconds of work; an error, pickled.
+Reply = tuple[list[Item], float, bytes | None]
+
+
+class Desk(Protocol):
+    """A place of work that a job opened: `read` is called while another thread is in `work`."""
+
+    def read(self, unit: Any) -> Any: ...
+
+    def work(self, unit: Any, data: Any) -> Any: ...
+
+    def flush(self) -> None:
+        """Make safe what was written; results count only after it."""
+
+
+class Job(Protocol):
+    """What all units of a run share: paths and options. It is pickled, and so holds no data and no open file."""
+
+    def open(self, device: str, threads: int) -> Desk: ...
+
+
+class Worker:
+    """One slot of a cluster: a GPU, or as many cores as a unit's threads. Lives as long as the run.
+
+    It has two bundles at a time: the next one's first unit is read while the first one is worked on.
+    """
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        self._turn = threading.Lock()
+        self._desk: Desk | None = None
+
+    def greet(self) -> None:
+        """Answer, by which it is known that the process has begun."""
+
+    def open(self, job: bytes, device: str, threads: int) -> bytes | None:
+        """Load what the work needs; the error, pickled, where that fails."""
+        try:
+            self._desk = pickle.loads(job).open(device, threads)
+        except Exception as error:
+            return dump_error(error)
+        return None
+
+    def work(self, bundle: list[Item]) -> Reply:
+        """Results of a bundle's units, or of the first of them where it was stopped or met an error."""
+        assert self._desk is not None
+        done: list[Item] = []
+        seconds, failed = 0.0, None
+        try:
+            for number, pickled in bundle:
+                if self._stopping.is_set():
+                    break
+                unit = pickle.loads(pickled)
+                data = self._desk.read(unit)
+                with self._turn:
+                    if self._stopping.is_set():
+                        break
+                    begun = time.perf_counter()
+                    result = self._desk.work(unit, data)
+                    seconds += time.perf_counter() - begun
+                done.append((number, pickle.dumps(result)))
+                del data
+        except Exception as error:
+            failed = dump_error(error)
+        try:
+            self._desk.flush()
+        except Exception as error:
+            done, failed = [], dump_error(error)
+        return done, seconds, failed
+
+    def stop(self) -> None:
+        """Begin no further unit; those that are worked on are finished."""
+        self._stopping.set()
+
+
+def dump_error(error: Exception) -> bytes:
+    """An error that can be raised elsewhere; one that cannot be pickled becomes its text."""
+    try:
+        dumped = pickle.dumps(error)
+        pickle.loads(dumped)
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return dumped
