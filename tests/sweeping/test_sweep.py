@@ -724,7 +724,7 @@ def test_the_result_as_table_page_and_plots(pair, tmp_path, capsys):
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["written"] and found["beats_fine_tuned"]
-    best = {"layers": ["up"], "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0, "power": 0.0}
+    best = {"method": "equalize", "layers": ["up"], "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.0, "power": 0.0}
     assert found["best"]["params"] == best
     assert [round(c["score"], 1) for c in found["candidates"]] == [0.8, 0.7, 0.6, 0.2, 0.5, 0.4]
     assert found["candidates"][0]["delta"] == pytest.approx(0.3)

@@ -32,7 +32,7 @@ def refuse_unknown_names(base: Checkpoint) -> None:
     (its `conversion_mapping`, version 5). PEFT would drop LoRAs of the stored names, and say so in a warning at most.
     """
     config = base.config or {}
-    parts = [key for key, value in config.items() if isinstance(value, Mapping) and "model_type" in value]
+    parts = [key for key, value in config.items() if isinstance(value, Mapping) and value.get("model_type")]
     if parts or not _OF_IMAGES_AND_SOUNDS.isdisjoint(config):
         raise PairingError(
             f"{printable(base.source)}: a {printable(str(config.get('model_type')))}, whose modules have other names "
