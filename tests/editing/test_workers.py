@@ -182,18 +182,19 @@ def test_an_error_of_one_worker_ends_all_with_what_was_done(where: str) -> None:
 
 def test_ctrl_c_yields_what_every_worker_is_at() -> None:
     units = [make_unit((200, 100), start=i) for i in range(50)]
-    together, found = threading.Barrier(3), []
+    together, sent, found = threading.Barrier(3), threading.Event(), []
 
     def work(unit: Unit, _: None, device: str) -> int:
-        if together.wait() == 0:
+        if not sent.is_set() and together.wait() == 0:
+            sent.set()  # once: a second one waits for nothing, and a third would hit another test
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)  # until the main thread has heard it
+        time.sleep(0.3)  # in which the main thread mostly hears it
         return unit.start
 
     with pytest.raises(KeyboardInterrupt):
         for start in map_on_devices(units, ["cpu"], 3, lambda unit: None, work):
             found.append(start)
-    assert len(set(found)) == len(found) == 3
+    assert 3 <= len(set(found)) == len(found) < len(units)
     assert not list_readers()
 
 
