@@ -253,10 +253,14 @@ def measure_plan(folder: Path, count: int, name: str) -> tuple[float, int]:
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.{}.up_proj.weight", "t{}.proj"])
 def test_a_plan_over_many_tensors_is_linear(tmp_path: Path, name: str) -> None:
-    """1,000 against 4,000: four times the work, with room for a busy machine; squared it would be sixteen times."""
-    seconds, peaks = zip(*(measure_plan(tmp_path / str(n), n, name) for n in (1_000, 4_000)), strict=True)
-    assert seconds[1] < 8 * seconds[0]
-    assert peaks[1] < 5 * peaks[0]
+    """2,000 against 8,000: four times the work, with room for a busy machine; squared it would be sixteen times.
+
+    The best of three: one measurement may have had a collection of garbage or a neighbour in it.
+    """
+    tries = [[measure_plan(tmp_path / f"{i}-{n}", n, name) for n in (2_000, 8_000)] for i in range(3)]
+    small, large = (min(seconds for seconds, _ in measured) for measured in zip(*tries, strict=True))
+    assert large < 8 * small
+    assert tries[0][1][1] < 5 * tries[0][0][1]
 
 
 def test_names_that_all_end_alike_do_not_stall_the_pairing(tmp_path: Path) -> None:
