@@ -46,13 +46,16 @@ STORIES = {
         "verify adapter --base base --ft ft",
         "extract base ft adapter",
     ],
-    "batch": ["batch jobs.yaml"],
+    "batch": ["batch jobs.yaml", "batch variables.yaml"],
     "errors": [
         "edit base ft ft",
+        "edit base ft base",
         "edit base nowhere out",
         "edit base ft out --scale frob",
         "edit base ft out --rank 10 --rank-ratio 0.5",
         "edit base ft out --rank-ratio 0",
+        "edit base ft out --energy 0.5 --dry-run",
+        "edit base ft out --device cuda:7",
         "edit base ft out --layers router",
         "edit base ft out --rnak 3",
         "edit base",
@@ -85,6 +88,7 @@ def test_a_terminal_shows_the_golden_screens(
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     leave_rates(find_device("auto").name, RATES)  # else the time of a dry run names this machine
     (folder / "jobs.yaml").write_text(JOBS)
+    (folder / "variables.yaml").write_text(JOBS.replace("base: base", "base: '${B}'").replace(": ft", ": '${F}'"))
     seen = []
     for command in STORIES[story]:
         status, text = show_in_terminal(shlex.split(command), folder, columns, lines, environment())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from pome.reports.sweep import make_page
 from pome.reports.sweep_words import describe_outcome
 from pome.sweeping.grid import FINE_TUNED, make_grid, walk
 from pome.sweeping.ranking import rank_trials
 from pome.sweeping.scorers.base import Score, Scored
+from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.trials import Outcome, Trial
+from support.browser import open_page, read_attribute
 
 EXAMPLES = 400
 
@@ -75,3 +80,33 @@ def test_a_best_at_the_edge_of_the_grid_says_which_way_to_go_on(options, rights,
 def test_failures_come_last_and_say_what_failed():
     lines = describe_outcome(make_outcome(BETAS, [None, 240, None]))
     assert [line for line in lines if line.endswith("no score: exit status 3")] == lines[-2:]
+
+
+# Across the page: its own width, what is cut, and whether the line at zero stays beside the words on a phone.
+MEASURE = """
+  const root = document.documentElement;
+  const cut = (node) => node.scrollWidth > node.clientWidth + 1;
+  root.dataset.wide = document.body.scrollWidth;
+  root.dataset.cut = [...document.querySelectorAll("h1, p, li, dd, pre, button")].filter(cut).length;
+  root.dataset.rows = document.querySelectorAll(".models tbody tr").length;
+  root.dataset.ink = getComputedStyle(document.body).color + getComputedStyle(document.body).backgroundColor;
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_of_a_sweep_in_a_browser(tmp_path, width, dark):
+    outcome = make_outcome({"rank_ratio": [0.25, 0.5, 1.0], **BETAS}, [180, 200, 240, 190, 210, 230, None, 170, 205])
+    page = tmp_path / "sweep.html"
+    made = make_page(outcome, CommandScorer("score {model}", False, None), "base", "ft", "out")
+    # It has no script and forbids itself any, and so this one.
+    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made))
+    dom = open_page(page, width, dark=dark, script=MEASURE)
+    assert int(read_attribute(dom, "data-wide")) <= width
+    assert read_attribute(dom, "data-cut") == "0"
+    assert read_attribute(dom, "data-rows") == "11"  # the head, nine candidates and the fine-tuned model
+    ink, paper = (int(value) for value in re.findall(r"rgb\((\d+)", read_attribute(dom, "data-ink")))
+    assert (ink > paper) == dark
+    heading = re.sub(r"<[^>]*>", "", re.search(r"<h1.*?</h1>", dom, re.S)[0])
+    assert "is better than the fine-tuned model beyond noise" in heading
+    assert dom.count('class="zero"') == 9 and "no score: exit status 3" in re.sub(r"<[^>]*>", "", dom)
