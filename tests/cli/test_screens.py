@@ -88,7 +88,8 @@ def test_a_terminal_shows_the_golden_screens(
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     leave_rates(find_device("auto").name, RATES)  # else the time of a dry run names this machine
     (folder / "jobs.yaml").write_text(JOBS)
-    (folder / "variables.yaml").write_text(JOBS.replace("base: base", "base: '${B}'").replace(": ft", ": '${F}'"))
+    asked = JOBS.replace("base: base", "base: '${B}'").replace(": ft", ": '${F}'")
+    (folder / "variables.yaml").write_text(f"variables:\n  B:\n  F:\n{asked}")
     seen = []
     for command in STORIES[story]:
         status, text = show_in_terminal(shlex.split(command), folder, columns, lines, environment())

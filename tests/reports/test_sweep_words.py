@@ -109,4 +109,4 @@ def test_the_page_of_a_sweep_in_a_browser(tmp_path, width, dark):
     assert (ink > paper) == dark
     heading = re.sub(r"<[^>]*>", "", re.search(r"<h1.*?</h1>", dom, re.S)[0])
     assert "is better than the fine-tuned model beyond noise" in heading
-    assert dom.count('class="zero"') == 9 and "no score: exit status 3" in re.sub(r"<[^>]*>", "", dom)
+    assert dom.count('class="zero"') == 8 and "no score: exit status 3" in re.sub(r"<[^>]*>", "", dom)
