@@ -40,6 +40,7 @@ STORIES = {
     ],
     "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
     "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
+    "estimate": ["estimate base ft", "estimate base ft --layers ffn --rank-ratio 0.25"],
     "extract": [
         "extract base ft adapter --rank 4 --dry-run",
         "extract base ft adapter --rank 4",

@@ -17,6 +17,7 @@ import pyte
 
 # What differs from run to run or from machine to machine: durations, rates, free disk, memory, tiny errors.
 VARYING = (
+    (r"(?m)^device (?!auto|cpu).*$", "device NAME"),
     (r" *\b\d+:\d\d:\d\d\b", " 0:00:00"),
     (r" *\b[\d.]+ [kMGT]?B/s", " 0 B/s"),
     (r" *\b[\d.]+ (s|ms|min|h)\b", " 0 s"),
