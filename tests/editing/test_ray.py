@@ -140,6 +140,7 @@ def test_a_node_that_sees_other_files_is_named(small, nodes, tmp_path, sees):
     path = os.pathsep.join([str(PATCHED), str(ROOT / "src")])
     number = nodes.add(PYTHONPATH=path, POME_TEST_SEES=f"{file}={other}")
     try:
+        wait_for_nodes(nodes, 4)
         failed = fail(base, ft, tmp_path / "out", nodes=nodes)
     finally:
         nodes.kill(number)
