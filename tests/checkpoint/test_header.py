@@ -124,7 +124,9 @@ TABLES = st.dictionaries(
     metadata=st.none() | st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"]))),
 )
 @examples(0.06)
-def test_what_we_build_the_reference_reads(table, metadata, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_we_build_the_reference_reads(
+    table: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None, tmp_path: Path
+) -> None:
     raw = build_header([(name, dtype, shape) for name, (dtype, shape) in table.items()], metadata)
     size = sum(BITS[dtype] // 8 * int(numpy.prod(shape, dtype=int)) for dtype, shape in table.values())
     path = tmp_path / "x.safetensors"
@@ -259,7 +261,9 @@ def test_what_is_no_safetensors_file_is_named(tmp_path: Path) -> None:
         ([("\ud800", "F32", (1,))], "not valid Unicode"),
     ],
 )
-def test_what_the_format_cannot_hold_is_not_built(entries, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_the_format_cannot_hold_is_not_built(
+    entries: list[tuple[str, str, tuple[int, ...]]], message: str
+) -> None:
     with pytest.raises(HeaderError, match=message):
         build_header(entries)
 

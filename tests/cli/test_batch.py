@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,10 +161,10 @@ def test_an_interrupted_batch_tells_what_became_of_every_job(
 
     edit = pome.editing.edit.edit
 
-    def stop(base: str, ft: str, out: Path, *arguments: object, **options: object) -> object:
+    def stop(base: str, ft: str, out: Path, *arguments: Any, **options: Any) -> object:
         if out.name == "two":
             raise KeyboardInterrupt("interrupted; 0 of 2 units are safe")
-        return edit(base, ft, out, *arguments, **options)  # type: ignore[arg-type]
+        return edit(base, ft, out, *arguments, **options)
 
     monkeypatch.setattr(pome.editing.edit, "edit", stop)
     status, out, err = run(capsys, JOBS.replace("fine_tuned: gone", "beta: 2.0"), "--json")

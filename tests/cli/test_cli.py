@@ -421,7 +421,7 @@ def test_a_stream_that_is_closed_is_written_to_by_nobody(pair: tuple[str, str], 
     assert_only_edited(Path("ft"), Path("out"), UP)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no /dev/full; Linux, on which CI runs, has it")
 def test_a_document_that_cannot_be_written_is_told_from_the_edit(pair: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "pome", "edit", *pair, "out", "--json", "--quiet"]
     with open("/dev/full", "w") as full:
@@ -456,13 +456,13 @@ def test_an_interrupt_amid_the_imports_is_one_message() -> None:
 # The command itself, but with matrices slow enough to be stopped between them, each journalled on its own.
 SLOWLY = """
 import time
-import pome.editing.unit, pome.editing.edit
+import pome.editing.unit, pome.output.commits
 from pome.__main__ import main
 patch_unit = pome.editing.unit.patch_unit
 def patch_slowly(*arguments):
     time.sleep(0.2)
     return patch_unit(*arguments)
-pome.editing.unit.patch_unit, pome.editing.edit.COMMIT_UNITS = patch_slowly, 1
+pome.editing.unit.patch_unit, pome.output.commits.COMMIT_UNITS = patch_slowly, 1
 main()
 """
 

@@ -22,7 +22,7 @@ import pome
 from pome import ExtractSpec
 from pome.config.spec import EditSpec
 from support.adapters import make_pair, quietly
-from support.checkpoints import hash_tree, read_tensors
+from support.checkpoints import StopAfter, hash_tree, read_tensors
 from support.extraction import ARCHITECTURES, Trained, find_distance, train
 from support.reference import reference_edit
 
@@ -306,18 +306,6 @@ def test_a_prefix_that_old_checkpoints_leave_out_is_the_models(tmp_path: Path) -
     assert find_distance(merged, ft) < 1e-5 * find_distance(base, ft)
 
 
-class Stop(pome.Progress):
-    """Ctrl-C after some units."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
-        self.left -= task == "edit" and amount > 0
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_an_interrupted_extraction_goes_on_to_the_same_bytes(architecture: str, tmp_path: Path) -> None:
     pair = train(tmp_path, architecture)
@@ -326,7 +314,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(architecture: str, 
     pome.extract(pair.base, pair.ft, tmp_path / "whole", spec)
     for after in (3, 5):
         with pytest.raises(KeyboardInterrupt, match="run the same command again to go on"):
-            pome.extract(pair.base, pair.ft, tmp_path / "out", spec, Stop(after))
+            pome.extract(pair.base, pair.ft, tmp_path / "out", spec, StopAfter(after))
         assert not (tmp_path / "out").exists()
     journal = (tmp_path / "out.pome-staging" / "journal").read_text().splitlines()
     assert len(journal) >= 5
@@ -341,7 +329,7 @@ def test_progress_without_its_scratch_file_counts_for_nothing(tmp_path: Path) ->
     pair = train(tmp_path, "llama")
     spec = ExtractSpec(rank=3)
     with pytest.raises(KeyboardInterrupt):
-        pome.extract(pair.base, pair.ft, tmp_path / "out", spec, Stop(4))
+        pome.extract(pair.base, pair.ft, tmp_path / "out", spec, StopAfter(4))
     (tmp_path / "out.pome-staging" / "factors").unlink()
     pome.extract(pair.base, pair.ft, tmp_path / "out", spec)
     assert pome.verify(tmp_path / "out", pair.base, pair.ft, full=True).ok

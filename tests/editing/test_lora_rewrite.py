@@ -18,7 +18,7 @@ import pome
 from pome import EditSpec, NumericalError, PairingError
 from pome.manifest import Manifest
 from support.adapters import FUSED_EXPERTS, LINEAR, Pair, configure, make_pair, rewrite
-from support.checkpoints import hash_tree, read_tensors
+from support.checkpoints import StopAfter, hash_tree, read_tensors
 from support.hub_server import HubServer
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -184,18 +184,6 @@ def test_the_card_of_an_edited_adapter_names_its_base_and_form(hub: HubServer, t
     assert "The adapter is merged" in cards["full"].text
 
 
-class Stop(pome.Progress):
-    """Ctrl-C after some units."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
-        self.left -= task == "edit" and amount > 0
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("form", ["full", "adapter"])
 def test_an_interrupted_run_on_an_adapter_goes_on_to_the_same_bytes(form: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=LINEAR)
@@ -204,7 +192,7 @@ def test_an_interrupted_run_on_an_adapter_goes_on_to_the_same_bytes(form: str, t
     pome.edit(pair.base, pair.adapter, tmp_path / "whole", spec)
     for after in (1, 2):
         with pytest.raises(KeyboardInterrupt, match="run the same command again to go on"):
-            pome.edit(pair.base, pair.adapter, tmp_path / "out", spec, Stop(after))
+            pome.edit(pair.base, pair.adapter, tmp_path / "out", spec, StopAfter(after))
         assert not (tmp_path / "out").exists()
     pome.edit(pair.base, pair.adapter, tmp_path / "out", spec)
     made, wanted = hash_tree(tmp_path / "out"), hash_tree(tmp_path / "whole")

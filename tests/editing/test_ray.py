@@ -111,16 +111,26 @@ def test_on_three_nodes_while_workers_are_killed(large, nodes, tmp_path):
     assert_same(tmp_path / "out", local)
 
 
-def test_a_killed_driver_is_resumed_by_the_same_command(large, nodes, tmp_path):
-    base, ft, local = large
-    out = tmp_path / "out"
+def find_journal(out):
+    return out.with_name(f"{out.name}.pome-staging") / "journal"
+
+
+def begin_edit(base, ft, out, nodes, **options):
+    """The process of an edit on a cluster, of which at least one unit is journalled."""
     command = [sys.executable, "-m", "pome", "edit", base, ft, out, "--layers", "ffn", "--engine", "ray"]
     variables = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     variables = {**environment(), "OMP_NUM_THREADS": "1", **variables}
-    journal = tmp_path / "out.pome-staging" / "journal"
-    with subprocess.Popen([*command, "--ray-address", nodes.address], env=variables) as process:
-        while process.poll() is None and not (journal.is_file() and b'"unit"' in journal.read_bytes()):
-            time.sleep(0.05)
+    process = subprocess.Popen([*command, "--ray-address", nodes.address], env=variables, **options)
+    journal = find_journal(out)
+    while process.poll() is None and not (journal.is_file() and b'"unit"' in journal.read_bytes()):
+        time.sleep(0.05)
+    return process
+
+
+def test_a_killed_driver_is_resumed_by_the_same_command(large, nodes, tmp_path):
+    base, ft, local = large
+    out = tmp_path / "out"
+    with begin_edit(base, ft, out, nodes) as process:
         assert process.poll() is None, "it was done before it could be killed"
         process.kill()
     assert not out.exists()
@@ -187,15 +197,8 @@ def test_a_gpu_that_torch_does_not_see(small, tmp_path):
 def test_ctrl_c_keeps_what_is_done(large, nodes, tmp_path):
     base, ft, local = large
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pome", "edit", base, ft, out, "--layers", "ffn", "--engine", "ray"]
-    variables = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    variables = {**environment(), "OMP_NUM_THREADS": "1", **variables}
-    journal = tmp_path / "out.pome-staging" / "journal"
-    with subprocess.Popen(
-        [*command, "--ray-address", nodes.address], env=variables, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not (journal.is_file() and b'"unit"' in journal.read_bytes()):
-            time.sleep(0.05)
+    journal = find_journal(out)
+    with begin_edit(base, ft, out, nodes, stderr=subprocess.PIPE, text=True) as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
     assert process.returncode == 130 and "run the same command again to go on" in stderr

@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_keeps_the_split_that_it_began_with(tmp_path: Path) -
     pair = write_pair(tmp_path, LARGE + SMALL)
     wanted = edit(pair, tmp_path / "wanted", 2)
     stop = (
-        "import sys, pome\nfrom pome.editing import edit as module\n"
+        "import sys, pome\nfrom pome.output import commits as module\n"
         "module.COMMIT_UNITS = 1\n"
         "class Stop(pome.Progress):\n    def advance(self, task, amount, nbytes=0, note='', work=0.0):\n"
         "        if task == 'edit' and amount: raise KeyboardInterrupt\n"

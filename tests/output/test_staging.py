@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-import pome.editing.edit
+import pome.output.commits
 from pome import CheckpointError, EditSpec, OutputError, edit
 from pome.kernel.equalize import equalize_matrix
 from pome.output import clone
@@ -515,7 +515,7 @@ def test_a_file_beside_the_weights_that_changed_stops_the_run(
 def test_a_commit_while_workers_open_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync lets other threads run, which may come to another shard meanwhile."""
     base, ft = llama_pair(tmp_path, layers=12, shards=8)
-    monkeypatch.setattr(pome.editing.edit, "COMMIT_UNITS", 1)
+    monkeypatch.setattr(pome.output.commits, "COMMIT_UNITS", 1)
     fdatasync = os.fdatasync
 
     def slow(fd: int) -> None:
@@ -595,7 +595,7 @@ def test_a_journal_line_is_written_after_the_bytes_are_synced(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     monkeypatch.setattr(os, "write", write)
-    monkeypatch.setattr(pome.editing.edit, "COMMIT_UNITS", 1)
+    monkeypatch.setattr(pome.output.commits, "COMMIT_UNITS", 1)
     edit(base, ft, tmp_path / "out", EditSpec(layers=("ffn",)))
     assert events.count("journalled") == 6
     for i, event in enumerate(events):

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import pome
+
 INDEX = "model.safetensors.index.json"
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER = 16, 40
@@ -145,3 +147,15 @@ def count_ulps(a: Tensor, b: Tensor) -> Tensor:
 
     assert a.dtype == b.dtype and a.dtype.itemsize == 2
     return (number(a) - number(b)).abs()
+
+
+class StopAfter(pome.Progress):
+    """Ctrl-C after so many calls that tell of edited units."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def advance(self, task: str, amount: int, nbytes: int = 0, note: str = "", work: float = 0.0) -> None:
+        self.left -= task == "edit" and amount > 0
+        if not self.left:
+            raise KeyboardInterrupt

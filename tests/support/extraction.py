@@ -14,38 +14,17 @@ import transformers
 from torch import Tensor
 
 from support.adapters import quietly
+from support.lora_survey import ARCHITECTURES as SURVEYED
 from support.tiny_models import tiny_config, tiny_model
 
 # The classes of the architectures that an extraction is held to: dense, fused, Conv1D, encoders, packed experts.
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
+    **{name: kind for name, kind in SURVEYED.items() if name not in ("starcoder2", "vit")},
     "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "opt": "OPTForCausalLM",
     "gptj": "GPTJForCausalLM",
-    "phi": "PhiForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gpt_neox": "GPTNeoXForCausalLM",
-    "falcon": "FalconForCausalLM",
-    "bloom": "BloomForCausalLM",
     "mpt": "MptForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_bigcode": "GPTBigCodeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "phimoe": "PhimoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "jamba": "JambaForCausalLM",
-    "granitemoe": "GraniteMoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "llama4_text": "Llama4ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
-    "t5": "T5ForConditionalGeneration",
-    "bert": "BertForMaskedLM",
     "modernbert": "ModernBertForMaskedLM",
 }
 

@@ -512,9 +512,9 @@ def main() -> None:
 
 def _serve(request: dict[str, Any], report: str, errors: int) -> None:
     """In the child: set the faults up, run, leave."""
-    import pome.editing.edit
     import pome.editing.hashes
     import pome.output.clone
+    import pome.output.commits
     import pome.output.staging
     from pome.cli.app import run_command
 
@@ -523,7 +523,7 @@ def _serve(request: dict[str, Any], report: str, errors: int) -> None:
     for fd, to in ((null, 0), (null, 1), (errors, 2)):
         os.dup2(fd, to)
     if "commit_units" in settings:
-        pome.editing.edit.COMMIT_UNITS = settings["commit_units"]
+        pome.output.commits.COMMIT_UNITS = settings["commit_units"]
     if settings.get("ignore_space"):
         pome.output.staging.Staging.check_space = lambda *_: None  # type: ignore[method-assign]
     if "file_limit" in settings:

@@ -29,13 +29,14 @@ _MARKS = (
     (r"(.*?)weight_g", r"\1weight_v", "weight normalization",
      "call torch.nn.utils.remove_weight_norm and save the model again"),
 )  # fmt: skip
+_MARK = re.compile(r"poet_counts|(?:lora|hada|lokr|oft|ia3|vera)_|\.parametrizations\.|weight_g")  # in all of them
 
 
 def find_wrapped(names: Iterable[str]) -> list[Wrapped]:
     """Every stored matrix of a checkpoint that a training wrapper changes, with a tensor of the wrapper."""
     known = dict.fromkeys(names)
     found = []
-    for name in known:
+    for name in filter(_MARK.search, known):
         for pattern, changed, wrapper, step in _MARKS:
             match = re.fullmatch(pattern, name)
             if match and (stored := match.expand(changed)) in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ ANY_KEYS = ("name", "command", *SIDES, "out")
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(abc.ABC):
     """One line of work of a batch file; each command has its own kind, which holds the options of that command.
 
     `base` and `fine_tuned` may be None for `verify`; for `inspect` they are, or `out` is empty: it looks at an output,
@@ -47,13 +48,13 @@ class Job:
         check_alone(key, value)
 
     @classmethod
+    @abc.abstractmethod
     def read(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> Job:
         """A job from its keys and the defaults that its command takes; `given` are its own keys."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, console: Console) -> dict[str, Any]:
         """Do the work and tell people; returns what the summary says of it."""
-        raise NotImplementedError
 
     @property
     def engine(self) -> str:

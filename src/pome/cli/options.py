@@ -87,6 +87,7 @@ def make_callback(name: str, module: Any, show_all: Callable[[bool], None]) -> C
     parameters += [_make_option(name, option) for option in options.values()]
     everything = typer.Option("--help-all", is_eager=True, callback=show_all, help="All options.")
     parameters.append(_make_parameter("help_all", Annotated[bool, everything], False))
+    # inspect and typer read it; mypy does not know that a function may have one.
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__doc__ = run.__doc__

@@ -37,7 +37,7 @@ class ExtractSpec(EditSpec):
     rank: Annotated[int | None, _again("rank", help="Rank of every LoRA: k = min(N, rank of the update).")] = None
     rank_rule: Annotated[RankRuleName, _again("rank_rule")] = "fixed"
     scale: Annotated[ScaleName, _again("scale")] = "unit"
-    beta: Annotated[float, _again("beta")] = 1.0
+    beta: Annotated[float, _again("beta", help="Factor of the update; 1 leaves it as it is.", more="")] = 1.0
     power: Annotated[
         float,
         _again(

@@ -32,9 +32,10 @@ from pome.manifest import (
     read_manifest,
 )
 from pome.output.card import CARD_NAME, make_card
+from pome.output.commits import Commits
 from pome.output.copying import copy_files, count_space
 from pome.output.progress import Progress, advance_bytes
-from pome.output.staging import Staging
+from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
 from pome.planning.split import count_cores
@@ -43,10 +44,6 @@ from pome.planning.units import Unit
 if TYPE_CHECKING:
     from pome.editing.remote import RemoteEdit
     from pome.editing.unit import FindCache
-
-# Finished units are synced and journalled in groups: what a crash loses is at most this much work.
-COMMIT_SECONDS = 5.0
-COMMIT_UNITS = 512
 
 
 def edit(
@@ -220,7 +217,7 @@ class _Run:
                 nbytes, work = (sum(amounts) for amounts in zip(*((u.nbytes, u.work) for u in lora.units), strict=True))
                 self.progress.advance("edit", len(lora.units), int(nbytes), lora.low.key, work)
 
-        scratch = staging.folder / "factors"
+        scratch = staging.folder / SCRATCH
         staging.finished |= {unit.key: {"tensors": [], "kept": []} for unit in opened.plan.units}
         for lora in write_adapter(edit_each(), opened.plan.loras, opened.ft, staging.output, scratch):
             entry = staging.finished[lora.units[0].key]  # which another LoRA of the same stored tensor may share
@@ -240,8 +237,7 @@ class _Run:
         todo = [unit for unit in units if unit.key not in staging.finished]
         self.progress.start("edit", len(units), sum(unit.work for unit in todo))
         self.progress.advance("edit", len(units) - len(todo))
-        pending: list[dict[str, Any]] = []
-        last = time.monotonic()
+        commits = Commits(staging)
 
         def read(unit: Unit) -> Data:
             return read_unit(unit, opened.ft, opened.base)
@@ -255,12 +251,6 @@ class _Run:
                 watermark.mark_written(file, start)
             return dataclasses.replace(patch, data=None)
 
-        def commit() -> None:
-            if pending:
-                staging.commit(pending)
-                staging.finished.update((entry["unit"], entry) for entry in pending)
-                pending.clear()
-
         cores = staging.keep_cores(count_cores())
         if cores != count_cores():
             self.progress.note(f"going on with the split over {cores} cores of the earlier run, for the same bits")
@@ -270,26 +260,22 @@ class _Run:
             for patch in patches:
                 self.kernel_seconds += patch.kernel_seconds
                 self.clock.tally.add(patch.unit, patch.kernel_seconds)
-                pending.append(
+                unit = patch.unit
+                for file, start in unit.places if remote is not None else ():
+                    watermark.mark_written(file, start)
+                commits.add(
                     {
-                        "unit": patch.unit.key,
-                        "file": patch.unit.file,
-                        "copies": [copy.file for copy in patch.unit.copies],
+                        "unit": unit.key,
+                        "file": unit.file,
+                        "copies": [copy.file for copy in unit.copies],
                         "tensors": [record.to_mapping() for record in patch.tensors],
                         "kept": [dataclasses.asdict(record) for record in patch.kept],
                     }
                 )
-                unit = patch.unit
-                for file, start in unit.places if remote is not None else ():
-                    watermark.mark_written(file, start)
                 self.progress.advance("edit", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
-                if len(pending) >= COMMIT_UNITS or time.monotonic() - last > COMMIT_SECONDS:
-                    commit()
-                    last = time.monotonic()
         finally:
-            # On an error or Ctrl-C too: what is done stays done.
             patches.close()
-            commit()
+            commits.flush()
             for note in remote.describe_losses() if remote is not None else ():
                 self.progress.note(note)
         self.progress.finish("edit")

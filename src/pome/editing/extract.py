@@ -21,6 +21,7 @@ from pome.editing.session import Opened, Source, describe_command, open_pair
 from pome.engines.local import map_units
 from pome.errors import NumericalError, PairingError, printable
 from pome.manifest import FORMAT_VERSION, INPUTS, KeptRecord, LostRecord, Manifest, TensorRecord, read_manifest
+from pome.output.commits import Commits
 from pome.output.progress import Progress
 from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pome.editing.extract_cell import Extracted
     from pome.editing.extract_file import Contents
 
-COMMIT_SECONDS = 5.0
 NOT_PART = "an adapter has none; load it from FT"
 
 
@@ -167,8 +167,7 @@ class _Run:
         todo = [cell for cell in cells if cell.unit.key not in staging.finished]
         self.progress.start("edit", len(cells), sum(cell.unit.work for cell in todo))
         self.progress.advance("edit", len(cells) - len(todo))
-        pending: list[dict[str, Any]] = []
-        last = time.monotonic()
+        commits = Commits(staging)
 
         def work(cell: Any, data: Any, device: str) -> Extracted:
             found = extract_cell(cell, owners[cell.unit.key], data, self.spec, device)
@@ -176,19 +175,13 @@ class _Run:
                 staging.write(SCRATCH, found.to_bytes(), cell.offset)
             return dataclasses.replace(found, factors=None)
 
-        def commit() -> None:
-            if pending:
-                staging.commit(pending)
-                staging.finished.update((entry["unit"], entry) for entry in pending)
-                pending.clear()
-
         results = map_units(todo, devices, lambda cell: read_cell(cell, ft, base), work)
         try:
             for found in results:
                 self.kernel_seconds += found.kernel_seconds
                 unit, record = found.cell.unit, found.record
                 edited = isinstance(record, TensorRecord)
-                pending.append(
+                commits.add(
                     {
                         "unit": unit.key,
                         "file": ADAPTER_WEIGHTS,
@@ -198,13 +191,9 @@ class _Run:
                     }
                 )
                 self.progress.advance("edit", 1, unit.nbytes + unit.base_nbytes, unit.name, unit.work)
-                if time.monotonic() - last > COMMIT_SECONDS:
-                    commit()
-                    last = time.monotonic()
         finally:
-            # On an error or Ctrl-C too: what is done stays done.
             results.close()
-            commit()
+            commits.flush()
         self.progress.finish("edit")
 
     def _assemble(self, staging: Staging) -> tuple[Contents, tuple[LostRecord, ...]]:

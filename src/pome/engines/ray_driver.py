@@ -39,7 +39,7 @@ def main(fd: int) -> None:
             driver.run(heard)
     except EOFError:
         pass
-    except Exception as error:
+    except Exception as error:  # whatever it is, the run must hear of it
         driver.send("error", dump_error(error))
     finally:
         _leave(driver.temp)

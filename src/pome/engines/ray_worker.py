@@ -47,7 +47,7 @@ class Worker:
         """Load what the work needs; the error, pickled, where that fails."""
         try:
             self._desk = pickle.loads(job).open(device, threads)
-        except Exception as error:
+        except Exception as error:  # of the job: it is raised again where the run is
             return dump_error(error)
         return None
 
@@ -70,11 +70,11 @@ class Worker:
                     seconds += time.perf_counter() - begun
                 done.append((number, pickle.dumps(result)))
                 del data
-        except Exception as error:
+        except Exception as error:  # of the job: it is raised again where the run is
             failed = dump_error(error)
         try:
             self._desk.flush()
-        except Exception as error:
+        except Exception as error:  # then nothing of the bundle is safe
             done, failed = [], dump_error(error)
         return done, seconds, failed
 
@@ -88,6 +88,6 @@ def dump_error(error: Exception) -> bytes:
     try:
         dumped = pickle.dumps(error)
         pickle.loads(dumped)
-    except Exception:
+    except Exception:  # an error class may do anything when it is pickled
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
     return dumped

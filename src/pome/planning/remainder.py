@@ -105,15 +105,15 @@ def find_shared_tables(base: Checkpoint) -> tuple[frozenset[str], bool]:
     kinds = config.get("architectures")
     kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
     headless = bool(kinds) and all(_HEADLESS.search(kind) for kind in kinds)
-    has_head = any({part.role for part in layout.parts} == {"head"} for layout in find_tensor_layouts(base).values())
+    roles = {name: {part.role for part in layout.parts} for name, layout in find_tensor_layouts(base).items()}
+    has_head = {"head"} in roles.values()
     many = bool(config.get("is_encoder_decoder"))
     if not many and (headless or has_head or config.get("tie_word_embeddings") is False):
         return frozenset(), False
     tables = frozenset(
         name
-        for name, layout in find_tensor_layouts(base).items()
-        if {part.role for part in layout.parts} == {"embed"}
-        and base.tensors[name][1].shape[0] == size_of(config_of(name, config), "vocab_size")
+        for name, found in roles.items()
+        if found == {"embed"} and base.tensors[name][1].shape[0] == size_of(config_of(name, config), "vocab_size")
     )
     known = not many and any(
         kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds

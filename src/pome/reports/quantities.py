@@ -81,7 +81,7 @@ SURVEYED = (
         "align_right", "alignment, inputs", "Share of ‖Δ‖² in the base's leading input directions.", False,
         "align in",
     ),
-    Quantity("drift", "spectral drift", "Relative change of the base's leading singular values.", True, "drift"),
+    Quantity("drift", "leading drift", "Relative change of the base's leading singular values.", True, "drift"),
 )  # fmt: skip
 
 MATCHED = (

@@ -50,10 +50,13 @@ def describe_needs(opened: Opened, spec: EditSpec, target: Path, overwrite: bool
         f"disk: {show_bytes(cost.bytes_copied)} needed (less where the file system can share blocks with the input), "
         f"{show_bytes(free)} free in {place}",
     ]
-    if target.exists():
-        then = "it will be replaced" if overwrite else "the edit needs --overwrite to replace it, or another OUT"
-        lines.append(f"{printable(str(target), 1000)} exists: {then}")
-    return lines
+    return [*lines, *describe_existing(target, overwrite)]
+
+
+def describe_existing(target: Path, overwrite: bool) -> list[str]:
+    """That OUT exists, if it does, and what follows from it."""
+    then = "it will be replaced" if overwrite else "it needs --overwrite to be replaced, or another OUT"
+    return [f"{printable(str(target), 1000)} exists: {then}"] if target.exists() else []
 
 
 def make_plan_table(opened: Opened) -> FittedTable:
@@ -104,13 +107,17 @@ def describe_closing(manifest: Manifest, out: Path) -> list[str]:
     size = show_bytes(sum(file.bytes for file in manifest.files.values()))
     count = count_noun(len(manifest.tensors), "matrix", "matrices")
     merged = f", {len(manifest.merged)} merged" if manifest.merged else ""
+    return close(manifest, out, f"{size}, {count} edited{merged}, every other byte as in {manifest.template}")
+
+
+def close(manifest: Manifest, out: Path, said: str) -> list[str]:
+    """What is `said` of OUT, with how long it took, and the command that verifies it."""
     seconds = manifest.timing.get("total_seconds")
     took = f", in {show_seconds(seconds)}" if isinstance(seconds, float | int) else ""
-    shown = printable(str(out), 1000)
     sides = [name_input(manifest.base), name_input(manifest.fine_tuned)]
     command = shlex.join(["pome", "verify", str(out), "--base", sides[0], "--ft", sides[1]])
     return [
-        f"{shown}: {size}, {count} edited{merged}, every other byte as in {manifest.template}{took}",
+        f"{printable(str(out), 1000)}: {said}{took}",
         f"manifest: {printable(str(out / MANIFEST_NAME), 1000)}",
         "to verify it:",
         f"  {printable(command, 2000)}",

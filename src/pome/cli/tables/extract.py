@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import statistics
 from collections import Counter
@@ -10,11 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
-from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.cli.console import print_lines
-from pome.cli.tables.edit import describe_kept, describe_pair_notices, describe_warnings, name_input
+from pome.cli.tables.edit import (
+    close,
+    describe_existing,
+    describe_kept,
+    describe_left_out,
+    describe_pair_notices,
+    describe_warnings,
+)
 from pome.cli.tables.fitted import FittedTable
-from pome.cli.tables.text import count_noun, name_side, show_bytes, show_seconds
+from pome.cli.tables.text import count_noun, name_side, show_bytes
 from pome.config.extraction import ExtractSpec
 from pome.editing.session import Opened
 from pome.errors import printable
@@ -60,22 +65,20 @@ def describe_needs(extraction: ExtractPlan, spec: ExtractSpec, target: Path, ove
     folder = next(place for place in target.parents if place.is_dir())
     free = f"{show_bytes(shutil.disk_usage(folder).free)} free in {printable(str(folder), 1000)}"
     most = "" if spec.rank_rule == "fixed" else "at most "
-    lines = [
+    return [
         f"device {device}, expected memory {show_bytes(plan.memory)}",
         f"LoRAs: {most}{show_bytes(plan.bytes_written)}, and as much again while they are made; {free}",
         "What else differs between BASE and FT is found when all of FT is read.",
+        *describe_existing(target, overwrite),
     ]
-    if target.exists():
-        then = "it will be replaced" if overwrite else "it needs --overwrite to be replaced, or another OUT"
-        lines.append(f"{printable(str(target), 1000)} exists: {then}")
-    return lines
 
 
 def report_extraction(manifest: Manifest, out: Path, console: Console) -> None:
     """Tell what the adapter holds, what is lost, and what OUT is now."""
     if manifest.tensors:
         console.print(make_closing_table(manifest))
-    lines = [*describe_kept(manifest.kept), *describe_warnings(manifest), *describe_lost(manifest)]
+    lines = [*describe_kept(manifest.kept), *describe_left_out(manifest.not_copied)]
+    lines += [*describe_warnings(manifest), *describe_lost(manifest)]
     if manifest.saved:
         lines.append(f"saved whole: {count_noun(len(manifest.saved), 'tensor')} of FT (modules_to_save)")
     print_lines(console, [*lines, *describe_closing(manifest, out)])
@@ -131,19 +134,10 @@ def _norm(records: list[LostRecord]) -> float:
 
 
 def describe_closing(manifest: Manifest, out: Path) -> list[str]:
-    """What OUT is now beside FT, how long it took, and the commands that check and load it."""
+    """What OUT is now beside FT, how long it took, and the command that verifies it."""
     size = manifest.files[ADAPTER_WEIGHTS].bytes
     weights = [file.bytes for name, file in manifest.fine_tuned.files.items() if name.endswith(".safetensors")]
     beside = f", {size / sum(weights):.1%} of FT's {show_bytes(sum(weights))}" if sum(weights) else ""
     count = count_noun(len(manifest.tensors), "matrix", "matrices")
-    seconds = manifest.timing.get("total_seconds")
-    took = f", in {show_seconds(seconds)}" if isinstance(seconds, float | int) else ""
-    sides = [name_input(manifest.base), name_input(manifest.fine_tuned)]
-    command = shlex.join(["pome", "verify", str(out), "--base", sides[0], "--ft", sides[1]])
-    return [
-        *(f"note: {printable(notice, 2000)}" for notice in manifest.notices if notice.startswith("OUT ")),
-        f"{printable(str(out), 1000)}: {show_bytes(size)}{beside}, {count}{took}",
-        f"manifest: {printable(str(out / MANIFEST_NAME), 1000)}",
-        "to verify it:",
-        f"  {printable(command, 2000)}",
-    ]
+    notes = [f"note: {printable(notice, 2000)}" for notice in manifest.notices if notice.startswith("OUT ")]
+    return [*notes, *close(manifest, out, f"{show_bytes(size)}{beside}, {count}")]

@@ -230,7 +230,7 @@ def explained_errors() -> Iterator[None]:
         raise
     except ImportError:
         raise ScoreError(f"lm-eval is not installed; {EVAL_EXTRA}") from None
-    except Exception as error:
+    except Exception as error:  # a task's code may raise anything
         raise ScoreError(f"lm-eval: {type(error).__name__}: {printable(str(error))}") from None
 
 
