@@ -63,6 +63,15 @@ def test_a_finished_stage_keeps_its_speed_and_time(clock: Clock) -> None:
         assert show(bars.bars)[0].split()[-6:] == line.split()[-6:]
 
 
+def test_a_stage_of_a_moment_has_no_speed(clock: Clock) -> None:
+    with BarProgress(make_terminal()) as bars:
+        bars.start("hash", 8_000_000)
+        clock.now += 0.01
+        bars.advance("hash", 8_000_000, 8_000_000)
+        bars.finish("hash")
+        assert "/s" not in show(bars.bars)[0]
+
+
 def test_a_resumed_copy_is_said_to_be_an_earlier_run_s_and_does_not_spin(clock: Clock) -> None:
     with BarProgress(make_terminal()) as bars:
         bars.begin(PLAN, FT, ["cuda:0"], 3)

@@ -19,7 +19,7 @@ import pyte
 VARYING = (
     (r"(?m)^device (?!auto|cpu).*$", "device NAME"),
     (r" *\b\d+:\d\d:\d\d\b", " 0:00:00"),
-    (r" *\b[\d.]+ [kMGT]?B/s", " 0 B/s"),
+    (r" *\b[\d.]+ [kMGT]?B/s", ""),
     (r" *\b[\d.]+ (s|ms|min|h)\b", " 0 s"),
     (r"((?:done|failed) +[\d-]+) +[\d.]+", r"\1  0.0"),
     (r"\u2501+", "\u2501" * 20),  # a bar takes what width the numbers leave

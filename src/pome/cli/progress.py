@@ -21,6 +21,7 @@ VERBS = {"copy": "copying", "compare": "comparing", "edit": "editing", "hash": "
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
 SETTLED = 0.5  # seconds after which a speed says something
+BRIEF = 0.1  # of a whole stage: what is hashed while matrices are edited is told in a moment
 
 
 @dataclass
@@ -51,8 +52,8 @@ class Stage:
     def describe_speed(self, now: float) -> str:
         """Bytes a second, on the mean of the stage; empty while too little is known."""
         spent = self.spend(now)
-        fresh = self.ended is None and spent < SETTLED
-        return "" if fresh or not self.moved or spent <= 0.0 else f"{show_bytes(self.moved / spent)}/s"
+        fresh = spent < (SETTLED if self.ended is None else BRIEF)
+        return "" if fresh or not self.moved else f"{show_bytes(self.moved / spent)}/s"
 
     def estimate_left(self, now: float) -> float | None:
         """Seconds until the end: by the work that is done where it is known, else by the amount."""
