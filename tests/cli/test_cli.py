@@ -481,7 +481,8 @@ def test_an_interrupt_is_acknowledged_while_a_matrix_is_worked_on(
     llama_pair(tmp_path)
     monkeypatch.chdir(tmp_path)
     held = [sys.executable, "-c", f"import os{HELD}", "edit", "base", "ft", "out"]
-    with subprocess.Popen(held, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    one_core = {**environment(), "OMP_NUM_THREADS": "1"}  # more would work on both matrices at a time
+    with subprocess.Popen(held, stderr=subprocess.PIPE, text=True, env=one_core) as process:
         while not Path("begun").exists():
             assert process.poll() is None
             time.sleep(0.01)

@@ -87,6 +87,7 @@ def test_a_terminal_shows_the_golden_screens(
 ) -> None:
     llama_pair(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the memory that is told depends on the cores
     leave_rates(find_device("auto").name, RATES)  # else the time of a dry run names this machine
     (folder / "jobs.yaml").write_text(JOBS)
     asked = JOBS.replace("base: base", "base: '${B}'").replace(": ft", ": '${F}'")
