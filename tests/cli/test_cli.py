@@ -141,7 +141,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     Path("out").mkdir()
     status, _, err = run(capsys, "edit", *pair, "out", "--dry-run", "--device", "cpu")
     assert status == 0 and "device cpu, expected memory" in err
-    assert err.endswith(f"{tmp_path}/out exists: the edit needs --overwrite to replace it, or another OUT\n")
+    assert err.endswith(f"{tmp_path}/out exists: it needs --overwrite to be replaced, or another OUT\n")
 
 
 def test_warnings_and_kept_tensors_are_said(
