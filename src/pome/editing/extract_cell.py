@@ -29,7 +29,6 @@ from pome.kernel.noise import storage_noise_floor
 from pome.kernel.precision import full_precision
 from pome.manifest import KeptRecord, TensorRecord
 from pome.planning.extract_plan import Cell, Lora, Piece
-from pome.planning.units import FLOAT64_ENTRIES
 
 # A product of two rounded factors is off by about the root of two roundings. What is far beyond that was no rounding.
 MOST_LOST, MOST_EPS = 1e-4, 4.0
@@ -60,14 +59,13 @@ def extract_cell(cell: Cell, lora: Lora, data: dict[str, Data], spec: EditSpec, 
     begun = time.perf_counter()
     sides = [load_piece(piece, data[piece.unit.key]) for piece in cell.pieces]
     tuned, pretrained = (torch.cat(side) for side in zip(*sides, strict=True))
-    # In float64 where that costs next to nothing, as in an edit.
-    exact = torch.float64 in (tuned.dtype, pretrained.dtype) or tuned.numel() <= FLOAT64_ENTRIES
-    working = torch.float64 if exact else torch.float32
+    # The factors are rounded to float32 or less, so that float32 will do for them even where W and W_base cancel.
+    working = torch.promote_types(torch.promote_types(tuned.dtype, pretrained.dtype), torch.float32)
     D = tuned.to(working) - pretrained.to(working)
     floor = storage_noise_floor(tuned)
     unit, (part,) = cell.unit, cell.unit.parts
     spec = spec.resolve(cell.pieces[0].unit.name)
-    result = equalize_part(unit, part, (D,), floor, spec, device)
+    result = equalize_part(unit, part, (D,), floor, spec, device, leading_only=True)
     if isinstance(result, KeptRecord):
         return Extracted(cell, None, result, time.perf_counter() - begun)
     value = result.value.to("cpu")

@@ -224,15 +224,19 @@ def equalize_part(
     spec: EditSpec,
     device: str,
     caches: FindCache | None = None,
+    leading_only: bool = False,
 ) -> Equalized | KeptRecord:
-    """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
+    """The kernel's answer for a delta as stored, or why there is none; `leading_only` as in `Recipe`.
+
+    Raises NumericalError.
+    """
     spec = spec.resolve(unit.name)
 
     def equalize(cache: DecompositionCache | None) -> Equalized:
         operands = [factor.T for factor in reversed(delta)] if unit.transposed else delta
         sent = [send(operand, device) for operand in operands]
         rule = RankRule.from_options(spec.rank_rule, vars(spec), floor)
-        recipe = Recipe(rule, spec.scale, spec.beta, spec.power)
+        recipe = Recipe(rule, spec.scale, spec.beta, spec.power, leading_only)
         if len(sent) == 1:
             return equalize_matrix(sent[0], recipe, cache)
         return equalize_product(sent[0], sent[1], recipe, cache)

@@ -83,6 +83,7 @@ class Equalized:
 class Recipe:
     """What is done to a matrix: the rule for k, the scale rule, beta and the power p of the singular values.
 
+    leading_only: whether the directions beyond k, and with them the rank, may stay unknown wherever that is faster.
     Raises ValueError for one that makes no sense.
     """
 
@@ -90,6 +91,7 @@ class Recipe:
     scale: str = "frobenius"
     beta: float = 1.0
     power: float = 0.0
+    leading_only: bool = False
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -144,7 +146,8 @@ def equalize_matrix(delta: Tensor, recipe: Recipe, cache: DecompositionCache | N
     with full_precision(delta.device):
         D, exponent = normalise(delta, "delta")
         rule = recipe.rule.shift(-exponent)
-        found = climb(list_attempts(D, cache, recipe.power, rule), partial(prove_matrix, D), D.device, rule)
+        attempts = list_attempts(D, cache, recipe.power, rule, recipe.leading_only)
+        found = climb(attempts, partial(prove_matrix, D), D.device, rule)
         return scale_edit(found, recipe, (D.shape[0], D.shape[1]), squared_norm(D), exponent)
 
 

@@ -50,11 +50,11 @@ class BlockReflector:
         return self.Y, X - self.Y @ (self.T.mT @ (self.Y.mT @ X)) / 2
 
     def complete_basis(self, Q: Tensor, W: Tensor) -> Tensor:
-        """Orthonormal basis [Q, H W] (n x n) from its columns Q and a W (n - p square) in their complement."""
+        """Orthonormal basis [Q, H W] (n x (p + j)) from its columns Q and a W (n - p x j) in their complement."""
         n, p = Q.shape
         if not p:
             return W
-        V = W.new_empty(n, n)
+        V = W.new_empty(n, p + W.shape[1])
         V[:, :p], V[:p, p:], V[p:, p:] = Q, 0.0, W
         V[:, p:].addmm_(self.Y, self.T @ (self.Y[p:].mT @ W), alpha=-1.0)
         return V

@@ -20,6 +20,7 @@ from pome.kernel.rank import RankRule
 from pome.kernel.solvers.deflated import solve_deflated
 from pome.kernel.solvers.factors import solve_factors
 from pome.kernel.solvers.gram import solve_gram
+from pome.kernel.solvers.leading import solve_leading
 from pome.kernel.solvers.svd import solve_svd
 from pome.kernel.solvers.thin import solve_thin
 
@@ -112,10 +113,14 @@ def is_thin(D: Tensor, rule: RankRule) -> bool:
 
 
 def list_attempts(
-    D: Tensor, cache: DecompositionCache | None = None, power: float = 0.0, rule: RankRule | None = None
+    D: Tensor,
+    cache: DecompositionCache | None = None,
+    power: float = 0.0,
+    rule: RankRule | None = None,
+    leading_only: bool = False,
 ) -> Iterator[Attempt]:
     """The thin route where `rule` suits it, the ladder on the device of D, and after an accelerator's rungs those of
-    the CPU.
+    the CPU. With `leading_only` the first rung of a float32 matrix is the one for its leading directions alone.
 
     Between the two stands the smaller form: D on the CPU, and only the `eigh` of the short side on the accelerator.
     """
@@ -123,6 +128,8 @@ def list_attempts(
     given: dict[str, Any] = {"cache": cache, "power": power}
     if rule is not None and is_thin(D, rule):
         yield Attempt("thin", D.device, partial(solve_thin, D, **given), is_bet=True)
+    if leading_only and first == 0:
+        yield Attempt("leading", D.device, partial(solve_leading, D, power=power), is_bet=True)
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D, **given))
     if D.device.type != "cpu":
