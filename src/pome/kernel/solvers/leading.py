@@ -1,12 +1,12 @@
 """Leading directions of a Gram matrix all of whose eigenvalues are known: for a cut that may lie in a dense bulk.
 
 Eigenvalues alone cost a third of what they cost with their vectors. They say what the k leading directions have to
-attain, and how far the others lie below. So few vectors can be found by a filter, and certified, without the rest.
+attain, and how far the others lie below. So a few vectors can be found, and certified, without the rest.
 
-The strong directions are deflated first (`pome.kernel.solvers.deflated`). Of the others a block of Gaussian vectors is
-multiplied by Chebyshev polynomials of the Gram matrix, which grow fastest above the eigenvalue that follows the block:
-Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace iteration",
-J. Comput. Phys. 219(1), 2006. Where the eigenvalues tell that this takes longer, all vectors are found.
+The strong directions are deflated first (`pome.kernel.solvers.deflated`), and a block Lanczos iteration on the Gram
+matrix of the rest finds the others: Golub and Underwood, "The block Lanczos method for computing eigenvalues",
+Mathematical Software III, 1977. A product with that n x n matrix costs less than one with D, so that many small steps
+can be afforded. Where they lead nowhere, all eigenvectors are found.
 
 What the certificate promises is promised here too: the objective, and where the gap after s_k is above GAP the edit M
 itself to SUBSPACE, relative in the Frobenius norm. A direction counts by its weight in M: at power 1 a weak one little.
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 
 from pome.kernel.decomposition import SUBSPACE, Truncation, Undecided
-from pome.kernel.gram_products import find_eigenvectors
+from pome.kernel.gram_products import fill_lower, find_eigenvectors
 from pome.kernel.householder import orthonormalise
+from pome.kernel.missed import project_out
 from pome.kernel.norms import draw_gaussian
 from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.solvers.deflated import FLOOR, LOST, DeflatedGram, deflate, find_noise, find_resolution, is_open
+from pome.kernel.solvers.deflated import LOST, DeflatedGram, deflate, find_noise, find_resolution, is_open
 
 # All vectors cost little up to a short side of WHOLE. From a SHARE of them on they are found at once.
 WHOLE, SHARE = 768, 1 / 8
-COLUMNS = 2.0  # products of G (n x n) with so many times n columns take as long as all vectors beyond the values
-WIDER = (1.125, 1.25, 1.5, 2.0, 3.0)  # blocks that are tried, times what is wanted, and EXTRA columns more
-EXTRA = 16
-GROWTH = 1e3  # of the largest direction over the block's last in one filter: float32 keeps both
-CONVERGED = 1e-4  # part of the other directions, of one at the start, for the choice of a block
-CYCLES = 40
+BLOCK = 32  # columns of a step
+# Ritz vectors are looked at when the space has FIRST times as many columns as are wanted, then AGAIN times as many as
+# before. At MOST of the short side all eigenvectors would have cost no more.
+FIRST, AGAIN, MOST = 2, 1.25, 1 / 3
+SURELY = 0.5  # of what is allowed, for the Gram matrix: the delta itself is judged once more
 BLURRED = 1e-2  # rounding over s_k^2 from which on float32 squares say too little of the directions there
 RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
 
@@ -64,7 +64,7 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     if slack > BLURRED or rule.choose(sigma, n, shape, slack) != rule.choose(sigma, n, shape, -slack):
         raise Undecided("the singular values leave k open")
     if W is None:
-        W = filter_leading(split, sigma, k, power)
+        W = iterate_leading(split, sigma, k, power)
     W = find_eigenvectors(split.G)[1] if W is None else W
     V = split.reflector.complete_basis(split.Q, W.flip(1)[:, : max(k - p, 0)])[:, :k]
     image = tall @ V
@@ -112,54 +112,32 @@ def judge(squares: Tensor, coupling: Tensor, sigma: Tensor, k: int, power: float
     return excess if math.isfinite(excess) else math.inf
 
 
-def filter_leading(split: DeflatedGram, sigma: Tensor, k: int, power: float) -> Tensor | None:
+def iterate_leading(split: DeflatedGram, sigma: Tensor, k: int, power: float) -> Tensor | None:
     """Eigenvectors (ascending) of the deflated Gram matrix for the k leading values of `sigma`, but for the strong.
 
-    None where all of them are found sooner.
+    None where so many steps are needed that all eigenvectors are found as soon.
     """
-    G, p = split.G, split.theta.numel()
-    n, count = G.shape[0], k - p
+    p, count = split.theta.numel(), k - split.theta.numel()
     if count <= 0:
-        return G.new_empty(n, 0)
-    lam = sigma[p:].square()
-    block = choose_block(lam, count)
-    if block is None:
-        return None
-    cut = max(float(lam[block]), FLOOR * float(lam[0]))
-    growth = math.acosh(max(2.0 * float(lam[0]) / cut - 1.0, 1.0 + 1e-9))
-    degree = max(1, int(math.acosh(GROWTH) / growth))
-    X = orthonormalise(draw_gaussian(n, block, G))
+        return split.G.new_empty(split.G.shape[0], 0)
+    G = fill_lower(split.G)
     known = split.theta.square()
-    for _ in range(CYCLES):
-        image = G @ X
-        squares, R = torch.linalg.eigh(to_float64(X).mT @ to_float64(image))
-        R = R.to(X)
-        X, image, squares = X @ R, image @ R, squares.to("cpu")
-        best = slice(block - count, block)
-        E = torch.linalg.vector_norm(image[:, best] - X[:, best] * squares[best].to(X), dim=0)
-        t, c = squares[best].flip(0), E.flip(0).cpu().double()
-        if judge(torch.cat((known, t)), torch.cat((torch.zeros_like(known), c)), sigma, k, power) <= 0.5:
-            return X[:, best]
-        before, X = X, image.mul_(2.0 / cut).sub_(X)
-        for _ in range(degree - 1):
-            before, X = X, before.neg_().sub_(X, alpha=2.0).addmm_(G, X, alpha=4.0 / cut)
-        X = orthonormalise(X)
+    new = orthonormalise(draw_gaussian(G.shape[0], BLOCK, G))
+    Q, images, H = G.new_empty(G.shape[0], 0), G.new_empty(G.shape[0], 0), torch.zeros(0, 0, dtype=torch.float64)
+    look = FIRST * count
+    while Q.shape[1] + BLOCK <= MOST * G.shape[0]:
+        image = G @ new
+        Q, images = torch.cat((Q, new), 1), torch.cat((images, image), 1)
+        beside = to_float64(Q).mT @ to_float64(image)
+        H = torch.cat((torch.cat((H, beside[: len(H)].cpu()), 1), beside.mT.cpu()))
+        if Q.shape[1] >= look:
+            squares, X = torch.linalg.eigh(H)
+            squares, X = squares[-count:], X[:, -count:].to(Q)
+            W = Q @ X
+            coupling = torch.linalg.vector_norm(images @ X - W * squares.to(W), dim=0).cpu().double().flip(0)
+            all_squares = torch.cat((known, squares.flip(0)))
+            if judge(all_squares, torch.cat((torch.zeros_like(known), coupling)), sigma, k, power) <= SURELY:
+                return W
+            look = AGAIN * Q.shape[1]
+        new = orthonormalise(project_out(Q, orthonormalise(image - Q @ beside.to(Q))))
     return None
-
-
-def choose_block(lam: Tensor, count: int) -> int | None:
-    """Columns with which `count` leading eigenvectors are found soonest, from all eigenvalues (descending).
-
-    A degree of the filter takes the directions after the block down by exp(-acosh(2 lam_count / lam_block - 1)).
-    """
-    best, block = COLUMNS * lam.numel(), None
-    for wider in WIDER:
-        columns = int(wider * count) + EXTRA
-        if columns >= lam.numel():
-            break
-        ratio = float(lam[count - 1]) / max(float(lam[columns]), FLOOR * float(lam[0]))
-        rate = math.acosh(max(2.0 * ratio - 1.0, 1.0 + 1e-9))
-        cost = columns * (2.0 - math.log(CONVERGED) / rate)
-        if cost < best:
-            best, block = cost, columns
-    return block
