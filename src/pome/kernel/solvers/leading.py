@@ -1,20 +1,20 @@
-"""Leading directions of a Gram matrix all of whose eigenvalues are known: for a cut that may lie in a dense bulk.
-
-Eigenvalues alone cost a third of what they cost with their vectors. They say what the k leading directions have to
-attain, and how far the others lie below. So a few vectors can be found, and certified, without the rest.
+"""Leading directions of a float32 Gram matrix, for a truncation whose cut may lie in a dense bulk.
 
 The strong directions are deflated first (`pome.kernel.solvers.deflated`), and a block Lanczos iteration on the Gram
 matrix of the rest finds the others: Golub and Underwood, "The block Lanczos method for computing eigenvalues",
 Mathematical Software III, 1977. A product with that n x n matrix costs less than one with D, so that many small steps
-can be afforded. Where they lead nowhere, all eigenvectors are found.
+can be afforded. That no other direction is larger, a Cholesky factor proves: level * I - G without the directions found
+has one only where the level is above all that is left. Of small matrices, and for many directions, all eigenvectors are
+found; they cost no more.
 
-What the certificate promises is promised here too: the objective, and where the gap after s_k is above GAP the edit M
-itself to SUBSPACE, relative in the Frobenius norm. A direction counts by its weight in M: at power 1 a weak one little.
+What is promised is the objective and the symmetry of M^T D, as the certificate has them, and where the gap after s_k is
+above DETERMINED the kept directions themselves, to SUBSPACE. Within a bulk the objective decides.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,106 +22,133 @@ from torch import Tensor
 from pome.kernel.decomposition import SUBSPACE, Truncation, Undecided
 from pome.kernel.gram_products import fill_lower, find_eigenvectors
 from pome.kernel.householder import orthonormalise
-from pome.kernel.missed import project_out
+from pome.kernel.missed import bound_leading, project_out
 from pome.kernel.norms import draw_gaussian
 from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.solvers.deflated import LOST, DeflatedGram, deflate, find_noise, find_resolution, is_open
+from pome.kernel.solvers.deflated import EPS, LOST, DeflatedGram, deflate, find_noise, find_resolution
 
-# All vectors cost little up to a short side of WHOLE. From a SHARE of them on they are found at once.
+DETERMINED = 1e-2  # (s_k - s_{k+1}) / s_k from which on the data say which directions are kept
+RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
+BLURRED = 1e-2  # rounding over s_k^2 from which on float32 squares say too little of the directions there
+# All eigenvectors cost little up to a short side of WHOLE. From a SHARE of them on they are found at once.
 WHOLE, SHARE = 768, 1 / 8
-BLOCK = 32  # columns of a step
+BLOCK, BESIDE = 32, 16  # columns of a step, and directions beyond the cut that are found with those before it
 # Ritz vectors are looked at when the space has FIRST times as many columns as are wanted, then AGAIN times as many as
 # before. At MOST of the short side all eigenvectors would have cost no more.
-FIRST, AGAIN, MOST = 2, 1.25, 1 / 3
-SURELY = 0.5  # of what is allowed, for the Gram matrix: the delta itself is judged once more
-BLURRED = 1e-2  # rounding over s_k^2 from which on float32 squares say too little of the directions there
-RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
+FIRST, AGAIN, MOST = 3, 1.2, 0.4
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Orthonormal V (n x h), D V (m x h), their squared Ritz values and norms of residuals, and a bound on the rest."""
+
+    V: Tensor
+    image: Tensor
+    squares: Tensor
+    coupling: Tensor
+    rest: float
 
 
 def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     """Truncation of D (m x n, float32).
 
-    Its rank is None, and sigma ends after s_{k+1}, where float32 leaves it open; only the rule `fixed` can do without.
-    Raises Undecided when float32 cannot settle k or what is kept.
+    Its rank is None, and sigma ends after s_{k+1}, where float32 or the few directions found leave it open; only the
+    rule `fixed` can do without. Raises Undecided when float32 cannot settle k or what is kept.
     """
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
     n, split = tall.shape[1], deflate(tall)
-    few = rule.name == "fixed" and n > WHOLE and (rule.number or n) < SHARE * n
-    if few:
-        lam, W = torch.linalg.eigvalsh(split.G, UPLO="U"), None
-    else:
-        lam, W = find_eigenvectors(split.G)
-    sigma, p = split.join_spectrum(lam), split.theta.numel()
-    noise = find_noise(sigma, p)
-    is_full = float(sigma[-1]) > math.sqrt(noise + (float(sigma[0]) * rank_tolerance(shape)) ** 2)
-    if not (is_full or rule.name == "fixed"):
-        raise Undecided("singular values below the float32 floor")
-    k = rule.choose(sigma, n, shape)
-    slack = noise / max(float(sigma[k - 1]), 1e-300) ** 2
-    if slack > BLURRED or rule.choose(sigma, n, shape, slack) != rule.choose(sigma, n, shape, -slack):
-        raise Undecided("the singular values leave k open")
+    k, p, sigma = min(int(rule.number or n), n), split.theta.numel(), None
+    W, rest = None, 0.0
+    if rule.name == "fixed" and n > WHOLE and k < SHARE * n:
+        W, rest = iterate(split, k, power)
     if W is None:
-        W = iterate_leading(split, sigma, k, power)
-    W = find_eigenvectors(split.G)[1] if W is None else W
-    V = split.reflector.complete_basis(split.Q, W.flip(1)[:, : max(k - p, 0)])[:, :k]
+        lam, W = find_eigenvectors(split.G)
+        sigma = split.join_spectrum(lam)
+        k = choose_count(rule, sigma, find_noise(sigma, p), shape)
+        h = max(k - p, 0) + BESIDE
+        W, rest = W.flip(1)[:, :h], float(lam[-h - 1]) if h < len(lam) else 0.0
+    found = refine(tall, split.reflector.complete_basis(split.Q, W), rest)
+    check_noise(found.squares, k, p)
+    excess, missed = judge(found.squares, found.coupling, k, rest, power)
+    if not excess <= 1.0:
+        raise Undecided(f"the kept directions are off by {excess:.1g} times what is allowed")
+    kept = found.squares.sqrt()
+    resolution = max(find_resolution(kept, k, p), float(found.coupling[k - 1] / found.squares[k - 1]))
+    B = found.image[:, :k].mul_(kept[:k].reciprocal().to(found.image))
+    M, isometry = multiply_power(B, found.V[:, :k], kept[:k], tall is not D, 0, power)
+    if sigma is None or not is_full(sigma, p, shape):
+        return Truncation(M, kept[: k + 1], None, k, resolution, power, isometry, missed=missed)
+    sigma[: len(kept)] = kept
+    sigma[len(kept) :].clamp_(max=float(kept[-1]))
+    return Truncation(M, sigma, n, k, resolution, power, isometry, missed=missed)
+
+
+def is_full(sigma: Tensor, p: int, shape: tuple[int, int]) -> bool:
+    """Whether float32 squares prove all singular values to count, p strong ones deflated."""
+    threshold = float(sigma[0]) * rank_tolerance(shape)
+    return float(sigma[-1]) > math.sqrt(find_noise(sigma, p) + threshold**2)
+
+
+def choose_count(rule: RankRule, sigma: Tensor, noise: float, shape: tuple[int, int]) -> int:
+    """k by the rule, from singular values whose squares are good to `noise`. Raises Undecided."""
+    n = sigma.numel()
+    k = rule.choose(sigma, n, shape)
+    if rule.name == "fixed":
+        return k
+    if not float(sigma[-1]) > math.sqrt(noise + (float(sigma[0]) * rank_tolerance(shape)) ** 2):
+        raise Undecided("singular values below the float32 floor")
+    slack = noise / float(sigma[k - 1]) ** 2
+    if rule.choose(sigma, n, shape, slack) != rule.choose(sigma, n, shape, -slack):
+        raise Undecided("the singular values leave k open")
+    return k
+
+
+def refine(tall: Tensor, V: Tensor, rest: float) -> Leading:
+    """A Rayleigh-Ritz step with D itself: it makes up for what couples the strong directions to the others."""
     image = tall @ V
     wide = to_float64(image)
     squares, X = torch.linalg.eigh(wide.mT @ wide)
-    squares, X = squares.flip(0).cpu(), X.flip(1).to(V)
+    squares, X = squares.flip(0).clamp_min(0.0), X.flip(1).to(V)
     V, image = V @ X, image @ X
-    if not float(squares[-1]) > 0.0:
-        raise Undecided("the kept directions are not independent")
-    coupling = torch.linalg.vector_norm(tall.mT @ image - V * squares.to(V), dim=0).cpu().double()
-    excess = judge(squares, coupling, sigma, k, power)
-    if not excess <= 1.0:
-        raise Undecided(f"the kept directions are off by {excess:.1g} times what is allowed")
-    missed = max(0.0, count_objective(sigma[:k].square(), power) / count_objective(squares, power) - 1.0)
-    resolution = max(find_resolution(sigma, k, p), float(coupling[-1] / squares[-1]))
-    sigma[:k] = squares.sqrt()
-    sigma[k:].clamp_(max=float(sigma[k - 1]))
-    B = image.mul_(sigma[:k].reciprocal().to(image))
-    M, isometry = multiply_power(B, V, sigma[:k], tall is not D, 0, power)
-    rank = n if is_full else None
-    return Truncation(M, sigma if is_full else sigma[: k + 1], rank, k, resolution, power, isometry, missed=missed)
+    coupling = torch.linalg.vector_norm(tall.mT @ image - V * squares.to(V), dim=0)
+    return Leading(V, image, squares.cpu(), coupling.cpu().double(), rest)
 
 
-def count_objective(squares: Tensor, power: float) -> float:
-    """s_1^(1+p) + ... of the squares of singular values, over that power of the first."""
-    return float((squares / squares[0]).pow((1.0 + power) / 2.0).sum()) * float(squares[0]) ** ((1.0 + power) / 2.0)
+def check_noise(squares: Tensor, k: int, p: int) -> None:
+    """Raise Undecided where rounding of float32 squares reaches the kept directions, p strong ones deflated."""
+    noise = find_noise(squares.sqrt(), min(p, len(squares) - 1))
+    if len(squares) < k or not noise <= BLURRED * float(squares[k - 1]):
+        raise Undecided("singular values below the float32 floor")
 
 
-def judge(squares: Tensor, coupling: Tensor, sigma: Tensor, k: int, power: float) -> float:
-    """What is worst of k Ritz values with the norms of their residuals, over what is allowed; `sigma` is the truth.
+def judge(squares: Tensor, coupling: Tensor, k: int, rest: float, power: float) -> tuple[float, float]:
+    """What is worst of k Ritz values, over what is allowed, and the share of the objective that they may miss.
 
-    They may lack a share of the objective, miss symmetry of M^T D, and turn M. A Ritz vector of the value t and the
-    residual c holds at most c / (t - s_{k+1}^2) of the directions that are dropped.
+    squares and coupling are those of k directions and some more, descending; rest bounds the square of all others.
     """
-    weights = (squares / squares[0]).clamp_min(0.0).pow(power / 2.0)
-    missed = count_objective(sigma[:k].square(), power) / count_objective(squares, power) - 1.0
+    missed, limit = bound_leading(squares, coupling, k, rest, power)
+    t, c = squares[:k], coupling[:k]
     excess = missed / LOST
+    weights = (t / t[0]).pow(power / 2.0)
     if power:
-        residual = float((weights * coupling / squares.sqrt()).norm() / (weights * squares.sqrt()).norm())
+        residual = float((weights * c / t.sqrt()).norm() / (weights * t.sqrt()).norm())
         excess = max(excess, math.sqrt(2.0) * residual / RESIDUAL)
-    if k < sigma.numel() and not is_open(sigma, k, 0.0):
-        room = (squares - float(sigma[k]) ** 2).clamp_min(0.0)
-        turned = math.sqrt(2.0) * float((weights * coupling / room).norm() / weights.norm())
-        excess = max(excess, turned / SUBSPACE)
-    return excess if math.isfinite(excess) else math.inf
+    after = float(squares[k]) if k < len(squares) else rest
+    if 1.0 - math.sqrt(after / float(t[-1])) > DETERMINED:
+        room = (t - limit).clamp_min(0.0)
+        excess = max(excess, math.sqrt(2.0 * float((c / room).square().sum()) / k) / SUBSPACE)
+    return (excess if math.isfinite(excess) else math.inf), missed
 
 
-def iterate_leading(split: DeflatedGram, sigma: Tensor, k: int, power: float) -> Tensor | None:
-    """Eigenvectors (ascending) of the deflated Gram matrix for the k leading values of `sigma`, but for the strong.
-
-    None where so many steps are needed that all eigenvectors are found as soon.
+def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, float]:
+    """Ritz vectors (n x h, descending) of the deflated Gram matrix up to the k-th direction and BESIDE more, and a
+    bound on the squares of the rest. None where so many steps are needed that all eigenvectors are found as soon.
     """
-    p, count = split.theta.numel(), k - split.theta.numel()
-    if count <= 0:
-        return split.G.new_empty(split.G.shape[0], 0)
-    G = fill_lower(split.G)
-    known = split.theta.square()
+    G, known = fill_lower(split.G), split.theta.square()
+    count = max(k - len(known), 0) + BESIDE
     new = orthonormalise(draw_gaussian(G.shape[0], BLOCK, G))
     Q, images, H = G.new_empty(G.shape[0], 0), G.new_empty(G.shape[0], 0), torch.zeros(0, 0, dtype=torch.float64)
     look = FIRST * count
@@ -131,13 +158,28 @@ def iterate_leading(split: DeflatedGram, sigma: Tensor, k: int, power: float) ->
         beside = to_float64(Q).mT @ to_float64(image)
         H = torch.cat((torch.cat((H, beside[: len(H)].cpu()), 1), beside.mT.cpu()))
         if Q.shape[1] >= look:
-            squares, X = torch.linalg.eigh(H)
-            squares, X = squares[-count:], X[:, -count:].to(Q)
-            W = Q @ X
-            coupling = torch.linalg.vector_norm(images @ X - W * squares.to(W), dim=0).cpu().double().flip(0)
-            all_squares = torch.cat((known, squares.flip(0)))
-            if judge(all_squares, torch.cat((torch.zeros_like(known), coupling)), sigma, k, power) <= SURELY:
-                return W
             look = AGAIN * Q.shape[1]
+            squares, X = torch.linalg.eigh(H)
+            squares, X = squares.flip(0)[:count].clamp_min(0.0), X.flip(1)[:, :count].to(Q)
+            W = Q @ X
+            E = images @ X - W * squares.to(W)
+            coupling = torch.linalg.vector_norm(E, dim=0).cpu().double()
+            everything = torch.cat((known, squares)), torch.cat((torch.zeros_like(known), coupling))
+            # Halfway from the cut to the last value found: room for what the last ones have not converged.
+            rest = float(everything[0][k - 1] + everything[0][-1]) / 2.0
+            if judge(*everything, k, rest, power)[0] <= 1.0 and is_above_rest(rest, G, W, squares, E):
+                return W, rest * (1.0 + G.shape[0] * EPS)
         new = orthonormalise(project_out(Q, orthonormalise(image - Q @ beside.to(Q))))
-    return None
+    return None, 0.0
+
+
+def is_above_rest(level: float, G: Tensor, W: Tensor, squares: Tensor, E: Tensor) -> bool:
+    """Whether `level` is above all eigenvalues of G (n x n) on the complement of Ritz vectors W, but for rounding.
+
+    With their residuals E = G W - W diag(squares), which are orthogonal to W, that part of G is G - W Z^T - Z W^T for
+    Z = W diag(squares) / 2 + E. The rounding of a Cholesky factor is that of G in some EPS; n EPS leaves a margin.
+    """
+    Z = W * (squares / 2.0).to(W) + E
+    C = torch.addmm(G, torch.cat((W, Z), 1), torch.cat((Z, W), 1).mT, beta=-1.0)
+    C.diagonal().add_(level)
+    return not int(torch.linalg.cholesky_ex(C)[1])
