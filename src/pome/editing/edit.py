@@ -38,7 +38,6 @@ from pome.output.progress import Progress, advance_bytes
 from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.output.watermark import Watermark
-from pome.planning.split import count_cores
 from pome.planning.units import Unit
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ class _Run:
         """Every unit that no earlier run finished, journalled in groups."""
         from pome.editing.lora_merge import Data, make_patch, read_unit
         from pome.editing.unit import Patch
-        from pome.editing.workers import map_on_devices
+        from pome.editing.workers import keep_split, map_on_devices
 
         opened = self.opened
         units = opened.plan.units
@@ -251,9 +250,7 @@ class _Run:
                 watermark.mark_written(file, start)
             return dataclasses.replace(patch, data=None)
 
-        cores = staging.keep_cores(count_cores())
-        if cores != count_cores():
-            self.progress.note(f"going on with the split over {cores} cores of the earlier run, for the same bits")
+        cores = keep_split(staging, self.progress)
         remote = self.remote
         patches = remote.map(todo) if remote is not None else map_on_devices(todo, self.devices, cores, read, work)
         try:

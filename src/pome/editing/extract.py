@@ -18,7 +18,6 @@ from pome.config.extraction import ExtractSpec
 from pome.editing.base_check import check_base
 from pome.editing.hashes import Hashes
 from pome.editing.session import Opened, Source, describe_command, open_pair
-from pome.engines.local import map_units
 from pome.errors import NumericalError, PairingError, printable
 from pome.manifest import FORMAT_VERSION, INPUTS, KeptRecord, LostRecord, Manifest, TensorRecord, read_manifest
 from pome.output.commits import Commits
@@ -27,6 +26,7 @@ from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
 from pome.planning.extract_plan import ExtractPlan, plan_extraction
 from pome.planning.remainder import Rest, find_shared_tables, list_rest
+from pome.planning.units import Unit
 
 if TYPE_CHECKING:
     from pome.editing.extract_cell import Extracted
@@ -159,23 +159,28 @@ class _Run:
     def _extract(self, staging: Staging, devices: list[str]) -> None:
         """Every cell that no earlier run finished: its factors to the scratch file, journalled in groups."""
         from pome.editing.extract_cell import extract_cell, read_cell
+        from pome.editing.workers import keep_split, map_on_devices
 
         base, ft = self.opened.base, self.opened.ft
-        owners = {cell.unit.key: lora for lora in self.extraction.loras for cell in lora.cells}
-        cells = self.extraction.cells
+        owners = {cell.unit.key: (cell, lora) for lora in self.extraction.loras for cell in lora.cells}
+        units = self.extraction.plan.units
         staging.open_scratch()
-        todo = [cell for cell in cells if cell.unit.key not in staging.finished]
-        self.progress.start("edit", len(cells), sum(cell.unit.work for cell in todo))
-        self.progress.advance("edit", len(cells) - len(todo))
+        todo = [unit for unit in units if unit.key not in staging.finished]
+        self.progress.start("edit", len(units), sum(unit.work for unit in todo))
+        self.progress.advance("edit", len(units) - len(todo))
         commits = Commits(staging)
 
-        def work(cell: Any, data: Any, device: str) -> Extracted:
-            found = extract_cell(cell, owners[cell.unit.key], data, self.spec, device)
+        def read(unit: Unit) -> Any:
+            return read_cell(owners[unit.key][0], ft, base)
+
+        def work(unit: Unit, data: Any, device: str) -> Extracted:
+            cell, lora = owners[unit.key]
+            found = extract_cell(cell, lora, data, self.spec, device)
             if found.factors is not None:
                 staging.write(SCRATCH, found.to_bytes(), cell.offset)
             return dataclasses.replace(found, factors=None)
 
-        results = map_units(todo, devices, lambda cell: read_cell(cell, ft, base), work)
+        results = map_on_devices(todo, devices, keep_split(staging, self.progress), read, work)
         try:
             for found in results:
                 self.kernel_seconds += found.kernel_seconds

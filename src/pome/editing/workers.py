@@ -9,11 +9,21 @@ from typing import TypeVar
 import torch
 
 from pome.engines.local import map_units
-from pome.planning.split import group_units, order_units
+from pome.output.progress import Progress
+from pome.output.staging import Staging
+from pome.planning.split import count_cores, group_units, order_units
 from pome.planning.units import Unit
 
 Data = TypeVar("Data")
 Result = TypeVar("Result")
+
+
+def keep_split(staging: Staging, progress: Progress) -> int:
+    """The number of cores that a run splits its units over: an interrupted one's where it goes on, for its bits."""
+    cores = staging.keep_cores(count_cores())
+    if cores != count_cores():
+        progress.note(f"going on with the split over {cores} cores of the earlier run, for the same bits")
+    return cores
 
 
 def map_on_devices(

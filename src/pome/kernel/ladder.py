@@ -20,7 +20,7 @@ from pome.kernel.rank import RankRule
 from pome.kernel.solvers.deflated import solve_deflated
 from pome.kernel.solvers.factors import solve_factors
 from pome.kernel.solvers.gram import solve_gram
-from pome.kernel.solvers.leading import solve_leading
+from pome.kernel.solvers.leading import WHOLE, solve_leading
 from pome.kernel.solvers.svd import solve_svd
 from pome.kernel.solvers.thin import solve_thin
 
@@ -120,15 +120,17 @@ def list_attempts(
     leading_only: bool = False,
 ) -> Iterator[Attempt]:
     """The thin route where `rule` suits it, the ladder on the device of D, and after an accelerator's rungs those of
-    the CPU. With `leading_only` the first rung of a float32 matrix is the one for its leading directions alone.
+    the CPU. With `leading_only` a float32 matrix begins on the rung for its leading directions alone, which takes less
+    time than the thin route where the short side is small.
 
     Between the two stands the smaller form: D on the CPU, and only the `eigh` of the short side on the accelerator.
     """
     first = find_first_rung(D)
     given: dict[str, Any] = {"cache": cache, "power": power}
-    if rule is not None and is_thin(D, rule):
+    leading_only = leading_only and first == 0
+    if rule is not None and is_thin(D, rule) and not (leading_only and min(D.shape) <= WHOLE):
         yield Attempt("thin", D.device, partial(solve_thin, D, **given), is_bet=True)
-    if leading_only and first == 0:
+    if leading_only:
         yield Attempt("leading", D.device, partial(solve_leading, D, power=power), is_bet=True)
     for name, solve in RUNGS[first:]:
         yield Attempt(name, D.device, partial(solve, D, **given))

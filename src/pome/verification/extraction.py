@@ -15,6 +15,7 @@ from pome.editing.extract import gather_contents
 from pome.manifest import Manifest
 from pome.output.progress import Progress
 from pome.planning.extract_plan import Cell, ExtractPlan, name_factors, plan_extraction
+from pome.planning.split import count_cores
 from pome.planning.units import Plan
 from pome.verification.comparison import Advance, Difference, same_bytes
 from pome.verification.recomputation import EDITS_AGREE, NUMBERS_AGREE, SAMPLE, compare_record
@@ -112,6 +113,7 @@ def _recompute(
 ) -> int:
     """The number of matrices extracted again, each compared with its record and its product in the file."""
     from pome.editing.extract_cell import extract_cell, read_cell
+    from pome.editing.workers import use_threads
     from pome.manifest import TensorRecord
 
     cells = extraction.cells
@@ -119,12 +121,13 @@ def _recompute(
     records = {(record.name, record.part): record for record in manifest.tensors}
     ranked = {one.lora.name: one for one in contents.ranked}
     names = {lora.name: (a, b) for lora, a, b in name_factors(contents.loras)}
-    count = 0
+    count, cores = 0, count_cores()
     for lora in extraction.loras:
         for cell in lora.cells:
             if cell.unit.key not in chosen:
                 continue
-            again = extract_cell(cell, lora, read_cell(cell, ft, base), spec, "cpu")
+            with use_threads(cell.unit.count_threads(cores)):  # as an extraction on this machine does
+                again = extract_cell(cell, lora, read_cell(cell, ft, base), spec, "cpu")
             if isinstance(again.record, TensorRecord):
                 fresh = again.record
                 what = compare_record(records.get((fresh.name, fresh.part)), fresh)

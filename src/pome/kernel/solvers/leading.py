@@ -38,17 +38,17 @@ BLOCK, BESIDE = 32, 16  # columns of a step, and directions beyond the cut that 
 # Ritz vectors are looked at when the space has FIRST times as many columns as are wanted, then AGAIN times as many as
 # before. At MOST of the short side all eigenvectors would have cost no more.
 FIRST, AGAIN, MOST = 3, 1.2, 0.4
+STEPS = 4  # of subspace iteration with D itself, at most
 
 
 @dataclass(frozen=True)
 class Leading:
-    """Orthonormal V (n x h), D V (m x h), their squared Ritz values and norms of residuals, and a bound on the rest."""
+    """Ritz vectors V (n x h) of D^T D, descending, D V (m x h), their values and the norms of their residuals."""
 
     V: Tensor
     image: Tensor
     squares: Tensor
     coupling: Tensor
-    rest: float
 
 
 def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
@@ -67,13 +67,19 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     if W is None:
         lam, W = find_eigenvectors(split.G)
         sigma = split.join_spectrum(lam)
-        k = choose_count(rule, sigma, find_noise(sigma, p), shape)
+        k = choose_count(rule, sigma, p, shape)
         h = max(k - p, 0) + BESIDE
         W, rest = W.flip(1)[:, :h], float(lam[-h - 1]) if h < len(lam) else 0.0
-    found = refine(tall, split.reflector.complete_basis(split.Q, W), rest)
+    found = find_ritz_vectors(tall, split.reflector.complete_basis(split.Q, W))
     check_noise(found.squares, k, p)
     excess, missed = judge(found.squares, found.coupling, k, rest, power)
-    if not excess <= 1.0:
+    for _ in range(STEPS):
+        if excess <= 1.0:
+            break
+        # What couples the strong directions to the others was dropped. The rest of D stays next to what it was.
+        found = find_ritz_vectors(tall, orthonormalise(tall.mT @ found.image))
+        excess, missed = judge(found.squares, found.coupling, k, rest, power)
+    else:
         raise Undecided(f"the kept directions are off by {excess:.1g} times what is allowed")
     kept = found.squares.sqrt()
     resolution = max(find_resolution(kept, k, p), float(found.coupling[k - 1] / found.squares[k - 1]))
@@ -92,29 +98,28 @@ def is_full(sigma: Tensor, p: int, shape: tuple[int, int]) -> bool:
     return float(sigma[-1]) > math.sqrt(find_noise(sigma, p) + threshold**2)
 
 
-def choose_count(rule: RankRule, sigma: Tensor, noise: float, shape: tuple[int, int]) -> int:
-    """k by the rule, from singular values whose squares are good to `noise`. Raises Undecided."""
-    n = sigma.numel()
-    k = rule.choose(sigma, n, shape)
+def choose_count(rule: RankRule, sigma: Tensor, p: int, shape: tuple[int, int]) -> int:
+    """k by the rule, p strong directions deflated. Raises Undecided where it takes what float32 leaves open."""
+    k = rule.choose(sigma, sigma.numel(), shape)
     if rule.name == "fixed":
         return k
-    if not float(sigma[-1]) > math.sqrt(noise + (float(sigma[0]) * rank_tolerance(shape)) ** 2):
+    if not is_full(sigma, p, shape):
         raise Undecided("singular values below the float32 floor")
-    slack = noise / float(sigma[k - 1]) ** 2
-    if rule.choose(sigma, n, shape, slack) != rule.choose(sigma, n, shape, -slack):
+    slack = find_noise(sigma, p) / float(sigma[k - 1]) ** 2
+    if rule.choose(sigma, sigma.numel(), shape, slack) != rule.choose(sigma, sigma.numel(), shape, -slack):
         raise Undecided("the singular values leave k open")
     return k
 
 
-def refine(tall: Tensor, V: Tensor, rest: float) -> Leading:
-    """A Rayleigh-Ritz step with D itself: it makes up for what couples the strong directions to the others."""
+def find_ritz_vectors(tall: Tensor, V: Tensor) -> Leading:
+    """Ritz vectors of D^T D in the span of orthonormal V (n x h), for D m x n."""
     image = tall @ V
     wide = to_float64(image)
     squares, X = torch.linalg.eigh(wide.mT @ wide)
     squares, X = squares.flip(0).clamp_min(0.0), X.flip(1).to(V)
     V, image = V @ X, image @ X
     coupling = torch.linalg.vector_norm(tall.mT @ image - V * squares.to(V), dim=0)
-    return Leading(V, image, squares.cpu(), coupling.cpu().double(), rest)
+    return Leading(V, image, squares.cpu(), coupling.cpu().double())
 
 
 def check_noise(squares: Tensor, k: int, p: int) -> None:
