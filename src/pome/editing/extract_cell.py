@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
@@ -58,10 +59,13 @@ def extract_cell(cell: Cell, lora: Lora, data: dict[str, Data], spec: EditSpec, 
     """The factors of a cell's update. Raises NumericalError, as an edit does."""
     begun = time.perf_counter()
     sides = [load_piece(piece, data[piece.unit.key]) for piece in cell.pieces]
-    tuned, pretrained = (torch.cat(side) for side in zip(*sides, strict=True))
+    tuned, pretrained = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*sides, strict=True))
     # The factors are rounded to float32 or less, so that float32 will do for them even where W and W_base cancel.
     working = torch.promote_types(torch.promote_types(tuned.dtype, pretrained.dtype), torch.float32)
-    D = tuned.to(working) - pretrained.to(working)
+    D = tuned.to(working, copy=True).sub_(pretrained)
+    if not all(map(math.isfinite, map(float, torch.aminmax(D)))):
+        for piece, side in zip(cell.pieces, sides, strict=True):
+            check_finite(piece.unit, piece.part, *side)
     floor = storage_noise_floor(tuned)
     unit, (part,) = cell.unit, cell.unit.parts
     spec = spec.resolve(cell.pieces[0].unit.name)
@@ -77,7 +81,7 @@ def extract_cell(cell: Cell, lora: Lora, data: dict[str, Data], spec: EditSpec, 
             "out with --exclude"
         )
     with full_precision(value.device):
-        lost = measure_norm(F.to(value) @ G.to(value) - value) / result.edit_norm
+        lost = measure_norm(value.addmm_(F.to(value), G.to(value), beta=-1.0)) / result.edit_norm
     if not lost <= MOST_LOST + MOST_EPS * torch.finfo(dtype).eps:
         raise NumericalError(
             f"{describe_part(unit, part)}: its factors lose {lost:.1e} of the update in {unit.out_dtype}; leave it out "
@@ -97,7 +101,6 @@ def load_piece(piece: Piece, data: Data) -> tuple[Tensor, Tensor]:
         torch.frombuffer(theirs, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape),
     )
     ft, base = (take(side, piece.part) for side in stored)
-    check_finite(unit, piece.part, ft, base)
     return (ft.T, base.T) if unit.transposed else (ft, base)
 
 
