@@ -282,7 +282,8 @@ def test_factors_have_the_dtype_of_ft_or_float32(
     manifest = extract(pair, tmp_path / "out", rank=8)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {stored}
-    assert max(record.rounding for record in manifest.tensors) < 3 * torch.finfo(stored).eps
+    # the limit of an extraction: of roundings and, in float32, of the sums that the factors come from
+    assert max(record.rounding for record in manifest.tensors) < 4 * torch.finfo(stored).eps
     name = "model.layers.0.mlp.up_proj"
     B, A = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "BA")
     base, ft = (read_tensors(folder)[f"{name}.weight"].double() for folder in (pair.base, pair.ft))
