@@ -23,6 +23,7 @@ from support.checkpoints import environment, hash_tree, perturb, write_checkpoin
 from support.units import make_unit
 
 EDIT = "import sys, pome; pome.edit(*sys.argv[1:4])"
+EXTRACT = "import sys, pome; pome.extract(*sys.argv[1:4], pome.ExtractSpec(rank=40))"
 WITH_THREADS = """
 import sys, torch, pome
 from pome.editing import workers
@@ -71,22 +72,24 @@ def test_a_large_matrix_takes_all_cores(tmp_path: Path) -> None:
     assert edit(pair, tmp_path / "two", 2) == edit(pair, tmp_path / "by-hand", 2, "2", code=WITH_THREADS)
 
 
-def test_a_run_that_goes_on_keeps_the_split_that_it_began_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [EDIT, EXTRACT], ids=["edit", "extract"])
+def test_a_run_that_goes_on_keeps_the_split_that_it_began_with(code: str, tmp_path: Path) -> None:
     pair = write_pair(tmp_path, LARGE + SMALL)
-    wanted = edit(pair, tmp_path / "wanted", 2)
+    wanted = edit(pair, tmp_path / "wanted", 2, code=code)
     stop = (
         "import sys, pome\nfrom pome.output import commits as module\n"
         "module.COMMIT_UNITS = 1\n"
         "class Stop(pome.Progress):\n    def advance(self, task, amount, nbytes=0, note='', work=0.0):\n"
         "        if task == 'edit' and amount: raise KeyboardInterrupt\n"
-        "pome.edit(*sys.argv[1:4], progress=Stop())"
+        f"{code[code.index('; ') + 2 : -1]}, progress=Stop())"
     )
     out = tmp_path / "out"
     done = run_python_on(2, "-c", stop, *pair, str(out))
     assert "KeyboardInterrupt" in done.stderr and not out.exists()
     journal = [json.loads(line) for line in (tmp_path / "out.pome-staging" / "journal").read_text().splitlines()]
     assert {"cores": 2} in journal and sum("unit" in entry for entry in journal) < 4
-    done = run_python_on(1, "-m", "pome", "edit", *pair, str(out))
+    command, *options = ("edit",) if code == EDIT else ("extract", "--rank", "40")
+    done = run_python_on(1, "-m", "pome", command, *pair, str(out), *options)
     assert done.returncode == 0, done.stderr
     assert "going on with the split over 2 cores of the earlier run" in done.stderr
     assert {name: digest for name, digest in hash_tree(out).items() if name != "pome_manifest.json"} == wanted

@@ -1,4 +1,4 @@
-"""The rung for leading directions alone: against a float64 decomposition, its proof of the rest, and how it hands over."""
+"""The rung for leading directions alone: against float64, its proof of the rest, and how it hands over."""
 
 import dataclasses
 import math

@@ -156,7 +156,7 @@ def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, f
     count = max(k - len(known), 0) + BESIDE
     new = orthonormalise(draw_gaussian(G.shape[0], BLOCK, G))
     Q, images, H = G.new_empty(G.shape[0], 0), G.new_empty(G.shape[0], 0), torch.zeros(0, 0, dtype=torch.float64)
-    look = FIRST * count
+    look = float(FIRST * count)
     while Q.shape[1] + BLOCK <= MOST * G.shape[0]:
         image = G @ new
         Q, images = torch.cat((Q, new), 1), torch.cat((images, image), 1)
