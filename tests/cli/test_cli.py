@@ -421,6 +421,7 @@ def test_a_stream_that_is_closed_is_written_to_by_nobody(pair: tuple[str, str], 
     assert_only_edited(Path("ft"), Path("out"), UP)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no /dev/full; Linux, on which CI runs, has it")
 def test_a_document_that_cannot_be_written_is_told_from_the_edit(pair: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "pome", "edit", *pair, "out", "--json", "--quiet"]

@@ -15,6 +15,7 @@ import yaml
 from support.checkpoints import ROOT, llama_pair
 from support.hub_server import TOKEN, HubServer
 
+pytestmark = pytest.mark.slow
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 
 

@@ -118,8 +118,9 @@ def fill(line: str, world: Path, work: Path) -> list[str]:
     return ["echo {model} >/dev/null; echo 1" if word.startswith(SCORERS) else word for word in words]
 
 
+SLOW = re.compile("--engine ray|--lm-eval")
 COMMANDS = [
-    pytest.param(page, line, id=f"{page}: {line}", marks=[pytest.mark.slow] if "--engine ray" in line else [])
+    pytest.param(page, line, id=f"{page}: {line}", marks=pytest.mark.slow if SLOW.search(line) else [])
     for page, line in POME
 ]
 

@@ -75,6 +75,7 @@ def test_an_override_changes_the_method_of_what_it_matches(tmp_path: Path) -> No
     assert "by orthogonal equivalence" in card and "the others equalized by POME" in card
 
 
+@pytest.mark.slow
 def test_the_command_line_a_file_and_a_batch_take_it(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     config, jobs = tmp_path / "edit.yaml", tmp_path / "jobs.yaml"
