@@ -31,8 +31,8 @@ from support.adapters import (
 )
 from support.checkpoints import hash_tree, read_tensors
 from support.hub_server import HubServer
-from support.reference import reference_edit
 from support.quick import sample
+from support.reference import reference_edit
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "plain": ("llama", ("up",), {"target_modules": LINEAR}),

@@ -16,8 +16,8 @@ import pome
 from pome import CheckpointError, EditSpec, PairingError
 from support.adapters import CONFIGS, FUSED_EXPERTS, Pair, configure, make_pair, quietly, read_delta, rewrite
 from support.checkpoints import read_tensors
-from support.reference import reference_edit
 from support.quick import sample
+from support.reference import reference_edit
 
 STACK = "base_model.model.model.layers.{layer}.mlp.experts.{inner}lora_{side}.weight"
 FFN = EditSpec(layers=("ffn",))

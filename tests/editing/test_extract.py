@@ -24,8 +24,8 @@ from pome.config.spec import EditSpec
 from support.adapters import make_pair, quietly
 from support.checkpoints import StopAfter, hash_tree, read_tensors
 from support.extraction import ARCHITECTURES, Trained, find_distance, train
-from support.reference import reference_edit
 from support.quick import sample
+from support.reference import reference_edit
 
 FULL = 10**6  # a rank that no matrix has
 KINDS = ["llama", "gpt2", "phi3", "gpt_neox", "mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "granitemoe"]

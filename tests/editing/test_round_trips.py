@@ -20,8 +20,8 @@ from torch import Tensor
 
 import pome
 from support.checkpoints import assert_only_edited, count_ulps, read_tensors
-from support.reference import reference_edit
 from support.quick import sample
+from support.reference import reference_edit
 
 View = Callable[[Tensor], Tensor]
 # No two sizes are equal, nor is one twice another: a matrix cut or turned the wrong way has another shape.

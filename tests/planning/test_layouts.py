@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pome import EditSpec, edit, verify
 from support.checkpoints import read_tensors
-from support.tiny_models import tiny_config, tiny_model
 from support.quick import sample
+from support.tiny_models import tiny_config, tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
