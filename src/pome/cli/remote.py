@@ -24,7 +24,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What all jobs share: the folder from which their paths go out."""
+    """Common part of all jobs: the folder that their relative paths start from."""
 
     folder: str
     quiet: bool
@@ -43,7 +43,7 @@ class BatchJob:
         """Nothing: a job reads for itself."""
 
     def work(self, unit: Job, data: None) -> tuple[Result, str]:
-        """What a job came to, and what it said."""
+        """Result of a job, and its messages."""
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             return run_job(unit, make_console(self.quiet)), said.getvalue()

@@ -98,8 +98,8 @@ def edit_pair(
 ) -> Manifest:
     """The edit behind `edit` and `sweep`.
 
-    `find_cache` gives decompositions that are known already, `sweep` is the manifest's record of how the options were
-    chosen; the rest is as in `edit`.
+    `find_cache` returns the cache of a matrix's decompositions, `sweep` is the manifest's record of how the options
+    were chosen; the rest is as in `edit`.
     """
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
@@ -146,7 +146,7 @@ class _Run:
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
         self._check_base()
-        whole = False  # whether this run does all of the work, so that its times tell rates
+        whole = False  # whether this run does all of the work, so that rates follow from its times
         with Staging(target, command, fresh) as staging, contextlib.ExitStack() as stack:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
@@ -192,7 +192,7 @@ class _Run:
         return manifest
 
     def _check_base(self) -> None:
-        """Refuse a BASE that is not FT's, or note that it is in doubt."""
+        """Refuse a BASE that FT was not trained from, or note a doubt about it."""
         notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
         for note in notes:
             self.progress.note(note)

@@ -81,7 +81,7 @@ def match_spectrum(W_base: Tensor, W_ft: Tensor, *, beta: float = 1.0) -> Matche
 
 
 def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: DecompositionCache | None = None) -> Matched:
-    """The same; `cache` is for many edits of one pair, as in `equalize_matrix`."""
+    """Edit of `match_spectrum`, with a cache for many edits of one pair as in `equalize_matrix`."""
     check_matrix(W_base, "W_base")
     check_matrix(W_ft, "W_ft")
     if W_base.shape != W_ft.shape or W_base.device != W_ft.device:
@@ -262,7 +262,7 @@ RUNGS: tuple[tuple[str, Callable[[Tensor], Decomposition]], ...] = (
 def finish(
     match: Match, pair: Pair, W_base: Tensor, beta: float, exponent: int, wide: bool, solver: str, notes: list[str]
 ) -> Matched:
-    """The answer in the units, the orientation, the precision and on the device of W_base; `match` is used up."""
+    """Result in the units, orientation and precision of W_base, and on its device; `match` is overwritten."""
     D = pair.ft - pair.base
     edit = match.W_E.sub_(pair.base).mul_(beta)
     delta_norm, edit_norm = float(D.norm()), float(edit.norm())

@@ -17,7 +17,7 @@ from pome.choices import SCALES
 
 @dataclass(frozen=True)
 class Cut:
-    """What a scale rule sees of an m x n delta: its singular values (descending, float64), k, norm_F(D) and p."""
+    """Input of a scale rule: of an m x n delta the singular values (descending, float64), k, norm_F(D) and p."""
 
     sigma: Tensor
     k: int

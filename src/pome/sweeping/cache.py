@@ -66,7 +66,7 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         else:
             for name in ("sigma", "V", "U", "residual"):
                 tensor = getattr(decomposition, name)
-                # Rows or columns first, as it was: a product's rounding depends on that.
+                # The layout in memory (rows or columns first) is kept: a product's rounding depends on it.
                 if tensor is not None and tensor.is_contiguous():
                     tensors[name] = tensor.cpu()
                 elif tensor is not None:

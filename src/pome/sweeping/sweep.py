@@ -72,7 +72,7 @@ def sweep(
     """
     with open_pair(base, ft, share_spec(grid), whole=True, whole_base=True) as opened:
         plans = make_plans(opened, grid)
-        # Only for the command as it was: what it wrote is of these inputs, which the staging folder's command proves.
+        # Only for the same command: the staging folder's command proves that OUT was made from these inputs.
         written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
@@ -249,7 +249,7 @@ class _SweepRun:
     def _keep(self, key: str, candidate: Candidate | None, attempt: Attempt, earlier: bool = False) -> Trial:
         label = _label(key, candidate)
         trial = Trial(key, label, candidate, attempt.score, attempt.failed, attempt.seconds, earlier=earlier)
-        if not earlier and (attempt.failed is None or key != FINE_TUNED):  # without it there is no sweep: try it again
+        if not earlier and (attempt.failed is None or key != FINE_TUNED):  # without FT's score there is no sweep
             self.journal.add(trial)
         self.trials[key] = trial
         self.listener.tell(trial, len(self.trials), self.count)
