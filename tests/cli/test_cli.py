@@ -267,7 +267,9 @@ def test_an_error_is_one_message_and_leaves_everything_as_it_was(
     assert hash_tree(tmp_path) == before
 
 
-def test_what_a_message_offers_works_when_pasted(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_that_a_message_offers_works_when_pasted(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     status, _, err = run(capsys, "edit", *pair, "out", "--layers", "k")
     assert status == 1
     line = next(line for line in err.splitlines() if "down_proj" in line)
@@ -317,7 +319,7 @@ def test_a_usage_error_has_status_two(
         ("verify out --base base --ft ''", "--ft: empty; is a variable unset"),
     ],
 )
-def test_what_could_not_be_done_is_a_usage_error(
+def test_sides_and_options_that_do_not_fit_a_command_are_a_usage_error(
     pair: tuple[str, str], capsys: pytest.CaptureFixture[str], arguments: str, said: str
 ) -> None:
     status, out, err = run(capsys, *shlex.split(arguments))

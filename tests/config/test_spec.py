@@ -315,7 +315,7 @@ def test_a_wrong_batch_is_refused_before_any_job(tmp_path: Path, text: str, said
     assert said in str(caught.value)
 
 
-def test_nearest_says_nothing_of_what_is_far() -> None:
+def test_nearest_offers_no_distant_word() -> None:
     assert nearest("rank_ration", ["rank_ratio", "rank"]) == "; did you mean 'rank_ratio'?"
     assert nearest("zzz", ["rank"]) == ""
 
@@ -330,7 +330,7 @@ def test_nearest_says_nothing_of_what_is_far() -> None:
         ({"device": "mps", "engine": "ray"}, "device: 'mps' is one of this machine"),
     ],
 )
-def test_what_ray_cannot_take_is_refused(options, said):
+def test_options_that_contradict_the_engine_ray_are_refused(options, said):
     with pytest.raises(SpecError, match=re.escape(said)):
         EditSpec(**options)
 

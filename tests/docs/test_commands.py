@@ -126,7 +126,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_command_runs(page, line, world, tmp_path, monkeypatch, capsys, hub):
+def test_every_documented_command_runs(page, line, world, tmp_path, monkeypatch, capsys, hub):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -155,7 +155,7 @@ def test_other_commands_are_known_and_their_scripts_exist(page, line):
 
 
 @pytest.mark.parametrize(("page", "text"), list_blocks("yaml"))
-def test_yaml_is_read_by_what_it_is_for(page, text, tmp_path):
+def test_every_documented_yaml_block_is_read_by_its_command(page, text, tmp_path):
     document = yaml.safe_load(text)
     file = tmp_path / "file.yaml"
     file.write_text(text)
@@ -173,7 +173,7 @@ def test_yaml_is_read_by_what_it_is_for(page, text, tmp_path):
 
 
 @pytest.mark.parametrize(("page", "text"), [block for block in list_blocks("python") if "pandas" not in block[1]])
-def test_python_runs(page, text, world, tmp_path, monkeypatch):
+def test_every_documented_python_block_runs(page, text, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("base", "fine-tuned", "held-out.jsonl"):
         Path(name).symlink_to(world / name)

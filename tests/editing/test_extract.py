@@ -392,7 +392,7 @@ def test_nan_in_a_matrix_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft"]
 
 
-def test_what_pome_extracts_it_reads_as_an_adapter(tmp_path: Path) -> None:
+def test_pome_reads_an_extracted_adapter(tmp_path: Path) -> None:
     pair = train(tmp_path, "mixtral")
     extract(pair, tmp_path / "out", rank=3)
     spec = EditSpec(layers=("ffn", "attention"), rank_ratio=1.0, power=1.0, scale="unit")

@@ -47,7 +47,7 @@ def check(base, ft, spec, folder):
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": "ffn", "rank_ratio": 0.25}, {"dtype": "float32"}])
-def test_a_pair(tmp_path, options):
+def test_remote_edit_of_a_full_pair_equals_a_local_one(tmp_path, options):
     check(*llama_pair(tmp_path, shards=2, dtype=torch.bfloat16), EditSpec(**options), tmp_path)
 
 
