@@ -108,32 +108,25 @@ def edit_pair(
         return run.make(target, overwrite, fresh)
 
 
+@dataclasses.dataclass
 class _Run:
     """The state of one run between its stages."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        spec: EditSpec,
-        progress: Progress,
-        begun: float,
-        card: bool,
-        find_cache: FindCache | None,
-        sweep: Mapping[str, Any] | None,
-    ) -> None:
-        self.opened = opened
-        self.spec = spec
-        self.progress = progress
-        self.begun = begun
-        self.card = card
-        self.find_cache = find_cache
-        self.sweep = sweep
-        self.kernel_seconds = 0.0
+    opened: Opened
+    spec: EditSpec
+    progress: Progress
+    begun: float
+    card: bool
+    find_cache: FindCache | None
+    sweep: Mapping[str, Any] | None
+    kernel_seconds: float = 0.0
+    remote: RemoteEdit | None = None
+
+    def __post_init__(self) -> None:
         self.devices: list[str] = []
-        self.remote: RemoteEdit | None = None
-        self.clock = RunClock(spec, begun)
-        self.hashes = Hashes(opened)
-        self.fingerprint = opened.fingerprint()
+        self.clock = RunClock(self.spec, self.begun)
+        self.hashes = Hashes(self.opened)
+        self.fingerprint = self.opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         with self.clock.time("start"):

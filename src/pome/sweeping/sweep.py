@@ -153,32 +153,27 @@ def make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
     return plans
 
 
+@dataclasses.dataclass
 class _SweepRun:
     """The state of one sweep: the trials so far, and the copy in which candidates are made."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        plans: dict[tuple[str, ...], Plan],
-        grid: Grid,
-        scorer: FolderScorer | ModelScorer,
-        staging: Staging,
-        journal: Journal,
-        listener: Listener,
-        remote: RemoteScores | None = None,
-    ) -> None:
-        self.opened = opened
-        self.plans = plans
-        self.grid = grid
-        self.scorer = scorer
-        self.staging = staging
-        self.listener = listener
-        self.journal = journal
-        self.remote = remote
+    opened: Opened
+    plans: dict[tuple[str, ...], Plan]
+    grid: Grid
+    scorer: FolderScorer | ModelScorer
+    staging: Staging
+    journal: Journal
+    listener: Listener
+    remote: RemoteScores | None = None
+
+    def __post_init__(self) -> None:
         self.trials: dict[str, Trial] = {}
-        self.count = grid.size + 2
-        device = grid.shared.device if remote is None else "cpu"
-        self.models = Models(opened, plans, scorer, staging, device, staging.folder / "decompositions")
+        self.count = self.grid.size + 2
+        device, cache = (
+            self.grid.shared.device if self.remote is None else "cpu",
+            self.staging.folder / "decompositions",
+        )
+        self.models = Models(self.opened, self.plans, self.scorer, self.staging, device, cache)
 
     def score_all(self) -> Outcome:
         from pome.sweeping.cache import count_bytes
