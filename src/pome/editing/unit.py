@@ -225,7 +225,7 @@ def equalize_part(
     device: str,
     caches: FindCache | None = None,
 ) -> Equalized | KeptRecord:
-    """The kernel's result for a delta as stored, or the reason for having none. Raises NumericalError."""
+    """The kernel's answer for a delta as stored, or why there is none. Raises NumericalError."""
     spec = spec.resolve(unit.name)
 
     def equalize(cache: DecompositionCache | None) -> Equalized:

@@ -20,7 +20,7 @@ from pome.kernel.alignment import measure_alignment
 from pome.kernel.equalize import Unsolved, ZeroDelta
 from pome.kernel.noise import RoundingGrid, measure_grid
 from pome.kernel.rank import RankRule, count_signal, measure_effective
-from pome.kernel.scale import Cut, find_gain
+from pome.kernel.scale import KeptSpectrum, find_gain
 from pome.kernel.values import measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in
@@ -100,7 +100,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
     base_norm = float(torch.linalg.vector_norm(W, dtype=torch.float64 if W.device.type == "cpu" else None))
     floor = seen.noise.noise_floor if seen.noise else 0.0
     k = {name: rule.choose(sigma, rank, shape) for name, rule in _make_rules(spec, floor).items()}
-    alpha = {name: find_gain(name, Cut(sigma, k["ratio"], shape, norm)) for name in SCALES}
+    alpha = {name: find_gain(name, KeptSpectrum(sigma, k["ratio"], shape, norm)) for name in SCALES}
     edit_ratio = {name: value * math.sqrt(k["ratio"]) / norm for name, value in alpha.items()}
     alignment = measure_alignment(W, D, norm)
     return Matrix(

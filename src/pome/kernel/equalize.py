@@ -30,7 +30,7 @@ from pome.kernel.operands import (
 )
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
-from pome.kernel.scale import Cut, check_scale, find_gain, raise_to
+from pome.kernel.scale import KeptSpectrum, check_scale, find_gain, raise_to
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
     except OverflowError:
         delta_norm = math.inf
     # The M that was certified is made of s over s_1: `gain` is its scale, and alpha that of U_k S_k^p V_k^T.
-    gain = recipe.beta * find_gain(recipe.scale, Cut(sigma, k, shape, delta_norm, recipe.power))
+    gain = recipe.beta * find_gain(recipe.scale, KeptSpectrum(sigma, k, shape, delta_norm, recipe.power))
     unit = raise_to(float(sigma[0]), recipe.power)
     alpha = gain / unit if unit else math.inf
     if not (0.0 < alpha < math.inf and 0.0 < gain < math.inf and 0.0 < delta_norm < math.inf):
