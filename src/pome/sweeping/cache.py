@@ -98,9 +98,9 @@ def count_bytes(plans: list[Plan], methods: Collection[str]) -> int:
         for unit, part in plan.matrices():
             m, n = fan_out_in(unit, part)
             short, lows = min(m, n), unit.change.lows if unit.change else ()
-            cut = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
+            equalize = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
             if lows:
-                cut = 8 * max(low.rank for low in lows) * (m + n)
-            of_method = {"equalize": cut, "equivalence": 8 * short * (m + n)}
+                equalize = 8 * max(low.rank for low in lows) * (m + n)
+            of_method = {"equalize": equalize, "equivalence": 8 * short * (m + n)}
             sizes[unit.key, unit.label(part)] = sum(of_method[method] for method in methods)
     return sum(sizes.values())
