@@ -12,7 +12,7 @@ from pome.reports.sheet import Sheet, summarise_places, summarise_roles
 
 
 def describe_survey(opened: Opened) -> str:
-    """What is held against what, how many tensors and bytes; and the notices, a line each."""
+    """The two sides, the number of tensors and bytes; and the notices, a line each."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
     looked = len({unit.name for unit in plan.units if unit.parts})
