@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import pome
@@ -66,6 +66,7 @@ def test_random_weights_become_those_of_the_definition(shape, dtypes, seed, size
     W_base = torch.randn(*shape, generator=generator)
     W_ft = (W_base + size * torch.randn(*shape, generator=generator)).to(dtypes[1])
     W_base = W_base.to(dtypes[0])
+    assume(not torch.equal(W_base.double(), W_ft.double()))  # bfloat16 may round the difference away
     found = match_spectrum(W_base, W_ft, beta=beta)
     assert found.value.dtype == (torch.float64 if dtypes[0] == torch.float64 else torch.float32)
     assert found.warnings == ()
