@@ -176,7 +176,7 @@ def test_two_shapes_prove_another_orientation(
             side.close()
 
 
-def test_doubt_about_orientation_covers_stacks_of_squares_and_no_other_shape(tmp_path: Path) -> None:
+def test_a_stack_of_squares_is_as_doubtful_and_what_is_not_square_is_not(tmp_path: Path) -> None:
     base = {"stack": torch.ones(3, 4, 4), "wide": torch.ones(4, 4, 5), "plain": torch.ones(4, 4)}
     base |= {"proof": torch.ones(2, 4, 6)}
     sides = open_sides(tmp_path, base, base | {"proof": torch.ones(2, 6, 4)})

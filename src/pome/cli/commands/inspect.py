@@ -55,7 +55,7 @@ def run(
 
 
 def read_look(options: Mapping[str, Any]) -> EditSpec:
-    """The spec of an inspection: all roles unless `layers` says otherwise; and the numbers of the rules for k."""
+    """What is looked at, all roles unless `layers` says otherwise; and the numbers of the rules for k."""
     return EditSpec.from_mapping({"layers": ROLES, **options})
 
 
