@@ -81,9 +81,7 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, at_once: int | None, qu
             yield result
 
 
-def _match(
-    jobs: Sequence[Job], found: Iterator[tuple[Result, str] | Lost]
-) -> Iterator[tuple[Job, tuple[Result, str]]]:
+def _match(jobs: Sequence[Job], found: Iterator[tuple[Result, str] | Lost]) -> Iterator[tuple[Job, tuple[Result, str]]]:
     """Each job with its result and what it said; one whose workers died has failed."""
     by_name = {job.name: job for job in jobs}
     for item in found:
