@@ -298,7 +298,7 @@ def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
          "two jobs have the out 'o' and 'o/p'"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, full: true}\n", "full: the command edit does not take that"),
         ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, loss: l}\n", "loss: the command inspect does not"),
-        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, beta: 1.0}\n", "beta: the command inspect does not"),
+        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, beta: 1.0}\n", "beta: has no effect without weights"),
         ("jobs:\n  - {command: inspect, out: o, layers: up}\n", "layers: has no effect with out"),
         ("jobs:\n  - {command: verify, out: o, full: true}\n", "full: every edit is recomputed from both sides"),
         ("jobs:\n  - {command: verify, out: o, base: b}\n", "base: an edit is recomputed from both sides"),

@@ -233,6 +233,12 @@ def find_values(tall: Tensor) -> Decomposition:
     return Decomposition(sigma, count_rank(sigma.clone(), (tall.shape[0], tall.shape[1])), none)
 
 
+def find_spectrum(W: Tensor) -> Tensor:
+    """Singular values of W (m x n), descending, float64, on the CPU."""
+    with full_precision(W.device):
+        return find_values(to_float64(W if W.shape[0] >= W.shape[1] else W.mT)).sigma
+
+
 def decompose_squares(tall: Tensor) -> Decomposition:
     """Singular value decomposition by the Gram matrix. Raises Undecided for one that is rank deficient."""
     found = decompose_gram(tall, (tall.shape[0], tall.shape[1]))
