@@ -22,7 +22,7 @@ def _of_edit(name: str) -> Option:
 @documented
 @dataclass(frozen=True)
 class Look:
-    """What `pome inspect` measures beside the update. Raises SpecError."""
+    """What `pome inspect` measures beside the update, and for which edit: options of its own beside EditSpec's."""
 
     weights: Annotated[
         bool,
@@ -40,25 +40,22 @@ class Look:
     beta: Annotated[float, _of_edit("beta")] = 1.0
     power: Annotated[float, _of_edit("power")] = 0.0
 
-    def __post_init__(self) -> None:
-        check_switch("weights", self.weights)
-
 
 # Of a look without weights these have no effect.
 OF_EDIT = tuple(name for name in find_options(Look) if name != "weights")
 
 
-def read_look(values: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[EditSpec, Look]:
-    """What is looked at, all roles unless `layers` says otherwise, with the edit to measure; and what is measured.
+def read_look(values: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[EditSpec, bool]:
+    """What is looked at, all roles unless `layers` says otherwise, with the edit to measure; and whether weights are.
 
     Of `values` those that are `given` were not taken from a file's defaults. Raises SpecError for one of them that has
     no effect.
     """
-    look = Look(**pick_options(values, Look))
+    weights = check_switch("weights", values.get("weights", False))
     chosen = {"layers": ROLES, **pick_options(values, EditSpec)}
-    for name in OF_EDIT if not look.weights else ():
+    for name in OF_EDIT if not weights else ():
         if name in given:
             said = f"{name}: has no effect without weights; give both or neither"
             raise SpecError(said, options=[name, "weights"])
         chosen.pop(name, None)
-    return EditSpec.from_mapping(chosen), look
+    return EditSpec.from_mapping(chosen), weights

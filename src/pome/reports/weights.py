@@ -1,4 +1,4 @@
-"""Drift and energy of weights, for screens and pages: a row for each role and weight, and what is left out. No torch."""
+"""Drift and energy of weights, for screens and pages: a row for each role and weight, what is left out. No torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,5 @@ def describe_weights(sheet: Sheet) -> list[str]:
         lines.append(f"Energy from a seeded sample of {most} rows: {len(sampled)} of {len(rows)} matrices have more.")
     zero, same = (sum(int(row.values[key] or 0) for row in rows) for key in ("zero_rows", "identical_pairs"))
     if zero or same:
-        lines.append(
-            f"Left out of the energy, in all four weights: {zero} rows of zeros, {same} pairs of one direction."
-        )
+        lines.append(f"Left out of the energy, of all weights: {zero} rows of zeros, {same} pairs of one direction.")
     return lines

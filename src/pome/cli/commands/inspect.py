@@ -55,7 +55,7 @@ def run(
 
 
 def show_inspection(
-    base: str, ft: str | None, spec: EditSpec, look: Look, reports: Reports, console: Console
+    base: str, ft: str | None, spec: EditSpec, weights: bool, reports: Reports, console: Console
 ) -> tuple[int, Iterable[str]]:
     """Look, tell people, write the reports; returns the number of matrices and the JSON document in pieces."""
     from pome.checkpoint.sidefiles import MANIFEST_NAME
@@ -85,7 +85,7 @@ def show_inspection(
         with open_pair(base, ft, dataclasses.replace(spec, allow_missing=True)) as opened:
             print_lines(console, [describe_survey(opened)])
         with show_progress(console) as progress:
-            found = survey(base, ft, spec, progress, look.weights)
+            found = survey(base, ft, spec, progress, weights)
         sheet = make_sheet(found, list_warnings(found.matrices), suggest(base, ft, found.matrices))
         document = found.to_json()
     for table in make_survey_tables(sheet):
@@ -102,7 +102,7 @@ class InspectJob(Job):
     """A look of a batch: at an output where `out` is given, else at a pair."""
 
     spec: EditSpec
-    look: Look
+    weights: bool
     reports: Reports
 
     @classmethod
@@ -120,7 +120,7 @@ class InspectJob(Job):
 
     def run(self, console: Console) -> dict[str, Any]:
         sides = self.base or self.out, self.fine_tuned
-        matrices, _ = show_inspection(*sides, self.spec, self.look, self.reports, console)
+        matrices, _ = show_inspection(*sides, self.spec, self.weights, self.reports, console)
         return {"status": "done", "matrices": matrices, "out": ", ".join(self.reports.paths) or self.out}
 
 
