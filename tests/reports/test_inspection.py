@@ -74,8 +74,8 @@ def test_the_page_shows_what_was_measured_of_weights(tmp_path, width):
     page = tmp_path / "report.html"
     page.write_text(make_page(draw_sheet(found)))
     script = """
-      const cells = [...document.querySelectorAll("#weights td")];
-      root.dataset.cells = cells.map((cell) => cell.textContent).join("|");
+      const drawn = [...document.querySelectorAll("#weights td")];
+      root.dataset.cells = drawn.map((cell) => cell.textContent).join("|");
       byId("find").value = "layers.1 up"; byId("find").oninput(); byId("list").querySelector("button").click();
       root.dataset.facts = [...document.querySelectorAll("#facts div")].map((fact) => fact.textContent).join("|");
     """
