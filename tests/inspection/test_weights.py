@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from pome import EditSpec, edit
 from pome.config.look import read_look
-from pome.errors import SpecError
+from pome.errors import NumericalError, SpecError
 from pome.inspection.survey import survey
 from pome.kernel import energy
 from support.adapters import make_pair, quietly
@@ -240,6 +240,19 @@ def test_options_of_an_edit_need_weights_and_a_batch_s_defaults_do_not():
         read_look({"beta": 1.5}, {"beta": 1.5})
     with pytest.raises(SpecError, match="weights: 1 is not true or false"):
         read_look({"weights": 1}, {})
+
+
+def test_a_driver_that_fails_is_an_error_that_names_the_matrix(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the algorithm failed to converge")
+
+    base, ft = llama_pair(tmp_path)
+    monkeypatch.setattr("pome.inspection.weights.match_part", lambda *_: None)  # whose drivers are the same
+    monkeypatch.setattr("pome.kernel.equivalence.find_values", fail)
+    with pytest.raises(
+        NumericalError, match=r"layers\.0\.mlp\.up_proj.*failed to converge; leave it out with --exclude"
+    ):
+        survey(base, ft, EditSpec(layers=("up",)), weights=True)
 
 
 def test_a_real_pair_drifts_by_some_thousandths_and_an_edit_takes_it_back(rxnfp):

@@ -7,10 +7,11 @@ import dataclasses
 from torch import Tensor
 
 from pome.config.spec import EditSpec
-from pome.editing.unit import equalize_part, match_part, send
+from pome.editing.unit import describe_part, equalize_part, match_part, send
+from pome.errors import NumericalError
 from pome.inspection.records import CHANGED, Weights
 from pome.kernel.energy import find_directions, measure_energy
-from pome.kernel.equalize import Equalized
+from pome.kernel.equalize import Equalized, Unsolved
 from pome.kernel.equivalence import Matched, find_spectrum
 from pome.kernel.precision import full_precision, to_float64
 from pome.planning.units import Unit
@@ -37,14 +38,18 @@ def measure_weights(
     changes = {"fine_tuned": D, "equalized": edit.value}
     if isinstance(matched, Matched):  # a delta that is nothing beside the weight leaves it as it is
         changes["equivalence"] = matched.value
-    sigma = find_spectrum(base)
-    norm = float(sigma.norm())
     directions = {"base": find_directions(base)}
     drift: dict[str, float | None] = dict.fromkeys(CHANGED)
-    for name, change in changes.items():
-        weight = base + to_float64(change).to(base.device)
-        directions[name] = find_directions(weight)
-        drift[name] = float((find_spectrum(weight) - sigma).norm()) / norm if norm else None
+    try:
+        sigma = matched.sigma if isinstance(matched, Matched) else find_spectrum(base)
+        norm = float(sigma.norm())
+        for name, change in changes.items():
+            weight = base + to_float64(change).to(base.device)
+            directions[name] = find_directions(weight)
+            drift[name] = float((find_spectrum(weight) - sigma).norm()) / norm if norm else None
+    except Unsolved as error:
+        where = describe_part(unit, part)
+        raise NumericalError(f"{where}: {error}; leave it out with --exclude to see the others") from None
     found = measure_energy(list(directions.values()))
     means = dict(zip(directions, found.means, strict=True))
     return Weights(
