@@ -3,10 +3,10 @@
 The energy of neurons w_1 ... w_m is the sum over i != j of 1 / norm(w_i / norm(w_i) - w_j / norm(w_j)): the full-space
 energy with Euclidean distances and s = 1 of Liu et al., "Learning towards Minimum Hyperspherical Energy" (arXiv
 1805.09298), not their half-space variant, which counts w and -w as one. Orthogonal fine-tuning (arXiv 2306.07280) keeps
-it, and POET (arXiv 2506.08001) is meant to keep it small. Here it is divided by the number of pairs, so
-that matrices of different sizes compare. It is at least 1/2 (two opposite rows), at most infinite, near 1 / sqrt(2) for
-many random directions in many dimensions, and above that for directions that cluster. The length of a row and a
-rotation of the inputs do not matter.
+it, and POET (arXiv 2506.08001) is said to keep it small. Here it is divided by the number of pairs, so that matrices of
+different sizes compare. It is at least 1/2 (two opposite rows), at most infinite, near 1 / sqrt(2) for many random
+directions in many dimensions, and above that for directions that cluster. The length of a row and a rotation of the
+inputs do not matter.
 """
 
 from __future__ import annotations
