@@ -23,11 +23,11 @@ class Weights:
     All is dimensionless. `equalized` is the edit by the options that were given, with this `k` and `alpha`, and
     `equivalence` the nearest matrix to FT's with BASE's singular values.
 
-    spectral_drift: of each of CHANGED, norm(s(W) - s(W_base)) / norm(W_base) of singular values in descending order, at
-    least 0. None where W_base is zero; that of `equivalence` where one side is zero.
-    hyperspherical_energy: of `base` and of each of CHANGED, the mean over pairs of rows of 1 / norm(u_i - u_j), u_i a
-    row (an output unit) over its norm; at least 1/2 (`pome.kernel.energy` has the source). The pairs are the same for
-    all: None where no pair is left, or no such edit. rows: rows looked at, a seeded sample where the matrix has more.
+    spectral_drift: of `fine_tuned`, `equalized` and `equivalence`, norm(s(W) - s(W_base)) / norm(W_base) of singular
+    values in descending order, at least 0. None where W_base is zero; that of `equivalence` where one side is zero.
+    hyperspherical_energy: of these and of `base`, the mean over pairs of rows of 1 / norm(u_i - u_j), u_i a row (an
+    output unit) over its norm; at least 1/2 (`pome.kernel.energy` has the source). The pairs are the same for all: None
+    where no pair is left, or no such edit. rows: rows looked at, a seeded sample where the matrix has more.
     zero_rows: those among them that are zero in one of the weights, left out. identical_pairs: pairs of the same
     direction in one of the weights, left out.
     """
