@@ -270,7 +270,7 @@ def test_an_edit_in_the_defaults_is_that_of_a_look_at_weights_alone(tmp_path: Pa
 defaults: {base: b, fine_tuned: f, beta: 1.5, rank: 3}
 jobs:
   - {command: inspect, weights: true, scale: mean}
-  - {command: inspect, energy: 0.5}
+  - {name: plain, command: inspect, energy: 0.5}
 """
     weights, plain = read_batch(write(tmp_path, text))
     assert (weights.weights, weights.spec.beta, weights.spec.rank, weights.spec.scale) == (True, 1.5, 3, "mean")
