@@ -314,6 +314,8 @@ def test_a_usage_error_has_status_two(
     [
         ("inspect ft", r"ft: give BASE and FT, or one output of pome \(a folder with pome_manifest.json\)"),
         ("inspect out --layers down", "--layers: has no effect on an output"),
+        ("inspect out --weights", "--weights: has no effect on an output"),
+        ("inspect base ft --beta 2", "--beta: has no effect without --weights; give both or neither"),
         ("verify out --full", "--full: every edit is recomputed from both sides; give BASE and FT too"),
         ("verify out --base base", "--base: an edit is recomputed from both sides; give FT too"),
         ("verify out --base base --ft ''", "--ft: empty; is a variable unset"),

@@ -233,6 +233,19 @@ def find_values(tall: Tensor) -> Decomposition:
     return Decomposition(sigma, count_rank(sigma.clone(), (tall.shape[0], tall.shape[1])), none)
 
 
+def find_spectrum(W: Tensor) -> Tensor:
+    """Singular values of W (m x n), descending, float64, on the CPU. Raises Unsolved when every driver failed."""
+    notes = []
+    with full_precision(W.device):
+        for place in list_places(W.device):
+            try:
+                tall = to_float64(W.to(place))
+                return find_values(tall if W.shape[0] >= W.shape[1] else tall.mT).sigma
+            except RuntimeError as failure:
+                notes.append(summarise_failure(failure))
+    raise Unsolved("no driver found its singular values: " + "; ".join(notes))
+
+
 def decompose_squares(tall: Tensor) -> Decomposition:
     """Singular value decomposition by the Gram matrix. Raises Undecided for one that is rank deficient."""
     found = decompose_gram(tall, (tall.shape[0], tall.shape[1]))
