@@ -143,8 +143,13 @@ def make_mutant(site: Site, rng: random.Random) -> Mutant | None:
     return None
 
 
-def draw_mutants(modules: list[str], sample: int | None, seed: int) -> tuple[list[Mutant], int]:
+def draw_mutants(modules: list[str], sample: int | None, seed: int, state: Path) -> tuple[list[Mutant], int]:
     """The mutants of a sample, in the order of the source, and how many sites there are."""
+    sources = b"".join((ROOT / module).read_bytes() for module in modules)
+    kept = state / f"mutants-{sample}-{seed}-{hashlib.sha256(sources).hexdigest()[:16]}.json"
+    if kept.exists():
+        said = json.loads(kept.read_text())
+        return [Mutant(**one) for one in said["mutants"]], said["sites"]
     rng = random.Random(seed)
     sites = [site for module in modules for site in find_sites(module)]
     drawn: dict[int, Mutant] = {}
@@ -153,7 +158,9 @@ def draw_mutants(modules: list[str], sample: int | None, seed: int) -> tuple[lis
             break
         if mutant := make_mutant(sites[at], rng):
             drawn[at] = mutant
-    return [drawn[at] for at in sorted(drawn)], len(sites)
+    mutants = [drawn[at] for at in sorted(drawn)]
+    kept.write_text(json.dumps({"mutants": [vars(one) for one in mutants], "sites": len(sites)}))
+    return mutants, len(sites)
 
 
 class Recorder:
@@ -347,7 +354,7 @@ def test_package(
     known = {}
     for line in outcomes.read_text().splitlines() if outcomes.exists() else ():
         known[json.loads(line)["mutant"]] = json.loads(line)
-    mutants, sites = draw_mutants(modules, given.sample, given.seed)
+    mutants, sites = draw_mutants(modules, given.sample, given.seed, state)
     results: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory(prefix="pome-mutate-") as folder:
         bench = Bench(Path(folder) / "tree", state, {})

@@ -197,6 +197,16 @@ def test_sides_of_several_dtypes_are_subtracted_exactly(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_integers_in_a_fused_matrix_or_its_partner_are_refused_by_dtype(side: str, tmp_path: Path) -> None:
+    tensors = {"base": plain(matrices(1)), "ft": fused(matrices(1))}
+    name = next(name for name in tensors[side] if "up_proj" in name)
+    tensors[side][name] = torch.ones(tensors[side][name].shape, dtype=torch.int8)
+    folders = put(tmp_path / "base", tensors["base"]), put(tmp_path / "ft", tensors["ft"], PHI3)
+    with pytest.raises(PairingError, match=rf"/{side}/.*{name}: stored as I8, which cannot be edited"):
+        plan(*folders)
+
+
 TWICE = {"model.layers.0.mlp.up_proj.weight": (F, H), "model.layers.0.feed_forward.up_proj.weight": (F, H)}
 
 
