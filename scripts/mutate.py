@@ -73,7 +73,9 @@ PACKAGES = {
     ),
 }
 # Of these the modules that the tests turned out to need are loaded once, before the forks.
-PRELOADED = frozenset(["numpy", "peft", "safetensors", "torch", "transformers"])
+PRELOADED = frozenset(
+    ["huggingface_hub", "hypothesis", "numpy", "peft", "safetensors", "torch", "transformers", "yaml"]
+)
 MEMORY = 12 << 30  # bytes of address space of one test run: a size that a fault made huge must not fill the machine
 
 
@@ -164,7 +166,7 @@ def draw_mutants(modules: list[str], sample: int | None, seed: int, state: Path)
 
 
 class Recorder:
-    """A plugin of pytest: the lines that each test runs, with those of the fixtures it shares, and its seconds."""
+    """A plugin of pytest: the lines that each test runs, with those of shared fixtures, and its processor seconds."""
 
     def __init__(self, tree: Path) -> None:
         self.tree, self.under = tree, str(tree / "src")
@@ -180,12 +182,12 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Iterator[None]:
-        own, started = self.begin(self.folder / f"{len(self.tests)}"), time.perf_counter()
+        own, started = self.begin(self.folder / f"{len(self.tests)}"), sum(os.times()[:4])
         result = yield
         known = item._fixtureinfo.name2fixturedefs
         fixtures = [found for name in item.fixturenames for found in known.get(name, ())]
         sinks = [own, *(self.shared[id(one)] for one in fixtures if id(one) in self.shared)]
-        self.tests[item.nodeid] = time.perf_counter() - started, sinks
+        self.tests[item.nodeid] = sum(os.times()[:4]) - started, sinks
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -367,11 +369,11 @@ def test_package(
             if digest not in known or (given.again and known[digest]["outcome"] == "survived"):
                 if time.monotonic() > until:
                     return None
-                started = time.monotonic()
+                started = sum(os.times()[:4])
                 outcome, why = bench.try_mutant(mutant)
                 text = mutant.format((ROOT / mutant.module).read_text("utf-8"))
                 known[digest] = {"mutant": digest, "outcome": outcome, "why": why, "text": text}
-                known[digest]["seconds"] = round(time.monotonic() - started, 1)
+                known[digest]["seconds"] = round(sum(os.times()[:4]) - started, 1)
                 with open(outcomes, "a") as file:
                     print(json.dumps(known[digest]), file=file)
                 if outcome == "survived":
