@@ -323,23 +323,11 @@ def quantize(pair: Pair) -> None:
     (pair.base / "config.json").write_text(json.dumps(config))
 
 
-def deepen(side: str) -> Callable[[Pair], None]:
-    """Give one factor of a module a third dimension of one entry, as of a convolution over sequences."""
-    name = f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"
-    return lambda pair: rewrite(pair, lambda t: {**t, name: t[name].unsqueeze(-1)})
-
-
 REFUSED: dict[str, tuple[Callable[[Pair], None], type[PomeError], str]] = {
     "unused keys": (add_stray_keys, PairingError, "2 of the adapter's 18 keys match no tensor.*layers.9"),
     "wrong shape": (widen, PairingError, r"up_proj.*\[80, 6\] do not fit"),
     "NaN": (poison, NumericalError, "NaN or infinity in .*1.self_attn.q_proj.lora_B"),
-    "other rank": (
-        lambda pair: configure(pair, r=8),
-        CheckpointError,
-        "its rank is 6, by adapter_config.json it is 8; take",
-    ),
-    "a deep A": (deepen("A"), CheckpointError, r"\[6, 32, 1\] and \[40, 6\], the LoRA of a convolution"),
-    "a deep B": (deepen("B"), CheckpointError, r"\[6, 32\] and \[40, 6, 1\], the LoRA of a convolution"),
+    "other rank": (lambda pair: configure(pair, r=8), CheckpointError, "its rank is 6, by adapter_config.json it is 8"),
     "pickled": (pickle, CheckpointError, "pickled weights are never unpickled; convert"),
     "half a pair": (drop_b, CheckpointError, "not a pair of lora_A and lora_B"),
     "quantized base": (quantize, PairingError, r"quantized \(bitsandbytes\)"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pome
 from pome import CheckpointError, EditSpec, PairingError
-from support.adapters import FUSED_EXPERTS, Pair, assert_edit, assert_ulps, configure, make_pair, read_delta
+from support.adapters import FUSED_EXPERTS, Pair, assert_edit, assert_ulps, configure, make_pair, read_delta, rewrite
 from support.checkpoints import read_tensors
 
 Tensors = dict[str, Tensor]
@@ -69,6 +69,22 @@ def test_the_edit_that_changes_nothing_of_two_experts_is_what_peft_merges(form: 
     assert made.keys() == merged.keys()
     for name, tensor in made.items():
         assert float((tensor - merged[name]).abs().max()) < 2e-6, name
+
+
+@pytest.mark.parametrize(("side", "said"), [("A", r"\[6, 32, 1\] and \[40, 6\]"), ("B", r"\[6, 32\] and \[40, 6, 1\]")])
+def test_a_factor_of_three_dimensions_is_that_of_a_convolution(side: str, said: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    name = f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"
+    rewrite(pair, lambda t: {**t, name: t[name].unsqueeze(-1)})
+    with pytest.raises(CheckpointError, match=f"{said}, the LoRA of a convolution"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
+
+
+def test_a_wrong_rank_of_one_matrix_is_said_without_experts(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    configure(pair, r=8)
+    with pytest.raises(CheckpointError, match=r"its rank is 6, by adapter_config\.json it is 8; take both files"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
 
 
 def test_a_wrong_rank_of_stacked_experts_is_said_for_each_of_them(tmp_path: Path) -> None:
