@@ -149,3 +149,23 @@ def test_a_dora_of_a_module_under_another_name_is_that_of_peft(tmp_path: Path) -
     for name, tensor in rename(merged).items():
         if "up_proj" not in name:
             assert_ulps(out[name], tensor, name)
+
+
+def test_what_lies_before_a_module_under_another_name_does_not_hide_it(tmp_path: Path) -> None:
+    """A stack of no known role, as of a convolution, is no place of a matrix."""
+    pair = make_pair(tmp_path, "llama", target_modules=["v_proj", "up_proj"])
+    merged = pair.save_merged(tmp_path / "merged")
+    rewrite_base(pair, lambda t: {**rename(t), "a.conv.weight": torch.ones(4, 3, 2)})
+    pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    out = read_tensors(tmp_path / "out")
+    for name, tensor in rename(merged).items():
+        if "up_proj" not in name:
+            assert_ulps(out[name], tensor, name)
+
+
+def test_a_linear_layer_is_not_transposed_whatever_the_config_says(tmp_path: Path) -> None:
+    """PEFT sets fan_in_fan_out to false where the module is a Linear, and warns."""
+    pair = make_pair(tmp_path, "llama", target_modules=["k_proj", "up_proj"])
+    configure(pair, fan_in_fan_out=True)
+    pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    assert_merged(pair, tmp_path, lambda tensors: tensors, "up")

@@ -318,6 +318,22 @@ def test_a_whole_group_without_a_partner_is_refused_unless_allowed(lacking: str,
     assert {item.reason for item in made.kept} == {"BASE has no such tensor"}
 
 
+@pytest.mark.parametrize(
+    ("roles", "more"), [(("up",), ""), (("up", "gate"), " and 3 more"), (("up", "gate", "down"), " and 6 more")]
+)
+def test_three_groups_without_a_partner_are_named_and_the_others_counted(
+    roles: tuple[str, ...], more: str, tmp_path: Path
+) -> None:
+    """A group for each role in all layers, and one for each in each of the two."""
+    full = plain(matrices())
+    base = {name: t for name, t in full.items() if not any(f"{role}_proj" in name for role in roles)}
+    folders = put(tmp_path / "base", base), put(tmp_path / "ft", tuned(full))
+    with pytest.raises(PairingError) as caught:
+        plan(*folders, layers=("ffn", "attention"))
+    shown = str(caught.value).partition("selection: ")[2].partition("; give")[0]
+    assert shown.count(", ") == 2 and (shown.endswith(more) if more else " more" not in shown)
+
+
 def test_missing_experts_of_a_packed_tensor_are_named_one_by_one(tmp_path: Path) -> None:
     """BASE lacks the gates: the units that are left hold the up halves alone."""
     m = matrices(experts=E)

@@ -147,6 +147,20 @@ def test_a_large_float64_matrix_takes_as_much_for_a_row_as_a_small_one() -> None
     assert (sizes[2] - sizes[0]) * 100 == (sizes[1] - sizes[0]) * (FLOAT64_ENTRIES // n)
 
 
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_the_method_equivalence_takes_the_more_memory_the_longer_and_the_wider_a_matrix_is(n: int, more: int) -> None:
+    """Both weights, singular vectors and products in float64, seven matrices of 8 bytes an entry, and no less."""
+
+    def expect(m: int, n: int) -> int:
+        return Plan((make_unit((m, n)),), (), 9, {}, by_equivalence=True).expect_memory(1) - TORCH_BYTES
+
+    a, b, c = (expect(n + more + i, n) for i in range(3))
+    assert c - b == b - a >= 7 * 8 * n
+    assert a == expect(n, n + more) >= 7 * 8 * n * (n + more)
+    assert a > work(make_unit((n + more, n)))
+    assert 4 * a == expect(2 * (n + more), 2 * n)
+
+
 def test_the_largest_unit_alone_counts() -> None:
     large, small = make_unit((300, 100)), make_unit((30, 10))
     assert work(small, large, small) == work(large, large) == work(large) > work(small) > 0
