@@ -49,6 +49,18 @@ def test_jobs_are_those_of_a_batch_here(tmp_path):
     assert not list(tmp_path.glob(".pome-probe-*"))
 
 
+def test_a_job_that_kills_its_workers_has_failed_and_the_others_go_on(tmp_path):
+    llama_pair(tmp_path)
+    jobs = FILE.replace("echo 1; : {model}", "kill -9 $PPID; : {model}").replace("OUT", "ray")
+    done = run(tmp_path, jobs, "--engine", "ray", "--at-once", "1")
+    found = {job["name"]: job for job in json.loads(done.stdout)["jobs"]}
+    statuses = {name: job["status"] for name, job in found.items()}
+    assert done.returncode == 1
+    assert statuses == {"up": "done", "down": "done", "wrong": "failed", "swept": "failed"}
+    assert found["swept"]["error"].startswith("job swept: 4 workers were lost while they were at it")
+    assert found["swept"]["error"] in done.stderr.replace("\n", " ")
+
+
 def test_what_cannot_be_is_refused_before_ray_is_started(tmp_path):
     llama_pair(tmp_path)
     done = run(tmp_path, FILE.replace("out: OUT/up", "out: x, engine: ray"), "--engine", "ray")

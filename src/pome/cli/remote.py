@@ -10,14 +10,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.cli.batch import Job, run_job
-from pome.cli.console import make_console
+from pome.cli.console import complain, describe_error, make_console
 from pome.config.spec import EditSpec
 from pome.errors import ClusterError, SpecError, printable
 from pome.planning.split import count_cores
+
+if TYPE_CHECKING:
+    from pome.engines.ray import Lost
 
 Result = dict[str, Any]
 
@@ -63,7 +66,8 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, at_once: int | None, qu
                 f"{printable(job.name)}: has the engine ray itself, inside a batch on Ray; give one of the two"
             )
     spec = EditSpec(engine="ray", ray_address=address)
-    cluster = dataclasses.replace(make_cluster(spec, count_cores(), 0, at_once, ahead=1), patient=False)
+    cluster = make_cluster(spec, count_cores(), 0, at_once, ahead=1)
+    cluster = dataclasses.replace(cluster, patient=False, apart=True)
     outs = [Path(os.path.abspath(job.folder)) for job in jobs if job.writes]
     shared = next((folder for out in outs[:1] for folder in out.parents if folder.is_dir()), None)
     probe = shared / f".pome-probe-{os.getpid()}" if shared else None
@@ -77,9 +81,18 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, at_once: int | None, qu
             yield result
 
 
-def _match(jobs: Sequence[Job], found: Iterator[tuple[Result, str]]) -> Iterator[tuple[Job, tuple[Result, str]]]:
+def _match(
+    jobs: Sequence[Job], found: Iterator[tuple[Result, str] | Lost]
+) -> Iterator[tuple[Job, tuple[Result, str]]]:
+    """Each job with its result and what it said; one whose workers died has failed."""
     by_name = {job.name: job for job in jobs}
-    return ((by_name[item[0]["name"]], item) for item in found)
+    for item in found:
+        if isinstance(item, tuple):
+            yield by_name[item[0]["name"]], item
+        else:
+            job, error = jobs[item.number], describe_error(item.error)
+            complain(error)
+            yield job, ({**job.begin(), "status": "failed", "error": error}, "")
 
 
 def _list_inputs(jobs: Sequence[Job]) -> list[Path]:

@@ -49,7 +49,7 @@ class Cluster:
     address: of a cluster that runs, `auto` for the one that this machine belongs to, None for an instance that is
     started for this run. device: `auto`, `cpu` or `cuda`. threads: cores of a slot on CPUs. memory: bytes that a worker
     needs. at_once: the most workers. ahead: bundles that a worker holds; it reads one while it works on another.
-    patient: whether Ctrl-C waits for what the workers are at.
+    patient: whether Ctrl-C waits for what the workers are at. apart: whether the others go on where a unit is given up.
     """
 
     address: str | None = None
@@ -59,6 +59,15 @@ class Cluster:
     at_once: int | None = None
     ahead: int = 2
     patient: bool = True
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A unit at which one worker after the other died, by its place in the list."""
+
+    number: int
+    error: ClusterError
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ class RayEngine:
 
         An error of a unit, or Ctrl-C, is raised here after the workers have finished what they are at and those
         results were yielded; a second Ctrl-C waits for nothing. Raises ClusterError too: a unit at which one
-        worker after the other dies, no worker left, the head lost.
+        worker after the other dies (`Lost` is yielded for it where units stand apart), no worker left, the head lost.
         """
         begun = time.monotonic()
         self._send(
@@ -235,6 +244,9 @@ class RayEngine:
             if kind == "results":
                 for result in what:
                     yield pickle.loads(result)
+            elif kind == "lost":
+                number, error = what
+                yield Lost(number, pickle.loads(error))
             elif kind == "error":
                 failure = failure or pickle.loads(what)
             elif kind == "working":

@@ -239,15 +239,21 @@ class Driver:
         self.reason = f"on {slot.host}: {reason}"
         held = list(slot.held.values())
         stop_worker(slot)
+        given_up = [number for bundle in held for number in self.queue.lose(bundle)]
+        if given_up and self.settings["apart"]:
+            slot.deaths = 0  # the unit was to blame
         if gone or slot.deaths > DEATHS:
             self.slots.remove(slot)
-        for number in [number for bundle in held for number in self.queue.lose(bundle)]:
+        for number in given_up:
             name, given = self.items[number][2], self.queue.given[number]
             error = ClusterError(
                 f"{printable(name)}: {given} workers were lost while they were at it, the last {self.reason}; "
                 "leave it out, or give a worker more memory"
             )
-            if not self.failed:
+            if self.settings["apart"]:
+                self.queue.done.add(number)
+                self.send("lost", (number, dump_error(error)))
+            elif not self.failed:
                 self.fail(dump_error(error))
         if self.queue.last and self.last is None:
             self.last = ray_nodes.find_last_slot(ray_nodes.list_nodes())
