@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -176,14 +177,20 @@ def test_the_rates_that_a_run_leaves_give_its_time_again() -> None:
     assert brief.find_points(wall=0.1) == {}
 
 
-def test_a_merge_counts_where_an_adapter_changes_more_than_is_edited(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dora", "routes"),
+    [(False, {"factors": 2, "merge": 2}), (True, {"svd-float64": 2, "merge": 4})],  # a DoRA is no product of factors
+)
+def test_a_merge_counts_where_an_adapter_changes_more_than_is_edited(
+    dora: bool, routes: dict[str, int], tmp_path: Path
+) -> None:
     from support.adapters import make_pair
 
-    pair = make_pair(tmp_path, "llama", r=4, target_modules=["up_proj", "q_proj"])
+    pair = make_pair(tmp_path, "llama", r=4, target_modules=["up_proj", "q_proj"], use_dora=dora)
     with open_pair(pair.base, pair.adapter, SPEC) as opened:
         tasks = [task for unit in opened.plan.units for task in list_tasks(unit, SPEC)]
-    assert {task[0] for task in tasks} == {"factors", "merge"}
-    assert {task[3] for task in tasks} == {2}
+    assert Counter(task[0] for task in tasks) == routes
+    assert {task[3] for task in tasks if task[0] != "svd-float64"} == {2}
 
 
 def test_files_are_all_that_is_copied_and_hashed(tmp_path: Path) -> None:
