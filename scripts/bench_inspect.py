@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time `pome inspect` beside `pome edit`, both of the `up` matrices of a pair of 2.2 GB.
+"""Time `pome inspect`, also with `--weights`, beside `pome edit`, all of the `up` matrices of a pair of 2.2 GB.
 
     scripts/bench_inspect.py [FOLDER] [--layers N]
 
-makes the pair of make_llama_pair.py in FOLDER (default: a temporary one) unless it is there, and prints wall time,
-processor time and peak memory of both, in turn and each in a process of its own, and the ratio of the wall times.
+makes the pair of make_llama_pair.py in FOLDER (default: a temporary one) unless a pair is there, and prints wall time,
+processor time and peak memory of each, in turn and in a process of its own, and the ratios of the wall times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
         if not (pair / "ft").is_dir():
             run(sys.executable, SCRIPTS / "make_llama_pair.py", pair, "--layers", str(given.layers))
         print(f"{'seconds, seconds, MiB':28} {'wall':>9} {'kernel':>9} {'CPU':>9} {'peak':>9}")
-        edits, looks = [], []
+        edits, looks, weights = [], [], []
         for _ in range(given.rounds):
             edits.append(run(sys.executable, "-m", "pome", "edit", pair / "base", pair / "ft", out))
             print_row("pome edit", edits[-1], None)
@@ -39,8 +39,10 @@ def main() -> None:
             words = ("inspect", pair / "base", pair / "ft", "--layers", "up", "--html", Path(work) / "report.html")
             looks.append(run(sys.executable, "-m", "pome", *words))
             print_row("pome inspect --layers up", looks[-1], None)
-        ratio = min(r.seconds for r in looks) / min(r.seconds for r in edits)
-        print(f"inspect takes {ratio:.2f} of the edit's time")
+            weights.append(run(sys.executable, "-m", "pome", *words, "--weights"))
+            print_row("  with --weights", weights[-1], None)
+        edit, look, weight = (min(r.seconds for r in runs) for runs in (edits, looks, weights))
+        print(f"inspect takes {look / edit:.2f} of the edit's time, with --weights {weight / look:.2f} times as long")
 
 
 if __name__ == "__main__":

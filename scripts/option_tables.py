@@ -15,7 +15,7 @@ from pome.choices import COMMANDS
 from pome.cli.commands import load_command
 from pome.cli.help import name_option, show_default
 from pome.cli.options import find_flag, list_command_options
-from pome.config.options import LIKE_EDIT, LIST_COMMANDS, Option, describe
+from pome.config.options import LIKE_EDIT, LIST_COMMANDS, Option, describe_option
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
 MARKED = re.compile(r"(<!-- options of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -27,7 +27,7 @@ def make_table(command: str) -> str:
     options = _list_shown(command)
     takes_edits = command in (*LIST_COMMANDS, *LIKE_EDIT)
     shared = {name: options.pop(name) for name in _list_shown("edit") if name in options} if takes_edits else {}
-    rows = [(f"`{name_option(option, command)}`", describe(option), _code(show_default(option)))
+    rows = [(f"`{name_option(option, command)}`", describe_option(option), _code(show_default(option)))
             for option in options.values()]  # fmt: skip
     if shared and command in LIKE_EDIT:
         rows += [(", ".join(f"`{find_flag(option)}`" for option in shared.values()), "As in `edit`.", "")]

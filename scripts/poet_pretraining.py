@@ -220,10 +220,10 @@ def list_jobs(results: list[dict[str, Any]], arguments: argparse.Namespace) -> I
                 yield make_job("main", method, seed, steps, batch, best(method), best("adamw"))
     if "ablate" in only:
         rates = best("poet-bs"), best("adamw")
-        changes: list[dict[str, Any]] = [{"every": 25}, {"every": 100}, {"every": 400}]
-        changes += [{"terms": terms, "correct": correct} for correct in (False, True) for terms in (0, 1, 2, 3)]
-        changes += [{"terms": "exact"}, {"block_size": 32}, {"block_size": 192}]
+        changes: list[dict[str, Any]] = [{"every": 25}]
+        changes += [{"terms": terms, "correct": correct} for correct in (True, False) for terms in (0, 1, 2, 3)]
         changes += [{"init": init} for init in ("standard", "xavier", "uniform", "power-law")]
+        changes += [{"terms": "exact"}, {"block_size": 32}, {"block_size": 192}, {"every": 100}, {"every": 400}]
         for change in changes:
             job = make_job("ablate", "poet-bs", 0, steps, batch, *rates, **change)
             if job != make_job("ablate", "poet-bs", 0, steps, batch, *rates):

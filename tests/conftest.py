@@ -14,7 +14,8 @@ from real_weights import smollm2 as make_smollm2
 from support.hub_server import HubServer
 
 # What a test uses, as a fixture or by name, that makes it slow: real weights, a browser, processes that are killed, a
-# survey of all architectures. Other slow tests are marked where they stand.
+# survey of all architectures. Marked where they stand: what starts several processes that load torch, Ray, what
+# measures time or memory, and of a test over many families all but a few (support/quick.py).
 SLOW = frozenset(["rxnfp", "rxnfp_bare", "anarcii", "smollm2", "open_page", "launcher", "surveyed"])
 
 

@@ -22,7 +22,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(pome.__path__, 
 # The modules that compute: they load torch at once, by themselves or by another of them. No other module does.
 LOAD_TORCH = re.compile(
     r"pome\.(kernel|poet|editing\.(unit|lora_merge|lora_rewrite|extract_cell|extract_file|compare_rest|measurement|"
-    r"remote|workers)|inspection\.measure|sweeping\.(bootstrap|cache|candidates|ranking|remote))\b"
+    r"remote|workers)|inspection\.(measure|weights)|sweeping\.(bootstrap|cache|candidates|ranking|remote))\b"
 )
 MOST_LINES = 350
 MOST_FILES_AT_THE_TOP = 10

@@ -24,7 +24,7 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        # What it still holds can go nowhere, and must not be tried again at exit.
+        # The text that it still holds cannot be written, and must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
 
@@ -34,7 +34,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _open_missing_streams() -> None:
-    """Put nothing in the place of a stream that was closed (`pome ... >&-`): else the next file opened would be it."""
+    """Open /dev/null for a stream that was closed (`pome ... >&-`): else the next file opened would take its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Lists of what an option may be: rank rules, scales, dtypes, engines, formats, roles, searches, commands. No torch.
+"""Lists of choices: rank rules, scales, dtypes, engines, formats, roles, searches, commands. No torch.
 
 Each stands here once, with what it means and how tables and pages name it. Everything else reads these lists: the
 command line, YAML, the kernel, the reports and the documentation. A type (`ScaleName`) names the same choices for

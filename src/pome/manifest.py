@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from pome.errors import VerificationError, printable
 
 FORMAT_VERSION = 1
-# Entries of `timing` that are no times. They stand there because they may differ between two runs.
+# Entries of `timing` that are not times. They are there because they may differ between two runs.
 CHECKSUM = "manifest_sha256"
 SPECTRUM_POINTS = 24
-INPUTS = "inputs_stat"  # what the system said of the inputs' files: while it says the same they need not be hashed
+INPUTS = "inputs_stat"  # size and time of the inputs' files: while they stay the same none need be hashed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SideRecord:
         return self.revision is not None
 
 
-# What the manifests of earlier releases do not say of a matrix.
+# Fields that the manifests of earlier releases lack.
 _LATER: dict[str, Any] = {"power_residual": None, "method": "equalize", "spectral_drift": None, "distance": None}
 
 
@@ -148,7 +148,7 @@ class Manifest:
     files: dict[str, FileRecord]  # every file of the output but the manifest itself
     timing: dict[str, float | str] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None  # how `pome sweep` came to these options
-    notices: tuple[str, ...] = ()  # what was guessed, left aside or warned of; the key is absent where there are none
+    notices: tuple[str, ...] = ()  # guesses, files left out and warnings; the key is absent where there are none
     # Of an extracted adapter: tensors that it holds whole, and changes that it does not hold. Absent where none are.
     saved: tuple[str, ...] = ()
     lost: tuple[LostRecord, ...] = ()

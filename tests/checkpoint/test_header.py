@@ -101,7 +101,7 @@ def test_reads_and_rebuilds_what_the_reference_writes() -> None:
     assert build_header(entries, header.metadata) == written[: header.data_start]
 
 
-def test_golden_bytes() -> None:
+def test_build_header_gives_the_golden_bytes() -> None:
     assert build_header([("a", "F32", (2,))], {"k": "v"}) == struct.pack("<Q", 80) + (
         b'{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} '
     )
@@ -124,7 +124,7 @@ TABLES = st.dictionaries(
     metadata=st.none() | st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"]))),
 )
 @examples(0.06)
-def test_what_we_build_the_reference_reads(
+def test_safetensors_reads_the_headers_that_are_built(
     table: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None, tmp_path: Path
 ) -> None:
     raw = build_header([(name, dtype, shape) for name, (dtype, shape) in table.items()], metadata)
@@ -219,7 +219,7 @@ ENTRY = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
         ('{"\\u001b[2J\\u202e":1}', 0, "tensor '\\x1b[2J\\u202e' is not an object"),
     ],
 )
-def test_refusals_say_what_is_wrong(raw: str, data: int, message: str, tmp_path: Path) -> None:
+def test_a_broken_header_is_refused_with_the_fault(raw: str, data: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw.encode() + bytes(data))
     with pytest.raises(HeaderError) as caught:
@@ -236,7 +236,7 @@ def test_not_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
             read_header(path)
 
 
-def test_what_is_no_safetensors_file_is_named(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused_with_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for content, message in [
         (b"", "has 0 bytes"),
@@ -261,14 +261,14 @@ def test_what_is_no_safetensors_file_is_named(tmp_path: Path) -> None:
         ([("\ud800", "F32", (1,))], "not valid Unicode"),
     ],
 )
-def test_what_the_format_cannot_hold_is_not_built(
+def test_build_header_refuses_entries_that_the_format_cannot_hold(
     entries: list[tuple[str, str, tuple[int, ...]]], message: str
 ) -> None:
     with pytest.raises(HeaderError, match=message):
         build_header(entries)
 
 
-def test_index() -> None:
+def test_parse_index_gives_the_shard_of_each_tensor() -> None:
     raw = b'{"metadata": {"total_size": 1.5e3, "x": [{"y": null}]}, "weight_map": {"a": "m.safetensors"}}'
     assert parse_index(raw, "i") == {"a": "m.safetensors"}
 
@@ -298,7 +298,7 @@ def test_index_that_leads_out_of_its_folder_is_refused(shard: str) -> None:
     ],
     ids=["many values", "a long value", "a deep value"],
 )
-def test_what_stands_beside_the_weight_map_is_bounded(raw: str, message: str) -> None:
+def test_the_size_of_an_index_beside_its_weight_map_is_bounded(raw: str, message: str) -> None:
     with pytest.raises(HeaderError, match=message):
         parse_index(raw.encode(), "i")
 

@@ -154,6 +154,7 @@ def test_fifos_and_devices_beside_the_weights_are_left_out(tmp_path: Path, what:
     assert what == "folder" or "odd" in manifest.not_copied
 
 
+@pytest.mark.slow
 def test_no_raw_control_character_reaches_a_terminal(tmp_path: Path) -> None:
     """Names of folders, files, tensors and models that would rewrite the screen; runs that work and runs that fail."""
     evil = "\x1b[2J\x07\x9b31m\u202e\r"
@@ -251,6 +252,7 @@ def measure_plan(folder: Path, count: int, name: str) -> tuple[float, int]:
     return seconds, peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.{}.up_proj.weight", "t{}.proj"])
 def test_a_plan_over_many_tensors_is_linear(tmp_path: Path, name: str) -> None:
     """2,000 against 8,000: four times the work, with room for a busy machine; squared it would be sixteen times.

@@ -475,6 +475,7 @@ sys.exit(run_command(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_environment_alone_is_enough(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """As a user runs it: a process of its own, HF_ENDPOINT, HF_TOKEN and HF_HOME, then HF_HUB_OFFLINE."""
     hub.repos["org/ft"].private = True

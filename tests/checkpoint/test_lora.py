@@ -31,6 +31,7 @@ from support.adapters import (
 )
 from support.checkpoints import hash_tree, read_tensors
 from support.hub_server import HubServer
+from support.quick import sample
 from support.reference import reference_edit
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sample(CASES, "plain", "patterns", "conv1d dora", "fused", "mixtral"))
 def test_unselected_tensors_are_merged_as_peft_merges_them_and_transformers_loads_the_output(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pome
 from pome import CheckpointError, EditSpec, PairingError
 from support.adapters import CONFIGS, FUSED_EXPERTS, Pair, configure, make_pair, quietly, read_delta, rewrite
 from support.checkpoints import read_tensors
+from support.quick import sample
 from support.reference import reference_edit
 
 STACK = "base_model.model.model.layers.{layer}.mlp.experts.{inner}lora_{side}.weight"
@@ -81,7 +82,7 @@ def test_edited_single_experts_keep_their_rank_and_peft_stacks_them(kind: str, t
     assert pome.verify(tmp_path / "out", pair.base, pair.adapter, full=True).ok
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe"])
+@pytest.mark.parametrize("kind", sample(["qwen3_moe", "mixtral", "olmoe", "qwen2_moe"], "mixtral"))
 @pytest.mark.parametrize("layers", [("up",), ("ffn",), ("down", "q")])
 def test_single_experts_of_an_adapter_find_their_place_in_a_packed_base(
     kind: str, layers: tuple[str, ...], tmp_path: Path

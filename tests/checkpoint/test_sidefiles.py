@@ -93,7 +93,7 @@ def test_everything_that_is_no_weight_goes_along_folder_by_folder(model: Path) -
         (".git", "version control"),
     ],
 )
-def test_what_the_edit_would_make_untrue_stays_behind(model: Path, name: str, reason: str) -> None:
+def test_files_that_the_edit_would_make_untrue_are_not_copied(model: Path, name: str, reason: str) -> None:
     write_files(model, [name, "sub/kept.txt"])
     copied, skipped = list_files(model)
     assert skipped == {name: reason}
@@ -190,7 +190,7 @@ def test_the_adapters_tokenizer_takes_the_place_of_bases(model: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["README.md", "vocabulary.txt", "my_merges.txt.old", "model.py"])
-def test_what_is_no_tokenizer_of_the_adapter_stays_behind(model: Path, tmp_path: Path, name: str) -> None:
+def test_files_of_the_adapter_beside_its_tokenizer_are_not_copied(model: Path, tmp_path: Path, name: str) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     write_files(adapter, [name, "optimizer.pt"])
     write_files(model, ["trainer_state.json"])

@@ -70,7 +70,7 @@ def test_a_failed_job_stops_no_other_and_the_batch_fails(capsys: pytest.CaptureF
     ]  # fmt: skip
 
 
-def test_the_title_of_a_job_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_title_of_a_job_has_its_number(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, JOBS)
     titles = [line for line in err.splitlines() if line.startswith("[")]
     assert titles == ["[1/3] first", "[2/3] second", "[3/3] third"]

@@ -61,9 +61,13 @@ def test_a_job_that_kills_its_workers_has_failed_and_the_others_go_on(tmp_path):
     assert found["swept"]["error"] in done.stderr.replace("\n", " ")
 
 
-def test_what_cannot_be_is_refused_before_ray_is_started(tmp_path):
+def test_a_job_with_the_engine_ray_inside_a_batch_on_ray_is_refused(tmp_path):
     llama_pair(tmp_path)
     done = run(tmp_path, FILE.replace("out: OUT/up", "out: x, engine: ray"), "--engine", "ray")
     assert done.returncode == 2 and "up: has the engine ray itself, inside a batch on Ray" in done.stderr
+
+
+def test_at_once_without_the_engine_ray_is_refused(tmp_path):
+    llama_pair(tmp_path)
     done = run(tmp_path, FILE, "--at-once", "2")
     assert done.returncode == 2 and "--at-once: has no effect without --engine 'ray'" in done.stderr

@@ -267,7 +267,9 @@ def test_an_error_is_one_message_and_leaves_everything_as_it_was(
     assert hash_tree(tmp_path) == before
 
 
-def test_what_a_message_offers_works_when_pasted(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_that_a_message_offers_works_when_pasted(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     status, _, err = run(capsys, "edit", *pair, "out", "--layers", "k")
     assert status == 1
     line = next(line for line in err.splitlines() if "down_proj" in line)
@@ -312,12 +314,14 @@ def test_a_usage_error_has_status_two(
     [
         ("inspect ft", r"ft: give BASE and FT, or one output of pome \(a folder with pome_manifest.json\)"),
         ("inspect out --layers down", "--layers: has no effect on an output"),
+        ("inspect out --weights", "--weights: has no effect on an output"),
+        ("inspect base ft --beta 2", "--beta: has no effect without --weights; give both or neither"),
         ("verify out --full", "--full: every edit is recomputed from both sides; give BASE and FT too"),
         ("verify out --base base", "--base: an edit is recomputed from both sides; give FT too"),
         ("verify out --base base --ft ''", "--ft: empty; is a variable unset"),
     ],
 )
-def test_what_could_not_be_done_is_a_usage_error(
+def test_sides_and_options_that_do_not_fit_a_command_are_a_usage_error(
     pair: tuple[str, str], capsys: pytest.CaptureFixture[str], arguments: str, said: str
 ) -> None:
     status, out, err = run(capsys, *shlex.split(arguments))
@@ -421,6 +425,7 @@ def test_a_stream_that_is_closed_is_written_to_by_nobody(pair: tuple[str, str], 
     assert_only_edited(Path("ft"), Path("out"), UP)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no /dev/full; Linux, on which CI runs, has it")
 def test_a_document_that_cannot_be_written_is_told_from_the_edit(pair: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "pome", "edit", *pair, "out", "--json", "--quiet"]

@@ -39,6 +39,11 @@ STORIES = {
         "edit base ft other --method equivalence --out-format adapter",
     ],
     "inspect": ["inspect base ft", "inspect base ft --layers up --html report.html"],
+    "weights": [
+        "inspect base ft --layers ffn --weights --rank-ratio 0.25 --beta 1.5",
+        "inspect base ft --scale mean",
+        "inspect base ft --weights --rank 4 --rank-rule energy",
+    ],
     "sweep": ["sweep base ft out --score-cmd 'echo 1; test {model}' --beta 1,2"],
     "estimate": ["estimate base ft", "estimate base ft --layers ffn --rank-ratio 0.25"],
     "extract": [

@@ -62,7 +62,7 @@ def test_the_manifest_tells_the_overrides_and_what_each_tensor_got(tmp_path):
         ("overrides:\n  - match: up\n    rank_rule: fixed\n", "overrides: 'up': rank_rule: 'fixed' needs rank"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_line(tmp_path, text, said):
+def test_a_malformed_override_is_refused_by_line(tmp_path, text, said):
     path = tmp_path / "edit.yaml"
     path.write_text(text)
     with pytest.raises(SpecError) as error:

@@ -265,6 +265,18 @@ jobs:
     assert verify.full and sweep.grid.size == 2
 
 
+def test_an_edit_in_the_defaults_is_that_of_a_look_at_weights_alone(tmp_path: Path) -> None:
+    text = """\
+defaults: {base: b, fine_tuned: f, beta: 1.5, rank: 3}
+jobs:
+  - {command: inspect, weights: true, scale: mean}
+  - {name: plain, command: inspect, energy: 0.5}
+"""
+    weights, plain = read_batch(write(tmp_path, text))
+    assert (weights.weights, weights.spec.beta, weights.spec.rank, weights.spec.scale) == (True, 1.5, 3, "mean")
+    assert (plain.weights, plain.spec.beta, plain.spec.rank, plain.spec.energy) == (False, 1.0, None, 0.5)
+
+
 def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
     path = write(tmp_path, JOBS)
     assert [job.name for job in read_batch(path, ["two", "one"])] == ["one", "two"]
@@ -298,7 +310,9 @@ def test_only_keeps_the_named_jobs(tmp_path: Path) -> None:
          "two jobs have the out 'o' and 'o/p'"),
         ("jobs:\n  - {base: b, fine_tuned: f, out: o, full: true}\n", "full: the command edit does not take that"),
         ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, loss: l}\n", "loss: the command inspect does not"),
-        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, beta: 1.0}\n", "beta: the command inspect does not"),
+        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, beta: 1.0}\n", "beta: has no effect without weights"),
+        ("jobs:\n  - {command: inspect, out: o, weights: true}\n", "weights: has no effect with out"),
+        ("jobs:\n  - {base: b, fine_tuned: f, command: inspect, weights: 1}\n", "weights: 1 is not true or false"),
         ("jobs:\n  - {command: inspect, out: o, layers: up}\n", "layers: has no effect with out"),
         ("jobs:\n  - {command: verify, out: o, full: true}\n", "full: every edit is recomputed from both sides"),
         ("jobs:\n  - {command: verify, out: o, base: b}\n", "base: an edit is recomputed from both sides"),
@@ -315,7 +329,7 @@ def test_a_wrong_batch_is_refused_before_any_job(tmp_path: Path, text: str, said
     assert said in str(caught.value)
 
 
-def test_nearest_says_nothing_of_what_is_far() -> None:
+def test_nearest_offers_no_distant_word() -> None:
     assert nearest("rank_ration", ["rank_ratio", "rank"]) == "; did you mean 'rank_ratio'?"
     assert nearest("zzz", ["rank"]) == ""
 
@@ -330,7 +344,7 @@ def test_nearest_says_nothing_of_what_is_far() -> None:
         ({"device": "mps", "engine": "ray"}, "device: 'mps' is one of this machine"),
     ],
 )
-def test_what_ray_cannot_take_is_refused(options, said):
+def test_options_that_contradict_the_engine_ray_are_refused(options, said):
     with pytest.raises(SpecError, match=re.escape(said)):
         EditSpec(**options)
 

@@ -15,6 +15,7 @@ import yaml
 from support.checkpoints import ROOT, llama_pair
 from support.hub_server import TOKEN, HubServer
 
+pytestmark = pytest.mark.slow
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 
 
@@ -67,7 +68,7 @@ def test_edits_and_verifies(tmp_path):
     assert manifest["spec"]["beta"] == 0.5
 
 
-def test_uploads_what_was_verified(tmp_path):
+def test_the_action_uploads_the_verified_output(tmp_path):
     base, ft = llama_pair(tmp_path)
     with HubServer() as server:
         variables = {

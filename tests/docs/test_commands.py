@@ -118,14 +118,15 @@ def fill(line: str, world: Path, work: Path) -> list[str]:
     return ["echo {model} >/dev/null; echo 1" if word.startswith(SCORERS) else word for word in words]
 
 
+SLOW = re.compile("--engine ray|--lm-eval")
 COMMANDS = [
-    pytest.param(page, line, id=f"{page}: {line}", marks=[pytest.mark.slow] if "--engine ray" in line else [])
+    pytest.param(page, line, id=f"{page}: {line}", marks=pytest.mark.slow if SLOW.search(line) else [])
     for page, line in POME
 ]
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_command_runs(page, line, world, tmp_path, monkeypatch, capsys, hub):
+def test_every_documented_command_runs(page, line, world, tmp_path, monkeypatch, capsys, hub):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -154,7 +155,7 @@ def test_other_commands_are_known_and_their_scripts_exist(page, line):
 
 
 @pytest.mark.parametrize(("page", "text"), list_blocks("yaml"))
-def test_yaml_is_read_by_what_it_is_for(page, text, tmp_path):
+def test_every_documented_yaml_block_is_read_by_its_command(page, text, tmp_path):
     document = yaml.safe_load(text)
     file = tmp_path / "file.yaml"
     file.write_text(text)
@@ -172,7 +173,7 @@ def test_yaml_is_read_by_what_it_is_for(page, text, tmp_path):
 
 
 @pytest.mark.parametrize(("page", "text"), [block for block in list_blocks("python") if "pandas" not in block[1]])
-def test_python_runs(page, text, world, tmp_path, monkeypatch):
+def test_every_documented_python_block_runs(page, text, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("base", "fine-tuned", "held-out.jsonl"):
         Path(name).symlink_to(world / name)

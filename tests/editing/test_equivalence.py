@@ -75,7 +75,8 @@ def test_an_override_changes_the_method_of_what_it_matches(tmp_path: Path) -> No
     assert "by orthogonal equivalence" in card and "the others equalized by POME" in card
 
 
-def test_the_command_line_a_file_and_a_batch_take_it(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_method_is_an_option_of_the_command_line_a_config_file_and_a_batch(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     config, jobs = tmp_path / "edit.yaml", tmp_path / "jobs.yaml"
     config.write_text("rank_ratio: 0.25\nscale: unit\nlayers: ffn\n")
@@ -208,7 +209,7 @@ def test_a_base_of_zeros_and_an_unchanged_weight(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_the_reports_of_it(tmp_path: Path) -> None:
+def test_reports_of_an_equivalence_show_the_spectral_drift(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     made = pome.edit(base, ft, tmp_path / "out", SPEC)
     with (console := Console(width=120)).capture() as table:
@@ -237,7 +238,7 @@ def test_a_manifest_of_a_release_without_methods_is_read(tmp_path: Path) -> None
     assert pome.verify(tmp_path / "out", base, ft, full=True).ok
 
 
-def test_the_plan_counts_the_memory_of_it(tmp_path: Path) -> None:
+def test_the_plan_of_an_equivalence_expects_more_memory(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     needs = []
     for spec in (EditSpec(), EditSpec(method="equivalence")):

@@ -79,7 +79,7 @@ def test_the_noise_floor_rule_recovers_the_rank_of_a_merged_lora_in_every_matrix
         assert float(lost.norm() / wanted.norm()) == pytest.approx(record.rounding, abs=2e-4)
 
 
-def test_the_command_says_it(merged: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_command_advises_the_noise_floor_rule(merged: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_python("-m", "pome", "edit", *map(str, merged), str(tmp_path / "out"), "--layers", "gate")
     assert done.returncode == 0
     assert "--rank-rule noise-floor" in done.stdout + done.stderr

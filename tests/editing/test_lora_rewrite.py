@@ -20,6 +20,7 @@ from pome.manifest import Manifest
 from support.adapters import FUSED_EXPERTS, LINEAR, Pair, configure, make_pair, rewrite
 from support.checkpoints import StopAfter, hash_tree, read_tensors
 from support.hub_server import HubServer
+from support.quick import sample
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "plain": ("llama", ("up",), {"target_modules": LINEAR}),
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sample(CASES, "plain", "patterns", "one half", "mixtral"))
 def test_peft_merges_an_edited_adapter_to_the_full_output(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kind, layers, lora = CASES[case]
     pair = make_pair(tmp_path, kind, dtype, **lora)

@@ -54,7 +54,8 @@ def test_an_override_changes_the_power_of_what_it_matches(tmp_path: Path) -> Non
     assert pome.verify(tmp_path / "out", base, ft, full=True).ok
 
 
-def test_the_command_line_and_a_config_file_set_it(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_power_is_an_option_of_the_command_line_and_a_config_file(tmp_path: Path) -> None:
     base, ft = llama_pair(tmp_path)
     config = tmp_path / "edit.yaml"
     config.write_text("power: 0.5\nscale: unit\n")

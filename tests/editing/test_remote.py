@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pome
-from pome.checkpoint.source import find_place
+from pome.checkpoint.source import find_location
 from pome.config.spec import EditSpec
 from pome.editing.remote import EditJob
 from pome.editing.session import open_pair
@@ -18,28 +18,28 @@ from support.adapters import make_pair
 from support.checkpoints import hash_tree, llama_pair, perturb, random_llama, write_checkpoint
 
 
-def edit_by_desk(base, ft, spec, folder):
-    """Every unit of an edit by a desk that was opened from a pickled job; the folder that it wrote into."""
+def edit_by_executor(base, ft, spec, folder):
+    """Every unit of an edit by an executor that was opened from a pickled job; the folder that it wrote into."""
     with (
         open_pair(base, ft, spec, whole=True) as opened,
-        Staging(folder / "desk", {}, fresh=False) as staging,
+        Staging(folder / "executor", {}, fresh=False) as staging,
     ):
         copy_files(opened.template, staging, Progress())
-        places = [find_place(side, spec.dequantize) for side in (opened.base, opened.ft)]
+        places = [find_location(side, spec.dequantize) for side in (opened.base, opened.ft)]
         merges = opened.template.weights is opened.base
         job = EditJob(*places, merges, staging.output, spec, count_cores(), None)
-        desk = pickle.loads(pickle.dumps(job)).open("cpu", 1)
+        executor = pickle.loads(pickle.dumps(job)).open("cpu", 1)
         for unit in opened.plan.units:
             sent = pickle.loads(pickle.dumps(unit))
-            patch = desk.work(sent, desk.read(sent))
+            patch = executor.work(sent, executor.read(sent))
             assert patch.data is None and len(pickle.dumps(patch)) < 20_000  # a record, not a tensor
-        desk.flush()
+        executor.flush()
     assert len(pickle.dumps(job)) < 20_000
     return staging.output
 
 
 def check(base, ft, spec, folder):
-    out = edit_by_desk(base, ft, spec, folder)
+    out = edit_by_executor(base, ft, spec, folder)
     pome.edit(base, ft, folder / "out", spec)
     expected = hash_tree(folder / "out")
     del expected["pome_manifest.json"]
@@ -47,7 +47,7 @@ def check(base, ft, spec, folder):
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": "ffn", "rank_ratio": 0.25}, {"dtype": "float32"}])
-def test_a_pair(tmp_path, options):
+def test_remote_edit_of_a_full_pair_equals_a_local_one(tmp_path, options):
     check(*llama_pair(tmp_path, shards=2, dtype=torch.bfloat16), EditSpec(**options), tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_a_base_of_which_ranges_are_read_from_the_hub_is_downloaded_for_the_work
     hub.add("org/base", base)
     with open_pair("org/base", ft, EditSpec(), whole=True) as opened:
         assert all(weights.file.stored is None for weights in opened.base.files.values())
-        place = find_place(opened.base, False)
+        place = find_location(opened.base, False)
         assert opened.base.folder is None  # what is recorded of it stays as it is
     assert all("snapshots" in path.parts for path in place.paths.values())
     assert {n: p.read_bytes() for n, p in place.paths.items()} == {n: (base / n).read_bytes() for n in place.paths}
@@ -81,7 +81,7 @@ def test_a_base_of_which_ranges_are_read_from_the_hub_is_downloaded_for_the_work
 def test_a_file_that_is_gone_is_named(tmp_path):
     base, ft = llama_pair(tmp_path)
     with open_pair(base, ft, EditSpec(), whole=True) as opened:
-        place = find_place(opened.ft, False)
+        place = find_location(opened.ft, False)
     (ft / "model.safetensors").unlink()
     with pytest.raises(pome.CheckpointError, match=r"ft/model\.safetensors: cannot be opened"):
         place.open()

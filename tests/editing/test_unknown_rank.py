@@ -88,7 +88,7 @@ def test_every_report_of_it_leaves_the_rank_out(made: Manifest, tmp_path: Path) 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize("where", ["here", "elsewhere", "elsewhere first"])
-def test_it_is_verified_whichever_route_another_machine_takes(
+def test_an_output_verifies_on_a_machine_that_takes_another_route(
     monkeypatch: pytest.MonkeyPatch, pair: list[Path], tmp_path: Path, where: str, power: float
 ) -> None:
     if where == "elsewhere first":

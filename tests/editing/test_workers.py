@@ -58,6 +58,7 @@ def run_python_on(cores: int, *arguments: str) -> subprocess.CompletedProcess[st
 SMALL, LARGE = [(1500, 800)] * 3, [(1700, 1600)]
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_the_bytes_of_one_after_the_other_with_one_thread(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, SMALL)
     alone = edit(pair, tmp_path / "alone", 1)
@@ -66,11 +67,13 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other_with_one_thread(tmp
     assert edit(pair, tmp_path / "threads", 3, "3", code=WITH_THREADS) != alone
 
 
+@pytest.mark.slow
 def test_a_large_matrix_takes_all_cores(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, LARGE)
     assert edit(pair, tmp_path / "two", 2) == edit(pair, tmp_path / "by-hand", 2, "2", code=WITH_THREADS)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_split_that_it_began_with(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, LARGE + SMALL)
     wanted = edit(pair, tmp_path / "wanted", 2)

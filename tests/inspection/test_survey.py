@@ -235,7 +235,7 @@ def test_the_place_of_a_tensor_is_its_layer(name, place):
     assert find_place(name) == place
 
 
-def test_what_is_relative_to_a_base_of_zeros_is_null(tmp_path):
+def test_numbers_relative_to_a_base_of_zeros_are_null(tmp_path):
     base, ft = llama_pair(tmp_path)
     tensors = read_tensors(base)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -109,7 +109,7 @@ def test_entries_of_one_size_sum_up_right(shape, signs):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_what_is_not_finite_is_refused_before_any_decomposition(monkeypatch, bad, dtype):
+def test_nan_and_infinity_are_refused_before_any_decomposition(monkeypatch, bad, dtype):
     delta = torch.ones(5, 4, dtype=dtype)
     delta[2, 1] = bad
     for name in ("svd", "eigh", "qr"):
@@ -128,7 +128,7 @@ def test_numbers_out_of_range_are_refused_as_such():
 @pytest.mark.parametrize(
     "wrong", [torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 4), torch.ones(2, 2).long()]
 )
-def test_what_is_no_matrix_of_floats_is_refused(wrong):
+def test_equalize_refuses_scalars_vectors_stacks_empty_and_integer_tensors(wrong):
     with pytest.raises(ValueError, match="m x n float tensor"):
         equalize(wrong)
 

@@ -37,7 +37,7 @@ def test_noise_floor_takes_the_ulp_of_each_exponent(exponent, m, n):
     assert storage_noise_floor(weight) == pytest.approx(ulp / math.sqrt(12) * (math.sqrt(m) + math.sqrt(n)), rel=1e-6)
 
 
-def test_noise_floor_refuses_what_is_no_matrix_of_floats():
+def test_noise_floor_refuses_tensors_that_are_no_float_matrices():
     for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int8)):
         with pytest.raises(ValueError):
             storage_noise_floor(wrong)

@@ -12,7 +12,7 @@ from pome.kernel.certificate import certify
 from pome.kernel.equalize import equalize, equalize_matrix, equalize_product
 from pome.kernel.ladder import RUNGS
 from pome.kernel.power import correct_power, multiply_power, weigh_directions
-from pome.kernel.scale import Cut, find_gain
+from pome.kernel.scale import KeptSpectrum, find_gain
 from support.deltas import KINDS, make_delta
 from support.recipes import make_recipe, make_rule
 from support.reference import assert_as_reference, plant, reference_edit
@@ -254,4 +254,4 @@ def test_the_residual_is_given_for_power_zero_too():
 
 def test_gain_of_a_scale_that_leaves_the_range_is_infinite():
     sigma = torch.tensor([1e200, 1.0], dtype=torch.float64)
-    assert find_gain("unit", Cut(sigma, 1, (2, 2), 1e200, 2.0)) == math.inf
+    assert find_gain("unit", KeptSpectrum(sigma, 1, (2, 2), 1e200, 2.0)) == math.inf

@@ -8,7 +8,7 @@ import torch
 
 from pome.choices import SCALES, ScaleName
 from pome.kernel.equalize import equalize
-from pome.kernel.scale import RULES, Cut, find_gain
+from pome.kernel.scale import RULES, KeptSpectrum, find_gain
 from support.reference import plant
 
 
@@ -34,4 +34,4 @@ def test_each_scale_is_its_formula(scale, expected):
 def test_every_choice_of_a_scale_has_its_rule():
     assert list(RULES) == list(SCALES) == list(get_args(ScaleName))
     with pytest.raises(ValueError, match="scale 'loud' is none of frobenius, unit"):
-        find_gain("loud", Cut(torch.ones(1), 1, (1, 1), 1.0))
+        find_gain("loud", KeptSpectrum(torch.ones(1), 1, (1, 1), 1.0))

@@ -146,7 +146,7 @@ def test_same_bits_again_with_a_cache_and_with_another_state_of_the_generator():
     assert len(cache) == 2
 
 
-def test_that_it_hands_over_is_cached_too():
+def test_the_cache_remembers_that_the_thin_solver_gave_up():
     delta, cache = make_delta("noise", 300, 200, 0), {}
     plain = equalize(delta, rank=5)
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_a_wrong_answer_fails_the_certificate_and_the_ladder_takes_over(monkeypa
     assert_as_reference(edit, delta, k=10)
 
 
-def test_what_may_be_missed_counts_against_the_objective():
+def test_the_bound_on_the_missed_sum_lowers_the_objective():
     delta = make_delta("inverse", 200, 120, 0)
     found = solve_thin(delta, make_fixed(4))
     missing = dataclasses.replace(found, missed=2e-5)
@@ -300,7 +300,7 @@ def test_ties_and_unknown_values_leave_the_bound_on_the_next_one_open():
     assert math.isfinite(bound_leading(unknown, torch.tensor([0.0, 0.0]).double(), 2, 1.0, 0.0)[1])
 
 
-def test_it_is_for_few_directions_of_large_matrices(monkeypatch):
+def test_the_thin_route_is_taken_for_few_directions_of_large_matrices(monkeypatch):
     monkeypatch.undo()
     large = torch.zeros(1, 1).expand(4096, 2048)
     assert ladder.is_thin(large, make_fixed(64)) and ladder.is_thin(large.mT, make_fixed(64))

@@ -158,7 +158,7 @@ def test_sums_are_over_all_units_and_time_is_operations_over_rates() -> None:
         (Rates("x", None, 1.0, None, {"deflated-float32": ((9.0, 9.0),)}), ["start", "hashes"]),
     ],
 )
-def test_what_nobody_measured_has_no_time(known: Rates | None, missing: list[str]) -> None:
+def test_an_estimate_without_a_measured_rate_has_no_time(known: Rates | None, missing: list[str]) -> None:
     cost = estimate_plan(Plan((make_unit((2048, 1024)),), (), 9, {}), SPEC, FILES, CPU, known)
     assert cost.seconds is None and cost.unmeasured == missing
     assert cost.routes["deflated-float32"].flops > 0

@@ -30,6 +30,7 @@ def find_notes(pair: Pair, **options: str) -> tuple[str, ...]:
     return make_plan(open_checkpoint(pair.base), open_checkpoint(pair.adapter), EditSpec(**options)).notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["mistralai/Mistral-7B-v0.1", "/data/models/other", "other"])
 def test_another_base_in_the_adapters_config_is_said_and_recorded(pair: Pair, named: str, tmp_path: Path) -> None:
     configure(pair, base_model_name_or_path=named)
@@ -146,6 +147,7 @@ def test_an_fp8_base_without_dequantize_names_the_option(tmp_path: Path) -> None
     assert hash_tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_closing_line_of_a_merged_adapter_speaks_of_base(pair: Pair, tmp_path: Path) -> None:
     """Also where every target of the adapter is edited, and none is merely merged."""
     for layers, said in ((("q", "v", "up", "down"), "edited, every"), (("up",), "merged, every")):

@@ -12,7 +12,10 @@ import torch
 
 from support.checkpoints import environment, perturb, write_checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
+]
 
 # VmHWM and not ru_maxrss: the latter begins at what the parent held when it started the process.
 CHILD = """

@@ -45,7 +45,7 @@ def edited(made: Plan) -> list[str]:
     return sorted({unit.name for unit in made.units})
 
 
-def test_what_is_no_matrix_is_kept(tmp_path: Path) -> None:
+def test_tensors_that_are_no_float_matrices_are_kept_with_the_reason(tmp_path: Path) -> None:
     odd = {
         "odd.vector": torch.zeros(6),
         "odd.scalar": torch.zeros(()),
@@ -118,7 +118,7 @@ def test_a_matrix_of_a_role_and_another_shape_is_refused_though_everything_was_a
         plan(sides, "up", "other")
 
 
-def test_what_cannot_be_edited_is_counted_by_reason_the_three_most_frequent_first(tmp_path: Path) -> None:
+def test_reasons_for_keeping_tensors_are_counted_the_three_most_frequent_first(tmp_path: Path) -> None:
     base = {"a.v": torch.ones(3)}
     ft = {f"x{i}.m": torch.ones(3, 4) for i in range(4)}
     ft |= {f"x{i}.v": torch.ones(3) for i in range(3)} | {f"y{i}.v": torch.ones(4) for i in range(2)}

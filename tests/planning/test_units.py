@@ -167,7 +167,7 @@ def test_the_largest_unit_alone_counts() -> None:
     assert work() == 0
 
 
-def test_what_an_adapter_only_changes_takes_the_change_the_sum_and_two_units() -> None:
+def test_a_merged_unit_takes_memory_for_the_change_the_sum_and_two_units() -> None:
     merged = make_unit((300, 100), parts=())
     assert work(merged) == 6 * merged.nbytes + 2 * merged.base_nbytes
     wide = make_unit((300, 100), ("BF16", "F32", "F32"), parts=())

@@ -97,7 +97,7 @@ def test_forward_and_gradients_equal_the_dense_oracle(config, fan_in, fan_out, s
 @pytest.mark.parametrize("sampling", ["block", "full"])
 @pytest.mark.parametrize("terms", [0, 1, 2, 3, 4, "exact"])
 @pytest.mark.parametrize("correct", [True, False])
-def test_gradcheck(sampling, terms, correct):
+def test_backward_agrees_with_numerical_gradients(sampling, terms, correct):
     config = PoetConfig(sampling=sampling, block_size=3, neumann_terms=terms, correct=correct)
     layer = make_layer(7, 5, config, size=0.4)
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
@@ -203,7 +203,7 @@ def test_stochastic_rounding_of_float16_is_refused_by_name():
     assert [type(module) for module in model] == [nn.Linear, nn.Linear]
 
 
-def test_what_is_kept_for_backward_is_small():
+def test_backward_keeps_only_the_input_and_one_product():
     """Only the layer's input, the product with W, and the parameters: no blocks, no copy of W."""
     layer = make_layer(96, 128, PoetConfig(block_size=32), dtype=torch.float32)
     x = torch.randn(10, 96, requires_grad=True)

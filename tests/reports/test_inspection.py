@@ -68,6 +68,33 @@ def test_the_page_of_a_real_pair_shows_every_matrix_and_asks_nobody(tmp_path, re
     assert "<svg" in dom and "gavish-donoho k = " in dom and "pome edit " in join_words(dom)
 
 
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_shows_what_was_measured_of_weights(tmp_path, width):
+    found = survey(*llama_pair(tmp_path), weights=True)
+    page = tmp_path / "report.html"
+    page.write_text(make_page(draw_sheet(found)))
+    script = """
+      const drawn = [...document.querySelectorAll("#weights td")];
+      root.dataset.cells = drawn.map((cell) => cell.textContent).join("|");
+      byId("find").value = "layers.1 up"; byId("find").oninput(); byId("list").querySelector("button").click();
+      root.dataset.facts = [...document.querySelectorAll("#facts div")].map((fact) => fact.textContent).join("|");
+    """
+    dom = open_page(page, width, script=WIDEST + script)
+    assert_drawn(dom, len(found.matrices))
+    assert int(read_attribute(dom, "data-wide")) <= width and read_attribute(dom, "data-cut") == "0"
+    cells = read_attribute(dom, "data-cells").split("|")
+    rows = {(cells[i], cells[i + 1]): cells[i + 2 : i + 8] for i in range(0, len(cells), 8)}
+    drifts = sorted(m.weights.spectral_drift["fine_tuned"] for m in found.matrices if m.role == "up")
+    energies = sorted(m.weights.hyperspherical_energy["base"] for m in found.matrices if m.role == "up")
+    assert list(map(float, rows["up", "FT"][:3])) == pytest.approx([sum(drifts) / 2, *drifts], rel=5e-3)
+    assert rows["up", "BASE"][:3] == ["-"] * 3
+    assert list(map(float, rows["up", "BASE"][3:])) == pytest.approx([sum(energies) / 2, *energies], rel=1e-4)
+    assert len(rows) == 4 * len({m.role for m in found.matrices})
+    one = next(m for m in found.matrices if "layers.1.mlp.up" in m.name)
+    assert f"spectral drift, FT{one.weights.spectral_drift['fine_tuned']:.3g}|" in read_attribute(dom, "data-facts")
+    assert 'id="weights"' not in make_page(draw_sheet(survey(*(tmp_path / side for side in ("base", "ft")))))
+
+
 def test_the_page_names_no_address_and_forbids_itself_the_network(small):
     page = make_page(draw_sheet(small))
     assert "default-src 'none'" in page

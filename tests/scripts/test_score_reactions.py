@@ -89,32 +89,47 @@ def test_models_without_the_head_are_refused(rxnfp: Pair, rxnfp_bare: Pair, caps
         ("config.json", "transformers cannot load it"),
     ],
 )
-def test_what_is_missing_is_named(copy: Path, capsys: pytest.CaptureFixture[str], file: str, message: str) -> None:
+def test_a_missing_file_of_the_model_is_named(
+    copy: Path, capsys: pytest.CaptureFixture[str], file: str, message: str
+) -> None:
     (copy / file).unlink()
     assert score_reactions.main([str(copy), "--count", "1"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and message in err
 
 
-def test_what_is_no_model_is_refused(copy: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ScoringError, match="no such folder"):
         score(tmp_path / "nowhere")
-    weights = load_file(copy / "model.safetensors")
-    part = {name: tensor for name, tensor in weights.items() if name != "bert.encoder.layer.3.output.dense.weight"}
-    save_file(part, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ScoringError, match=r"lacks 1 weights of the model, as bert\.encoder\.layer\.3"):
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"bert.encoder.layer.3.output.dense.weight": None},
+            r"lacks 1 weights of the model, as bert\.encoder\.layer\.3",
+        ),
+        ({"classifier.weight": torch.zeros(2, 256)}, "has 2 rows, but there are 50 classes"),
+        ({"classifier.bias": torch.full((50,), torch.nan)}, "not finite"),
+    ],
+    ids=["a missing weight", "another head", "nan"],
+)
+def test_weights_that_give_no_score_are_refused(copy: Path, changes: dict[str, torch.Tensor | None], said: str) -> None:
+    weights = {**load_file(copy / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ScoringError, match=said):
         score(copy)
-    save_file({**weights, "classifier.weight": torch.zeros(2, 256)}, copy / "model.safetensors")
-    with pytest.raises(ScoringError, match="has 2 rows, but there are 50 classes"):
-        score(copy)
-    save_file(
-        {**weights, "classifier.bias": torch.full((50,), torch.nan)}, copy / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(ScoringError, match="not finite"):
-        score(copy)
+
+
+def test_a_file_that_is_not_safetensors_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"pickle")
     with pytest.raises(ScoringError, match="not a safetensors file"):
         score(copy)
+
+
+def test_a_vocabulary_without_the_special_tokens_is_refused(copy: Path) -> None:
     (copy / "vocab.txt").write_text("[PAD]\n[CLS]\nC\n")
     with pytest.raises(ScoringError, match=r"lacks \[UNK\], \[SEP\]"):
         score(copy)

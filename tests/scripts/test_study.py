@@ -107,7 +107,7 @@ def test_rank_correlation_is_that_of_scipy(pairs: list[tuple[int, int]]) -> None
         assert found == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_correction_agrees_with_hand_computation() -> None:
     # Holm (1979): the smallest times 4, the next times 3, ..., never falling.
     assert correct_holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
         {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
@@ -160,7 +160,7 @@ def test_calibration_and_compression() -> None:
     assert pruned[pruned != 0].abs().min() >= weight[pruned == 0].abs().max()
 
 
-def test_results_hold_what_each_line_needs() -> None:
+def test_results_hold_the_mean_of_their_losses() -> None:
     cells = read_results(RESULTS)
     assert cells
     for cell in cells:
@@ -169,7 +169,7 @@ def test_results_hold_what_each_line_needs() -> None:
             assert sum(line["loss"]) / len(line["loss"]) == pytest.approx(line["score"], abs=2e-5)
 
 
-def test_what_inspect_says_of_the_study_is_so() -> None:
+def test_the_study_supports_the_sentence_of_inspect() -> None:
     """`pome inspect` says that the default edit raised the loss more often than it lowered it."""
     pooled = pool(read_results(RESULTS), pome("up").name)
     assert pooled and 2 * pooled.fell < pooled.cells

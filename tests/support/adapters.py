@@ -126,8 +126,8 @@ def assert_edit(out: Tensor, base: Tensor, delta: Tensor, **options: Any) -> Non
     """`out` is base + the edit of delta by definition, to the rounding of its dtype and of float32 arithmetic."""
     wanted = base.double() + reference_edit(delta, **options).value
     # One rounding to the stored dtype, and 1e-5 for a float32 product of up to 40 terms.
-    room = torch.finfo(out.dtype).eps * wanted.abs() + 1e-5 * wanted.abs().max()
-    assert bool(((out.double() - wanted).abs() <= room).all())
+    tolerance = torch.finfo(out.dtype).eps * wanted.abs() + 1e-5 * wanted.abs().max()
+    assert bool(((out.double() - wanted).abs() <= tolerance).all())
 
 
 def rewrite(pair: Pair, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

@@ -34,11 +34,11 @@ class CountingJob:
     wrong: int | None = None
     threads: bool = False  # return the number of threads instead
 
-    def open(self, device: str, threads: int) -> CountingDesk:
-        return CountingDesk(self, device, threads)
+    def open(self, device: str, threads: int) -> CountingExecutor:
+        return CountingExecutor(self, device, threads)
 
 
-class CountingDesk:
+class CountingExecutor:
     def __init__(self, job: CountingJob, device: str, threads: int) -> None:
         self.job = job
         self.device = device

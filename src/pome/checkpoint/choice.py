@@ -1,4 +1,4 @@
-"""Choice of the weight files of a checkpoint folder, as transformers makes it, and what is left aside."""
+"""Choice of the weight files of a checkpoint folder, as transformers makes it, and the files that are left out."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _choose_without_index(listing: Listing, found: list[str]) -> list[str]:
 def judge_rest(
     listing: Listing, choice: Choice, tensors: Tensors, config: Mapping[str, Any] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """What else a folder holds of weights: files to leave out, by name, each with its reason; and notices.
+    """Other weight files of a folder: those to leave out, by name, each with its reason; and notices.
 
     Files that hold other tensors than the chosen ones, such as a value head, belong to the model and are not left
     out. Raises CheckpointError where a second set of weights holds tensors that the chosen files lack.
@@ -193,7 +193,7 @@ def _is_derived(tensor: str, config: Mapping[str, Any] | None) -> bool:
 
 
 def find_misplaced(tensors: Tensors, weight_map: Mapping[str, str]) -> dict[str, str]:
-    """Tensors of which an index says something else than the files, each with what it says."""
+    """Tensors that an index places elsewhere than the files do, each with what it says."""
     found = {}
     for name, file in weight_map.items():
         if name not in tensors:
@@ -206,7 +206,7 @@ def find_misplaced(tensors: Tensors, weight_map: Mapping[str, str]) -> dict[str,
 
 
 def describe_misplaced(where: str, misplaced: Mapping[str, str]) -> str:
-    """A notice of what an index says wrongly of tensors that nobody selected."""
+    """A notice of wrong entries of an index, for tensors that nobody selected."""
     first = "; ".join(list(misplaced.values())[:3])
     more = f"; and {len(misplaced) - 3} more" if len(misplaced) > 3 else ""
     return f"{where}: does not agree with the files: {first}{more}. The files are followed, as transformers does"

@@ -40,7 +40,7 @@ class File(Protocol):
 
     @property
     def identity(self) -> list[Any]:
-        """What tells this file from another and from itself after a change, in JSON's types."""
+        """Identity of the file, in JSON's types: another file has another one, and so has this one after a change."""
 
     def read_into(self, view: memoryview, at: int) -> int:
         """Fill `view` from offset `at`, perhaps not all of it; the number of bytes read, 0 at the end. OSError."""
@@ -56,7 +56,7 @@ class Listing(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
 
     @property
     def folder(self) -> Path | None: ...
@@ -85,7 +85,7 @@ class Listing(Protocol):
         """Folders below the top that hold `.safetensors` files."""
 
     def find_newer(self, names: Sequence[str], than: Sequence[str]) -> list[str]:
-        """Those of `names` that were written later than all of `than`, where that can be known."""
+        """The files among `names` that were written later than all of `than`, where that can be known."""
 
 
 class LocalFile:

@@ -23,7 +23,7 @@ from pome.errors import CheckpointError, printable
 SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
 CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SCALE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PIECE = 8 << 20  # bytes of bfloat16 made in one go
 
 
@@ -45,7 +45,7 @@ class Scaled:
 
 
 def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None) -> dict[str, Scaled]:
-    """Every weight of a checkpoint that is stored so. Raises CheckpointError where scales and weight do not fit."""
+    """Every fp8 weight of a checkpoint with its scales. Raises CheckpointError where scales and weight do not fit."""
     found = {}
     for name, codes in tensors.items():
         scales = tensors.get(name + SUFFIX)
@@ -54,7 +54,7 @@ def find_scaled(tensors: Mapping[str, Stored], config: Mapping[str, Any] | None)
         block = _read_block(config)
         *stack, m, n = (1, 1, *codes.entry.shape)
         expected = (*stack[2:], -(-m // block[0]), -(-n // block[1]))
-        matrix, known = len(codes.entry.shape) >= 2, scales.entry.dtype in SCALES
+        matrix, known = len(codes.entry.shape) >= 2, scales.entry.dtype in SCALE_DTYPES
         if matrix and known and scales.entry.shape != expected and is_per_tensor(scales.entry.shape, codes.entry.shape):
             found[name] = Scaled(codes, scales, None)
             continue
@@ -181,6 +181,6 @@ def _read_scales(scales: Stored) -> Any:
 
     entry = scales.entry
     data = read_range(scales.file, entry.start, entry.nbytes, printable(entry.name))
-    dtype = getattr(torch, SCALES[entry.dtype])
+    dtype = getattr(torch, SCALE_DTYPES[entry.dtype])
     width = entry.shape[-1] if entry.shape else 1
     return torch.frombuffer(data, dtype=dtype).float().reshape(-1, width)

@@ -40,7 +40,7 @@ def split_id(text: str) -> tuple[str, str | None]:
 
 
 def _leave_out(names: Iterable[str]) -> dict[str, str]:
-    """Those of a repository's files that are not fetched as FT's, each with the reason."""
+    """The files of a repository that are not fetched for FT, each with the reason."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -65,7 +65,7 @@ def fetch_snapshot(text: str) -> Snapshot:
         commit, files = _list_files(repo, revision)
         left_out = _leave_out(files)
         folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=[*map(glob.escape, left_out)]))
-        # When the Hub fails, the library gives what the cache happens to have, perhaps of an older commit.
+        # When the Hub fails, the library returns what the cache has, perhaps of an older commit.
         absent = [name for name in files if name not in left_out and not (folder / name).is_file()]
         if folder.name != commit or absent:
             raise ConnectionError(f"{absent[0] if folder.name == commit else commit} did not come")
@@ -189,7 +189,7 @@ class HubListing:
 
 
 class RemoteFile:
-    """A file on the Hub, read by HTTP ranges; what fails in passing is asked for again."""
+    """A file on the Hub, read by HTTP ranges; a request that fails for a passing reason is repeated."""
 
     path = stored = None
 

@@ -14,14 +14,14 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT = 300.0  # that a server may ask for; the window of the Hub's rate limits
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-# An answer that is none, or a name that is none: the library trusts the Hub to send the JSON that it knows.
+# Raised for an answer without the expected JSON, or for an invalid name: the library checks neither.
 _NOT_KNOWN = (ValueError, LookupError, TypeError, AttributeError)
 
 Value = TypeVar("Value")
 
 
 def ask_hub(what: str, call: Callable[[], Value], *, patient: bool = True) -> Value:
-    """What a call to the Hub returns, tried again while it fails in passing. Raises HubError.
+    """Result of a call to the Hub, which is repeated while it fails for a passing reason. Raises HubError.
 
     Without patience a Hub to which no connection can be made is tried once more, and not for all of WAITS: the first
     request about a name, which may be a mistyped path on a machine without a network.
@@ -55,7 +55,7 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError)):
         return False
-    if isinstance(error, errors.LocalEntryNotFoundError):  # "neither there nor here": why not there is its cause
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "neither there nor here": its cause says why not there
         return error.__cause__ is not None and _may_pass(error.__cause__)
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of a thread that uploads one file
         return _may_pass(error.__cause__)

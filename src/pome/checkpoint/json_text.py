@@ -1,6 +1,6 @@
 """JSON of untrusted files, scanned value by value: nothing is built from a text before its extent is known.
 
-Stricter than JSON where the formats are: no key twice, no number but integers where a table is read, no broken Unicode.
+Stricter than JSON, as the formats are: no repeated key, only integers where a table is read, no broken Unicode.
 Every fault is a ValueError; those found here are `Malformed`, with a text fit for a message.
 """
 
@@ -19,7 +19,7 @@ _PLAIN_STRING = re.compile(r'"([^"\\\x00-\x1f]*)"')  # nearly every one: no esca
 
 
 class Malformed(ValueError):
-    """What is wrong, before it is known in which file."""
+    """A fault in a text, before it is known in which file."""
 
 
 def decode_text(raw: bytes) -> str:
@@ -100,7 +100,7 @@ def decode_object(text: str) -> dict[str, Any]:
 
 
 def measure_value(text: str) -> int:
-    """How many characters the value takes that `text` begins with.
+    """Length of the value at the beginning of `text`, in characters.
 
     Raises RecursionError for one nested too deep.
     """

@@ -1,6 +1,6 @@
 """Files of a checkpoint that no output holds, known by their names: training state, and weights in another format.
 
-A file is left out only where it is known to be one of these. What is not known is copied: a model may need it.
+A file is left out only where it is known to be one of these. Any other is copied: a model may need it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRAINING_FILE = re.compile(
     r"|(random_states?|custom_checkpoint)([-_.\d].*)?\.(pkl|pt|pth|bin)|optim(izer)?([-_.\d].*)?\.safetensors"
     r"|.*_optim_states\.pt|.*\.distcp|(epoch=\d+.*|last(-v\d+)?)\.ckpt|training_args\.bin|trainer_state\.json"
 )
-# Older saves of a whole model under names that a library gives: of these an edit would leave the unedited weights.
+# Older saves of a whole model under names that a library gives: copied, they would bring the unedited weights along.
 _OTHER_NAMES = re.compile(
     r"((pytorch_|tf_|flax_|rust_|openvino_)?model|pytorch_model_fsdp|consolidated|diffusion_pytorch_model)([-_.].*)?"
     r"\.(bin|pt|pth|ckpt|h5|msgpack|ot|onnx|onnx_data|tflite|mlmodel)(\.index\.json|_data|\.data-.*|\.index|\.meta)?"

@@ -1,4 +1,4 @@
-"""The tensors of a PEFT LoRA adapter, and what they change in a base. No torch; tensor data only on demand.
+"""The tensors of a PEFT LoRA adapter, and their changes of a base. No torch; tensor data only on demand.
 
 A LoRA of a module adds `scaling * B A` to its weight, with A (r, in) and B (out, r). For stacked experts A is
 (E * r, in), one expert after the other, and B is (out, r * E), the experts interleaved.
@@ -39,15 +39,15 @@ class LowRank:
     flipped: bool  # stored the other way round: the change is (B A)^T
     experts: int = 1  # how many share A and B
     expert: int | None = None  # the one of them that this tensor belongs to; None for all of a stack, in order
-    rows: tuple[int, int] | None = None  # of the product as stored: BASE has apart what the adapter has as one
-    part: Part | None = None  # of the stored tensor: BASE has as one what the adapter has apart
+    rows: tuple[int, int] | None = None  # of the product, where BASE has several tensors for the adapter's one module
+    part: Part | None = None  # of the stored tensor, where BASE has one tensor for several modules of the adapter
     slot: int | None = None  # the expert of a stored stack that the LoRA of a single expert changes
-    magnitude: str | None = None  # DoRA's
+    magnitude: str | None = None  # the tensor of a DoRA's magnitudes
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterChange:
-    """The change of one tensor of BASE: `whole` replaces it, `tokens` some of its rows, then come `lows` and `bias`.
+    """The change of one tensor of BASE: `whole` replaces it, `tokens` replaces some rows, `lows` and `bias` are added.
 
     With `added` BASE has no such tensor, and `whole` is the tensor itself.
     """
@@ -85,11 +85,11 @@ class MatchedAdapter:
         return list(({low.a: low for change in self.changes.values() for low in change.lows} | self.others).values())
 
     def put(self, ft: Checkpoint, change: AdapterChange) -> None:
-        """Add a change to what other keys of the adapter `ft` change in the same tensor. Raises CheckpointError."""
+        """Add a change to those that other keys of the adapter `ft` make in the same tensor. Raises CheckpointError."""
         before = self.changes.get(change.name, AdapterChange(change.name))
         lows = before.lows + change.lows
-        apart = {(low.part and low.part.label, low.slot) for low in lows}
-        if len(apart) < len(lows) or (len(lows) > 1 and (None, None) in apart) or before.bias and change.bias:
+        targets = {(low.part and low.part.label, low.slot) for low in lows}
+        if len(targets) < len(lows) or (len(lows) > 1 and (None, None) in targets) or before.bias and change.bias:
             where = printable(ft.source)
             raise CheckpointError(f"{where}: changes {printable(change.name)} twice; save one adapter alone")
         self.changes[change.name] = AdapterChange(
@@ -158,7 +158,7 @@ def read_change(ft: Checkpoint, change: AdapterChange, expert: int | None) -> di
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """The tensors of an adapter by what they do; names are those of the model."""
+    """The tensors of an adapter, grouped by their effect; names are those of the model."""
 
     loras: list[LoraTensors]
     replacements: dict[str, TensorEntry]  # tensors that replace BASE's

@@ -13,7 +13,7 @@ from pome.errors import CheckpointError, printable
 
 MERGE_FIRST = "or merge it with PEFT (merge_and_unload, save_pretrained) and give the merged model as FT"
 
-# Options of a LoRA that change nothing in what it computes, or that are followed here. Any other may change it.
+# Options of a LoRA that do not change its result, or that are followed here. Any other may change it.
 _KNOWN = frozenset({
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",

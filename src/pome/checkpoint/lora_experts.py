@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pome.checkpoint.lora import AdapterChange, LoraTensors, LowRank, check_rank, refuse_shape
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
-from pome.checkpoint.lora_places import PlaceIndex
+from pome.checkpoint.lora_places import MatrixIndex
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
 from pome.roles.experts import STACKS
@@ -21,10 +21,10 @@ class ExpertMatcher:
     """The pairing of LoRAs on parameters of experts with the tensors of one base."""
 
     def __init__(
-        self, ft: Checkpoint, base: Checkpoint, config: LoraConfig, names: Mapping[str, str], places: PlaceIndex
+        self, ft: Checkpoint, base: Checkpoint, config: LoraConfig, names: Mapping[str, str], matrices: MatrixIndex
     ) -> None:
         """`names` maps names in the adapter's model to BASE's names, where those are known already."""
-        self.ft, self.base, self.config, self.names, self.places = ft, base, config, names, places
+        self.ft, self.base, self.config, self.names, self.matrices = ft, base, config, names, matrices
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
 
     def match(self, module: str, levels: list[LoraTensors]) -> list[AdapterChange] | None:
@@ -118,7 +118,7 @@ class ExpertMatcher:
                 if stored:
                     return stored
         # Only a module of experts has stacks, though `target_parameters` may name a parameter of any module.
-        return self.places.find_stack(module, roles) if roles and "expert" in module.rpartition(".")[2] else []
+        return self.matrices.find_stack(module, roles) if roles and "expert" in module.rpartition(".")[2] else []
 
     def _list_prefixes(self, module: str) -> Iterator[str]:
         """The names that a module of experts may have in BASE."""

@@ -22,7 +22,7 @@ from pome.checkpoint.lora import (
 )
 from pome.checkpoint.lora_config import MERGE_FIRST, LoraConfig
 from pome.checkpoint.lora_experts import ExpertMatcher
-from pome.checkpoint.lora_places import PlaceIndex
+from pome.checkpoint.lora_places import MatrixIndex
 from pome.checkpoint.lora_tables import AS_ADAPTER, TABLES, TableMatcher
 from pome.checkpoint.source import Checkpoint
 from pome.errors import CheckpointError, PairingError, printable
@@ -88,12 +88,12 @@ class _Matcher:
         return found
 
     @cached_property
-    def places(self) -> PlaceIndex:
-        return PlaceIndex(self.base)
+    def matrices(self) -> MatrixIndex:
+        return MatrixIndex(self.base)
 
     @cached_property
     def experts(self) -> ExpertMatcher:
-        return ExpertMatcher(self.ft, self.base, self.config, self.names, self.places)
+        return ExpertMatcher(self.ft, self.base, self.config, self.names, self.matrices)
 
     def _pair(self) -> dict[str, str]:
         """Names in the model -> names in BASE, which may lack a prefix or have another.
@@ -135,10 +135,10 @@ class _Matcher:
             fitting: list[str] = []
             if roles <= TABLES:
                 rows = shape[0] if module not in self.tensors.tokens else None
-                fitting = self.places.find_tables(roles, shape[1], rows)
+                fitting = self.matrices.find_tables(roles, shape[1], rows)
             elif plain in whole:
-                places = self.places.find_module(module, (shape[0], shape[1]))
-                fitting = [place.name for place in places if place.part.block is None and not place.layout.stacked]
+                matrices = self.matrices.find_module(module, (shape[0], shape[1]))
+                fitting = [one.name for one in matrices if one.part.block is None and not one.layout.stacked]
             if len(fitting) == 1 and fitting[0] not in taken:
                 found[plain] = fitting[0]
                 taken.add(fitting[0])
@@ -181,10 +181,10 @@ class _Matcher:
 
     def _find_bias(self, module: str, size: tuple[int, int]) -> str | None:
         """The bias of a module that BASE has under another name."""
-        places = self.places.find_module(module, size)
-        if len(places) != 1 or places[0].part.block is not None or not places[0].name.endswith(".weight"):
+        matrices = self.matrices.find_module(module, size)
+        if len(matrices) != 1 or matrices[0].part.block is not None or not matrices[0].name.endswith(".weight"):
             return None
-        name = f"{places[0].name.removesuffix('weight')}bias"
+        name = f"{matrices[0].name.removesuffix('weight')}bias"
         return name if self.shapes.get(name) == size[:1] else None
 
     def _match_by_role(self, lora: LoraTensors) -> bool:
@@ -193,9 +193,9 @@ class _Matcher:
         is_stack = "expert" in lora.module.rpartition(".")[2]  # a parameter of which may be targeted
         if lora.is_embedding or is_stack:
             return False
-        places = self.places.find_module(lora.module, (b.shape[0], a.shape[1]))
+        matrices = self.matrices.find_module(lora.module, (b.shape[0], a.shape[1]))
         bias = lora.tensors.get("lora_B.bias")
-        if bias is not None and places:
+        if bias is not None and matrices:
             beside = self._find_bias(lora.module, (b.shape[0], a.shape[1]))
             if beside is None:
                 return False
@@ -203,20 +203,20 @@ class _Matcher:
         kind = "parameter" if self.config.is_target(f"{lora.module}.weight") else self._kind_of(lora)
         expert = _OWN_EXPERT.search(lora.module)
         at = 0
-        for place in places:
-            low = self._make_low(lora, kind, place.layout.transposed)
-            rows = place.size[0]
+        for matrix in matrices:
+            low = self._make_low(lora, kind, matrix.layout.transposed)
+            rows = matrix.size[0]
             low = replace(
                 low,
-                rows=(at, at + rows) if len(places) > 1 else None,
-                part=place.part if place.part.block is not None else None,
-                slot=int(expert[1]) if expert is not None and place.layout.stacked else None,
+                rows=(at, at + rows) if len(matrices) > 1 else None,
+                part=matrix.part if matrix.part.block is not None else None,
+                slot=int(expert[1]) if expert is not None and matrix.layout.stacked else None,
             )
             if low.magnitude is not None and low.rows is not None:
                 raise PairingError(f"{self.ft.where(a.name)}: a DoRA of matrices that BASE stores apart; {MERGE_FIRST}")
-            self.found.put(self.ft, AdapterChange(place.name, lows=(low,)))
+            self.found.put(self.ft, AdapterChange(matrix.name, lows=(low,)))
             at += rows
-        return bool(places)
+        return bool(matrices)
 
     def _kind_of(self, lora: LoraTensors) -> str:
         """How PEFT rounds the change: transformers 5 holds single experts stacked, and PEFT merges into the stack."""

@@ -23,7 +23,7 @@ Key = tuple[tuple[int, ...], frozenset[str], str]
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredMatrix:
     """One matrix of BASE: a part of a stored tensor, or of every expert of a stacked one."""
 
     name: str
@@ -33,7 +33,7 @@ class Place:
     expert: int | None  # of a tensor that holds a single expert
 
 
-class PlaceIndex:
+class MatrixIndex:
     """The matrices of a base by layer numbers, kind of module and role."""
 
     def __init__(self, base: Checkpoint) -> None:
@@ -45,7 +45,7 @@ class PlaceIndex:
         }
         self.layouts = find_layouts(self.shapes, base.config)
         self.has_decoder = any("decoder" in name.split(".") for name in self.shapes)
-        self._places: dict[Key, list[Place]] = {}
+        self._matrices: dict[Key, list[StoredMatrix]] = {}
         for name, layout in self.layouts.items():
             if len(self.shapes[name]) == 3 and not layout.stacked:
                 continue
@@ -53,9 +53,9 @@ class PlaceIndex:
                 if part.role not in _UNKNOWN:
                     key, expert = self._identify(name, part.role, layout.stacked)
                     size = matrix_shape(layout, part, self.shapes[name])
-                    self._places.setdefault(key, []).append(Place(name, part, layout, size, expert))
+                    self._matrices.setdefault(key, []).append(StoredMatrix(name, part, layout, size, expert))
 
-    def find_module(self, module: str, size: tuple[int, int]) -> list[Place]:
+    def find_module(self, module: str, size: tuple[int, int]) -> list[StoredMatrix]:
         """The matrices that a linear module of the model with a weight of `size` is, in the order of its rows.
 
         Empty where nothing fits. Raises PairingError where two matrices of BASE fit equally well.
@@ -70,12 +70,12 @@ class PlaceIndex:
             rows = size if part.block is None else (part.block.size, size[1])
             key, expert = self._identify(module, part.role, False)
             fitting = [
-                place
-                for place in self._places.get(key, [])
-                if place.size == rows and (place.expert == expert or place.layout.stacked)
+                matrix
+                for matrix in self._matrices.get(key, [])
+                if matrix.size == rows and (matrix.expert == expert or matrix.layout.stacked)
             ]
             if len(fitting) > 1:
-                both = " and ".join(printable(place.name) for place in fitting[:2])
+                both = " and ".join(printable(matrix.name) for matrix in fitting[:2])
                 raise PairingError(
                     f"{printable(module)}: BASE's {both} fit it equally well by layer, role and shape; give as BASE a "
                     "checkpoint that has the module under its own name"
@@ -98,16 +98,16 @@ class PlaceIndex:
 
         One tuple for a stack, of one tensor or of one for each role; one tuple for each expert stored by itself.
         """
-        places = [self._places.get(self._identify(module, role, True)[0], []) for role in roles]
-        if not all(places):
+        matrices = [self._matrices.get(self._identify(module, role, True)[0], []) for role in roles]
+        if not all(matrices):
             return []
-        if all(len(found) == 1 and found[0].layout.stacked for found in places):
-            names = tuple(dict.fromkeys(found[0].name for found in places))
+        if all(len(found) == 1 and found[0].layout.stacked for found in matrices):
+            names = tuple(dict.fromkeys(found[0].name for found in matrices))
             whole = len(names) == 1 and self._is_in_order(self.layouts[names[0]], roles)
-            apart = len(names) == len(roles) and all(found[0].part.block is None for found in places)
-            return [names] if whole or apart else []
-        by_expert = [{place.expert: place.name for place in found} for found in places]
-        count = len(places[0])
+            separate = len(names) == len(roles) and all(found[0].part.block is None for found in matrices)
+            return [names] if whole or separate else []
+        by_expert = [{matrix.expert: matrix.name for matrix in found} for found in matrices]
+        count = len(matrices[0])
         if any(len(found) != count or found.keys() != set(range(count)) for found in by_expert):
             return []
         return [tuple(found[expert] for found in by_expert) for expert in range(count)]

@@ -1,4 +1,4 @@
-"""What an adapter holds of embeddings and heads: whole tensors, trained rows, and LoRAs of a tied or resized table.
+"""Embeddings and heads in an adapter: whole tensors, trained rows, and LoRAs of a tied or resized table.
 
 A full output has BASE's tensors, so it cannot hold all of it: a table of another size, or a table that the adapter
 changes on one side where BASE stores one tensor for both. An adapter as the output holds it as it is. No torch.
@@ -32,7 +32,7 @@ class TableMatcher:
         self.shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
 
     def match_replacement(self, plain: str, entry: TensorEntry, found: MatchedAdapter) -> None:
-        """Pair a tensor that the adapter holds whole: it replaces BASE's, or BASE has none such."""
+        """Pair a tensor that the adapter holds whole: it replaces BASE's, or is added where BASE has none."""
         module = plain.rpartition(".")[0]
         name = self.names.get(plain)
         if name is None:

@@ -1,4 +1,4 @@
-"""Side files of a checkpoint: what is copied beside the weights (tokenizer, configs, code) and what is left out."""
+"""Side files of a checkpoint: those copied beside the weights (tokenizer, configs, code) and those left out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_adapted_side_files(base: Checkpoint, adapter: Checkpoint) -> tuple[list
     copied, skipped = _list_outside(base, adapter)
     own, left = _list_outside(adapter, base)
     if base.folder is not None and adapter.folder is not None and base.folder.samefile(adapter.folder):
-        # All is BASE's but the adapter itself: what transformers finds of it in OUT it would apply once more.
+        # BASE's files without those of an adapter: transformers would apply an adapter in OUT once more.
         own, left = [file for file in own if file.name == ADAPTER_CONFIG], {}
         copied = [file for file in copied if file.name not in (ADAPTER_CONFIG, *adapter.files)]
     chosen = {file.name: file for file in own if _TOKENIZER.fullmatch(file.name)}
@@ -70,7 +70,7 @@ def _list_outside(side: Checkpoint, other: Checkpoint) -> tuple[list[SideFile], 
 
 
 def list_side_files(ft: Checkpoint) -> tuple[list[SideFile], dict[str, str]]:
-    """Files of FT to copy as they are; and those that are not copied, by name, each with its reason."""
+    """Files of FT to copy as they are; and the files not copied, by name, each with its reason."""
     copied: list[SideFile] = []
     skipped = dict(ft.unused)
     if ft.folder is None:

@@ -88,8 +88,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the weight files of an open checkpoint lie, from which another process can open them by path."""
+class Location:
+    """Paths of the weight files of an open checkpoint, by which another process can open them."""
 
     source: str
     paths: dict[str, Path]  # by their names
@@ -97,7 +97,7 @@ class Place:
     dequantize: bool
 
     def open(self) -> Checkpoint:
-        """The checkpoint as far as tensors are read from it. Raises CheckpointError."""
+        """The checkpoint, for reading its tensors. Raises CheckpointError."""
         try:
             files, tensors = gather((name, LocalFile(path)) for name, path in self.paths.items())
         except OSError as error:
@@ -106,14 +106,14 @@ class Place:
         return _see_dequantized(checkpoint) if self.dequantize else checkpoint
 
 
-def find_place(checkpoint: Checkpoint, dequantize: bool) -> Place:
-    """Where a checkpoint's files lie; one of which only parts were read from the Hub is downloaded for it."""
+def find_location(checkpoint: Checkpoint, dequantize: bool) -> Location:
+    """Paths of a checkpoint's files; one that was read from the Hub in parts is downloaded first."""
     if any(weights.file.stored is None for weights in checkpoint.files.values()):
         name = checkpoint.source.partition("@")[0]
         with contextlib.closing(open_checkpoint(f"{name}@{checkpoint.revision}", whole=True)) as whole:
-            return find_place(whole, dequantize)
+            return find_location(whole, dequantize)
     paths = {name: Path(os.path.abspath(str(weights.file.stored))) for name, weights in checkpoint.files.items()}
-    return Place(checkpoint.source, paths, checkpoint.config, dequantize)
+    return Location(checkpoint.source, paths, checkpoint.config, dequantize)
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, whole: bool = False, dequantize: bool = False) -> Checkpoint:
@@ -156,8 +156,8 @@ def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
         for matches, list_files in SOURCES:
             if isinstance(source, str) and matches(text):
                 checkpoint = _open_listing(text, _list_remote(text, whole, list_files))
-                # A side that is only read has no folder, even where the cache has it: what is recorded of it must not
-                # tell the two apart.
+                # A side that is only read has no folder, even where the cache has it: its record must be the same in
+                # both cases.
                 return checkpoint if whole else dataclasses.replace(checkpoint, folder=None, is_local=False)
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else text

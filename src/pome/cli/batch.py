@@ -62,7 +62,7 @@ class Job(abc.ABC):
         return "local"
 
     def begin(self) -> dict[str, Any]:
-        """What the summary says of it in any case."""
+        """The part of the summary that is known before the job runs."""
         return {"name": self.name, "command": self.command, "out": self.out, "seconds": 0.0}
 
     @property
@@ -161,7 +161,7 @@ def _find_command(node: yaml.Node, defaults: Mapping[str, Any]) -> Any:
 
 
 def _read_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
-    """A job of its own keys, all of which its command must take, and of those defaults that its command takes."""
+    """A job from its own keys, all of which its command must take, and from the defaults that its command takes."""
     command = given.get("command", defaults.get("command", "edit"))
     kinds = list_job_kinds()
     if not isinstance(command, str) or command not in kinds:

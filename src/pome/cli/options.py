@@ -95,7 +95,7 @@ def make_callback(name: str, module: Any, show_all: Callable[[bool], None]) -> C
 
 
 def refuse_empty(name: str, value: Any) -> None:
-    """Refuse an empty text, which would mean the working folder: in CI it is a variable not set."""
+    """Refuse an empty text, which would mean the working folder: in CI it comes from a variable that is not set."""
     if "" in (value if isinstance(value, (list, tuple)) else (value,)):
         raise SpecError(f"{name}: empty; is a variable unset?")
 

@@ -1,4 +1,4 @@
-"""What is told and done of an output once it is written: the closing table, the upload, a job that is done already."""
+"""Steps after an output is written: the closing table, the upload, and jobs that were done already."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _told: WeakSet[Console] = WeakSet()  # the consoles on which that was said
 
 
 def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
-    """Tell what was edited, what was kept, and what OUT is now."""
+    """Show what was edited, what was kept, and what OUT is now."""
     from pome.cli.tables.edit import (
         describe_closing,
         describe_kept,

@@ -21,7 +21,7 @@ VERBS = {"copy": "copying", "compare": "comparing", "edit": "editing", "hash": "
 COUNTED = ("edit", "survey")  # tasks counted in units, not in bytes
 PLAIN_SECONDS = 10.0  # between two plain lines: often enough for a log, seldom enough to read it
 SETTLED = 0.5  # seconds after which a speed says something
-BRIEF = 0.1  # of a whole stage: what is hashed while matrices are edited is told in a moment
+BRIEF = 0.1  # of a whole stage: a file that was hashed while matrices were edited is reported in a moment
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Stage:
 
 
 class ShownProgress(Progress):
-    """Progress that a person reads: what both ways to show it have in common."""
+    """Progress that a person reads: the common part of both ways to show it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -201,7 +201,7 @@ class BarProgress(ShownProgress):
     def finish(self, task: str) -> None:
         super().finish(task)
         self.bars.subject = ""
-        # An earlier run may have done a part that this one tells nothing of.
+        # An earlier run may have done a part, of which this one reports nothing.
         self.bars.update(self.rows[task], completed=self.stages[task].total)
         self.bars.stop_task(self.rows[task])
 

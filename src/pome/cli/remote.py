@@ -27,7 +27,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What all jobs share: the folder from which their paths go out."""
+    """Common part of all jobs: the folder that their relative paths start from."""
 
     folder: str
     quiet: bool
@@ -46,7 +46,7 @@ class BatchJob:
         """Nothing: a job reads for itself."""
 
     def work(self, unit: Job, data: None) -> tuple[Result, str]:
-        """What a job came to, and what it said."""
+        """Result of a job, and its messages."""
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             return run_job(unit, make_console(self.quiet)), said.getvalue()
@@ -81,9 +81,7 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, at_once: int | None, qu
             yield result
 
 
-def _match(
-    jobs: Sequence[Job], found: Iterator[tuple[Result, str] | Lost]
-) -> Iterator[tuple[Job, tuple[Result, str]]]:
+def _match(jobs: Sequence[Job], found: Iterator[tuple[Result, str] | Lost]) -> Iterator[tuple[Job, tuple[Result, str]]]:
     """Each job with its result and what it said; one whose workers died has failed."""
     by_name = {job.name: job for job in jobs}
     for item in found:

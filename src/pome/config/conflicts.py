@@ -1,4 +1,4 @@
-"""Options of edit at odds with each other: which leave which without effect, and which set a file's aside. No torch."""
+"""Conflicts between options of edit: which option leaves which without effect or overrides a file. No torch."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def check_conflicts(spec: Any, known: Mapping[str, Option]) -> None:
 
 
 def check_rank_options(options: Mapping[str, Any], known: Mapping[str, Option], defaults_count: bool = False) -> None:
-    """Refuse a number for choosing k beside another option that leaves it without effect, and what a method does.
+    """Refuse a number for choosing k where another option or the method leaves it without effect.
 
-    In a file one that is the default asks for nothing: so the `spec` of a manifest is a config file. Where an option is
-    there only if somebody typed it, `defaults_count`.
+    In a file a number that equals the default asks for nothing, so the `spec` of a manifest is a valid config file.
+    With `defaults_count` it is refused too: on a command line it stands only because somebody typed it.
     """
     for name in find_idle(options.get("method")) if defaults_count else ():
         if name in options:

@@ -180,13 +180,13 @@ Owner = TypeVar("Owner")
 def documented(owner: Owner) -> Owner:
     """The class or function with the options that it declares written into its docstring."""
     if owner.__doc__:
-        texts = (f"{name}: {describe(option)}" for name, option in find_options(owner).items())
+        texts = (f"{name}: {describe_option(option)}" for name, option in find_options(owner).items())
         rows = (textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
         owner.__doc__ = "\n".join([owner.__doc__.rstrip(), "", *rows])
     return owner
 
 
-def describe(option: Option) -> str:
+def describe_option(option: Option) -> str:
     """Everything that is declared of an option, in a line: help, range or choices, the rest."""
     parts = [option.help]
     if option.range is not None:

@@ -23,7 +23,7 @@ def _read_repository(key: str, value: object) -> str:
 @documented
 @dataclass(frozen=True)
 class Publication:
-    """What OUT gets beside the edit: a model card in place of FT's, and an upload, which has one too.
+    """Options for publishing OUT: a model card in place of FT's, and an upload, which writes a card as well.
 
     Raises SpecError. None of it changes a weight.
     """
@@ -75,7 +75,7 @@ class Reports:
 @documented
 @dataclass(frozen=True)
 class Replacing:
-    """What of an earlier run may go."""
+    """Options for what may be replaced or deleted of an earlier run."""
 
     overwrite: Annotated[bool, Option("Replace an existing OUT, whatever lies there.", group=OUTPUT)] = False
     fresh: Annotated[bool, Option("Drop what an interrupted run has done.", group=RUN)] = False

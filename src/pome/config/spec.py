@@ -89,11 +89,11 @@ class Override:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it changes, by name."""
+        """The options that it changes, by name."""
         return dict(self.values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """What it says, as in YAML."""
+        """The override as a mapping, as in YAML."""
         return {"match": self.match, **self.options}
 
 
@@ -308,7 +308,7 @@ class EditSpec:
 
     @classmethod
     def from_given(cls, options: Mapping[str, Any]) -> Self:
-        """The same of what a user gave, each option on purpose: one that cannot take effect is refused."""
+        """A spec from options that a user typed: one that cannot take effect is refused."""
         spec = cls.from_mapping(options)
         check_rank_options(options, find_options(EditSpec))
         return spec

@@ -1,4 +1,4 @@
-"""YAML read with suspicion: a document's size, aliases and depth, its keys by line, variables, options checked by line.
+"""YAML from untrusted files: limits on size, aliases and depth, keys and options checked by line, variables.
 
 What a few lines of aliases of aliases stand for would fill the memory, or never end.
 """

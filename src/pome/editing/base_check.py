@@ -18,13 +18,13 @@ from pome.planning.units import Plan, Unit
 
 SAMPLE = 8  # units looked at, spread over the depth
 ALIKE = 0.3  # cosine of W_base and W_ft below which they are not one model before and after training
-FAR = 0.3  # norm of the delta beside the base's, above which BASE is in doubt
+FAR = 0.3  # norm of the delta over the base's, above which BASE is in doubt
 LARGEST = 1 << 14  # entries compared of one matrix, or one row: of larger ones the first rows
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How near a unit's two sides are."""
+    """Likeness of a unit's two sides."""
 
     name: str
     cosine: float

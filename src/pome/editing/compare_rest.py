@@ -25,15 +25,15 @@ _DTYPES = TORCH_DTYPES | {
 
 
 def find_change(rest: Rest, base: Checkpoint, ft: Checkpoint) -> LostRecord | None:
-    """The change of a tensor that no LoRA holds, as what would be lost; None where nothing changed."""
+    """The change of a tensor that no LoRA holds, as the record of a loss; None where nothing changed."""
     _, mine = ft.tensors[rest.name]
     theirs = base.tensors[rest.partner][1] if rest.partner is not None else None
     reason, part = rest.reason, None
     changed = weight = 0.0
-    strange = {entry.dtype for entry in (mine, theirs) if entry is not None} - _DTYPES.keys()
-    if strange:
+    unknown = {entry.dtype for entry in (mine, theirs) if entry is not None} - _DTYPES.keys()
+    if unknown:
         same = theirs is not None and hash_entry(ft, mine) == hash_entry(base, theirs)
-        said = f"stored as {', '.join(sorted(strange))}, of which no norm is known; {reason}"
+        said = f"stored as {', '.join(sorted(unknown))}, of which no norm is known; {reason}"
         return None if same else LostRecord(rest.name, None, rest.role, 0.0, 0.0, said)
     if theirs is None or theirs.shape[1:] != mine.shape[1:]:
         if theirs is not None:

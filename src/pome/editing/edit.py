@@ -98,8 +98,8 @@ def edit_pair(
 ) -> Manifest:
     """The edit behind `edit` and `sweep`.
 
-    `find_cache` gives decompositions that are known already, `sweep` is the manifest's record of how the options were
-    chosen; the rest is as in `edit`.
+    `find_cache` returns the cache of a matrix's decompositions, `sweep` is the manifest's record of how the options
+    were chosen; the rest is as in `edit`.
     """
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
@@ -108,32 +108,25 @@ def edit_pair(
         return run.make(target, overwrite, fresh)
 
 
+@dataclasses.dataclass
 class _Run:
     """The state of one run between its stages."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        spec: EditSpec,
-        progress: Progress,
-        begun: float,
-        card: bool,
-        find_cache: FindCache | None,
-        sweep: Mapping[str, Any] | None,
-    ) -> None:
-        self.opened = opened
-        self.spec = spec
-        self.progress = progress
-        self.begun = begun
-        self.card = card
-        self.find_cache = find_cache
-        self.sweep = sweep
-        self.kernel_seconds = 0.0
+    opened: Opened
+    spec: EditSpec
+    progress: Progress
+    begun: float
+    card: bool
+    find_cache: FindCache | None
+    sweep: Mapping[str, Any] | None
+    kernel_seconds: float = 0.0
+    remote: RemoteEdit | None = None
+
+    def __post_init__(self) -> None:
         self.devices: list[str] = []
-        self.remote: RemoteEdit | None = None
-        self.clock = RunClock(spec, begun)
-        self.hashes = Hashes(opened)
-        self.fingerprint = opened.fingerprint()
+        self.clock = RunClock(self.spec, self.begun)
+        self.hashes = Hashes(self.opened)
+        self.fingerprint = self.opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         with self.clock.time("start"):
@@ -146,7 +139,7 @@ class _Run:
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
         self._check_base()
-        whole = False  # whether this run does all of the work, so that its times tell rates
+        whole = False  # whether this run does all of the work, so that rates follow from its times
         with Staging(target, command, fresh) as staging, contextlib.ExitStack() as stack:
             try:
                 staging.check_space(*count_space(self.opened.template, staging))
@@ -192,7 +185,7 @@ class _Run:
         return manifest
 
     def _check_base(self) -> None:
-        """Refuse a BASE that is not FT's, or note that it is in doubt."""
+        """Refuse a BASE that FT was not trained from, or note a doubt about it."""
         notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
         for note in notes:
             self.progress.note(note)

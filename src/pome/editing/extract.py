@@ -217,7 +217,7 @@ def gather_contents(
     ft: Checkpoint,
     progress: Progress,
 ) -> tuple[Contents, tuple[LostRecord, ...], list[str]]:
-    """What the adapter holds, what is lost, and notices, from the ranks of all cells; compares all else of FT."""
+    """Contents of the adapter, losses and notices, from the ranks of all cells; compares all else of FT with BASE."""
     from pome.editing.compare_rest import find_change
     from pome.editing.extract_file import choose_contents, rank_loras
 

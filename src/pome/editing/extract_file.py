@@ -39,7 +39,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Contents:
-    """What an extracted adapter holds: LoRAs, and tensors of FT as they are: key in the file -> name in FT."""
+    """Contents of an extracted adapter: LoRAs, and whole tensors of FT (key in the file -> name in FT)."""
 
     ranked: tuple[Ranked, ...]
     saved: Mapping[str, str]

@@ -83,7 +83,7 @@ class Hashes:
             pool.shutdown(wait=False)
 
     def describe_output(self, staging: Staging, progress: Progress) -> dict[str, FileRecord]:
-        """The records of all files of the output but the manifest; hashes what is not hashed yet."""
+        """The records of all files of the output but the manifest; hashes the files that are not hashed yet."""
         names = sorted(str(p.relative_to(staging.output)) for p in staging.output.rglob("*") if p.is_file())
         names = [name for name in names if name != MANIFEST_NAME]
         progress.start("hash", sum((staging.output / name).stat().st_size for name in names))

@@ -103,7 +103,7 @@ def merge_unit(
     out.copy_(stored)
     edited: list[TensorRecord] = []
     kept: list[KeptRecord] = []
-    # A product of factors was never rounded to a stored weight. A tensor that the adapter holds whole was.
+    # A product of factors was never rounded to a stored weight; a tensor that the adapter holds whole was.
     whole = tensors[change.whole].reshape(unit.shape) if change.whole is not None else None
     for part in unit.parts:
         W_base = take(base, part).to(working)

@@ -120,7 +120,7 @@ def measure_routes(probes: Iterable[Probe], devices: list[str], cores: int, unti
 
 
 def choose_probes(units: Iterable[Unit]) -> list[Probe]:
-    """What stands for the units of a plan: the shapes that cost most, each at a size that takes seconds at most."""
+    """Samples for the units of a plan: the shapes that cost most, each at a size that takes seconds at most."""
     costs: dict[Probe, float] = {}
     for unit in units:
         lows = unit.change.lows if unit.change else ()
@@ -132,7 +132,7 @@ def choose_probes(units: Iterable[Unit]) -> list[Probe]:
 
 
 def shrink(m: int, n: int) -> tuple[int, int]:
-    """The shape that is measured in the place of a large one: a short side of at most MOST_SIDE, the same ratio."""
+    """The shape measured in place of a large one: a short side of at most MOST_SIDE, and the same ratio."""
     factor = min(1.0, MOST_SIDE / min(m, n))
     return round(m * factor), round(n * factor)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pome.checkpoint.source import Place, find_place
+from pome.checkpoint.source import Location, find_location
 from pome.config.spec import EditSpec
 from pome.editing.lora_merge import Data, make_patch, read_unit
 from pome.editing.session import Opened
@@ -29,28 +29,28 @@ from pome.planning.units import Unit
 
 @dataclass(frozen=True)
 class EditJob:
-    """What all units of one edit share. `merges`: FT is an adapter, and the output begins as BASE."""
+    """Inputs and options of all units of one edit. `merges`: FT is an adapter, and the output begins as BASE."""
 
-    base: Place
-    ft: Place
+    base: Location
+    ft: Location
     merges: bool
     output: Path
     spec: EditSpec
     cores: int  # over which the run splits its units
     find_cache: FindCache | None
 
-    def open(self, device: str, threads: int) -> EditDesk:
-        """A place of work on `device`. Raises ClusterError where torch does not see it."""
+    def open(self, device: str, threads: int) -> EditExecutor:
+        """An executor on `device`. Raises ClusterError where torch does not see it."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ClusterError(
                 f"device: a node offers a GPU to Ray that its torch {torch.__version__} does not see; install torch "
                 "for CUDA there, or use --device cpu",
                 options=["device"],
             )
-        return EditDesk(self, "cuda:0" if device == "cuda" else device)
+        return EditExecutor(self, "cuda:0" if device == "cuda" else device)
 
 
-class EditDesk:
+class EditExecutor:
     """Units edited by one worker, with its own open files."""
 
     def __init__(self, job: EditJob, device: str) -> None:
@@ -66,7 +66,7 @@ class EditDesk:
         return read_unit(unit, self.ft, self.base)
 
     def work(self, unit: Unit, data: Data) -> Patch:
-        # The last bits depend on it, and are to be those of the local engine.
+        # The last bits depend on the number of threads, and must be those of the local engine.
         torch.set_num_threads(unit.count_threads(self.job.cores) if self.device == "cpu" else self.job.cores)
         check_copies(unit, self.weights)
         patch = make_patch(unit, data, self.job.spec, self.device, self.job.find_cache)
@@ -83,7 +83,7 @@ class RemoteEdit:
     """The workers of one edit; a context manager."""
 
     def __init__(self, opened: Opened, spec: EditSpec, staging: Staging, find_cache: FindCache | None) -> None:
-        base, ft = (find_place(side, spec.dequantize) for side in (opened.base, opened.ft))
+        base, ft = (find_location(side, spec.dequantize) for side in (opened.base, opened.ft))
         merges = opened.template.weights is opened.base
         cores = staging.cores or count_cores()
         slot = max((unit.count_threads(cores) for unit in opened.plan.units), default=1)
@@ -115,7 +115,7 @@ class RemoteEdit:
         return self._ray.placed.hosts > 1
 
     def describe_losses(self) -> list[str]:
-        """What a user should know of a map that is over: lost workers, nodes that were not used."""
+        """Notices at the end of a map: lost workers, and nodes that were not used."""
         lost, given = self._ray.stats.get("lost", 0), self._ray.stats.get("given", 0)
         said = f"{lost} workers of Ray were lost; no unit was given out more than {given} times"
         return [*self._ray.notes, *([said] if lost else [])]
@@ -126,5 +126,5 @@ class RemoteEdit:
 
 
 def make_cluster(spec: EditSpec, threads: int, memory: int, at_once: int | None = None, ahead: int = 2) -> Cluster:
-    """Where a spec's units are worked on, by workers of so many cores on CPUs, and of so much memory."""
+    """The cluster for a spec's units, with workers of so many cores on CPUs, and of so much memory."""
     return Cluster(spec.ray_address, spec.device, threads, memory, at_once, ahead)

@@ -88,7 +88,7 @@ class Opened:
     def fingerprint(self) -> str:
         """A digest of what the system says of all files that are read or copied, and of the commits on the Hub.
 
-        It stays the same while nothing is written to or put in the place of any of them; another one says nothing.
+        It stays the same while none of them is written to or replaced. A changed digest does not prove a change.
         """
         said: list[Any] = [[side.source, side.revision] for side in (self.base, self.ft)]
         for side, paths in zip((self.base, self.ft), self.find_read(), strict=True):
@@ -178,7 +178,7 @@ def _identify(path: Path) -> list[int]:
 
 
 def describe_command(opened: Opened, spec: EditSpec) -> dict[str, Any]:
-    """What makes two runs the same run: the options, the inputs as they are now, and the versions that fix the bits."""
+    """Identity of a run: the options, the inputs as they are now, and the versions that decide the bits."""
     command: dict[str, Any] = {"pome": pome.__version__, "torch": importlib.metadata.version("torch")}
     command |= spec.to_mapping()
     for name, side in (("base", opened.base), ("fine_tuned", opened.ft)):

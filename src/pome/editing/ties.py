@@ -1,7 +1,7 @@
 """Tied weights that a checkpoint stores twice, such as embeddings and the head that is the same tensor.
 
-The model has them once, so the edit of one goes to all its copies. Reads a sample of their bytes, and only where one of
-them is selected.
+The model has such a weight once, so its edit goes to all its copies. They are found by a sample of their bytes, which
+is read only where one of them is selected.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def keep_ties(plan: Plan, base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> P
 
 
 def _place(unit: Unit, plan: Plan, side: Checkpoint, others: list[str]) -> Unit:
-    """A unit at its place in the plan's layouts, with the places of its copies."""
+    """A unit at its position in the plan's layouts, with those of its copies."""
 
     def locate(name: str) -> tuple[str, int]:
         file, entry = side.tensors[name]

@@ -26,7 +26,7 @@ from pome.planning.units import FLOAT64_ENTRIES, BaseRange, Unit, fan_out_in
 from pome.roles.layout import Part
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a record says of a matrix that the kernel has found: all that does not come from the unit and its bytes.
+# Fields of a record that the kernel decides: all that do not follow from the unit and its bytes.
 MEASURED = [
     field.name
     for field in dataclasses.fields(TensorRecord)
@@ -148,7 +148,7 @@ def _edit_part(
     """Edit one matrix; `ft` and `base` as stored (transposed or not), `out` the view that the result is written to."""
     check_finite(unit, part, ft, base)
     # bf16 values subtract exactly in float32 unless their exponents are 16 apart; never subtract in storage dtype.
-    # Where float64 costs next to nothing it is used, and even entries in which base and edit cancel come out right.
+    # Where float64 costs next to nothing it is used: then entries in which base and edit cancel are right, too.
     exact = torch.float64 in (ft.dtype, base.dtype) or ft.numel() <= FLOAT64_ENTRIES
     working = torch.float64 if exact else torch.float32
     W_base = base.to(working)
@@ -270,7 +270,7 @@ def match_part(
 def _solve_part(
     unit: Unit, part: Part, solve: Callable[[DecompositionCache | None], Result], caches: FindCache | None
 ) -> Result | KeptRecord:
-    """What the kernel finds for a part, or why there is no edit. Raises NumericalError."""
+    """The kernel's result for a part, or the reason for leaving it. Raises NumericalError."""
     try:
         return solve(caches(unit, part) if caches else None)
     except ZeroDelta:
@@ -281,7 +281,7 @@ def _solve_part(
 
 
 def record_part(unit: Unit, part: Part, result: Equalized | Matched, floor: float, rounding: float) -> TensorRecord:
-    """The manifest's record of an edited matrix: of what its method does not have, None."""
+    """The manifest's record of an edited matrix; None in the fields that its method does not have."""
     measured: dict[str, Any] = {name: getattr(result, name, None) for name in MEASURED}
     return TensorRecord(
         name=unit.name,

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Done(Generic[Result]):
-    """Kept apart from what ends a worker, so that a result may be anything, None too."""
+    """Result of a unit. It has a class of its own, so that a result may be any value, also None."""
 
     result: Result
 
@@ -66,7 +66,7 @@ def map_units(
                 while ahead is not None:
                     unit, data = ahead
                     ready = data.result()
-                    # Of the last units none is taken ahead that another worker could begin at once.
+                    # Near the end no unit is read ahead that another worker could begin at once.
                     ahead = fetch(reader) if todo.qsize() >= len(workers) else None
                     if stop.is_set():
                         break
@@ -88,13 +88,13 @@ def map_units(
         running = len(workers)
         while running:
             try:
-                with more:  # an interrupt while it waits takes nothing away
+                with more:  # an interrupt during this wait loses no result
                     more.wait_for(lambda: done)
             except KeyboardInterrupt as interrupt:
                 if isinstance(failure, KeyboardInterrupt):
                     patient = False
                     raise
-                # What the workers are at is finished and yielded, so that its work is not lost; then it is raised.
+                # The workers finish their units, which are yielded so that no work is lost. Then it is raised.
                 stop.set()
                 failure = interrupt
                 continue

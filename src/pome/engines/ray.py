@@ -1,7 +1,7 @@
 """The Ray engine: a map over units on the nodes of a Ray cluster, or on this machine alone.
 
-Ray runs in a process of its own (`ray_driver`). What Ray prints, its signal handlers, its settings and its ends (it
-leaves at once where the head is lost) so stay away from the run, which journals and publishes. No tensor and no byte
+Ray runs in a process of its own (`ray_driver`). So its output, signal handlers and settings do not touch the run, which
+journals and publishes, and neither does its end: Ray exits at once where the head is lost. No tensor and no byte
 of a weight passes through Ray: actors read and write files by path and return small records.
 """
 
@@ -170,7 +170,7 @@ class RayEngine:
         self._listener.start()
 
     def _listen(self) -> None:
-        """Take what the process sends, on a thread: an interrupt must not cut a message in two."""
+        """Receive the messages of the process, on a thread: an interrupt must not split a message."""
         while True:
             try:
                 item = self._connection.recv()
@@ -187,8 +187,8 @@ class RayEngine:
             self._connection.send((kind, what))
 
     def _hear(self, timeout: float | None = None) -> tuple[str, Any]:
-        """The next that it says; `late` after so many seconds of silence."""
-        with self._news:  # an interrupt while it waits takes nothing away
+        """Next message of the process; `late` after so many seconds of silence."""
+        with self._news:  # an interrupt during this wait loses no message
             if not self._news.wait_for(lambda: self._heard, timeout):
                 return "late", None
         return self._heard.popleft()
@@ -207,7 +207,7 @@ class RayEngine:
             self._take(kind, what)
 
     def _take(self, kind: str, what: Any) -> None:
-        """Raise or keep what is no result."""
+        """Raise the errors among the messages that are no results, and keep the others."""
         if kind == "error":
             raise pickle.loads(what)
         if kind == "note":
@@ -260,7 +260,7 @@ class RayEngine:
             raise failure
 
     def _end(self) -> None:
-        """Let the process take its workers, and an instance of its own, away; then make sure of it."""
+        """Let the process stop its workers and its own instance of Ray, then make sure that it has ended."""
         self._send("quit")
         try:
             self._process.wait(QUIT_SECONDS)

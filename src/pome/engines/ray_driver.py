@@ -1,6 +1,6 @@
 """The process that speaks to Ray for `ray.RayEngine`: one worker for each slot, which pull bundles from one queue.
 
-It loads neither torch nor what the units are: they come and go as bytes. It ends where the run that started it does.
+It loads neither torch nor the classes of the units, which come and go as bytes. It ends with the run that started it.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Driver:
                     slot.held[slot.actor.work.remote(units)] = bundle
 
     def settle(self, ref: Any) -> None:
-        """Take what one call of a worker came to."""
+        """Record the outcome of one call of a worker."""
         import ray
 
         slot = next((slot for slot in self.slots if ref == slot.opening or ref in slot.held), None)
@@ -277,7 +277,7 @@ class Driver:
             )
 
     def look_for_nodes(self) -> None:
-        """Take note of nodes that are gone, and of new ones. Raises ClusterError where the head is lost."""
+        """Update the list of nodes: those that are gone, and new ones. Raises ClusterError where the head is lost."""
         if not ray_nodes.is_answered(self.head):
             time.sleep(2)
             if not ray_nodes.is_answered(self.head):

@@ -171,7 +171,7 @@ def start_worker(slot: Slot, job: bytes, device: str, threads: int, memory: int)
 
 
 def stop_worker(slot: Slot) -> None:
-    """End a slot's worker, whatever it is at."""
+    """End a slot's worker, whatever it is doing."""
     import ray
 
     with contextlib.suppress(Exception):  # it may be dead, which is what is wanted

@@ -1,4 +1,4 @@
-"""What a node must find as the driver does: the same files under the same paths, the same pome, torch and Python."""
+"""Probe of a node, which must find the driver's files under the same paths, and its pome, torch and Python."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ Item = tuple[int, bytes]  # the number of a unit, and the unit, pickled
 Reply = tuple[list[Item], float, bytes | None]
 
 
-class Desk(Protocol):
-    """A place of work that a job opened: `read` is called while another thread is in `work`."""
+class Executor(Protocol):
+    """What a job opened on a worker, to do its units: `read` is called while another thread is in `work`."""
 
     def read(self, unit: Any) -> Any: ...
 
@@ -26,7 +26,7 @@ class Desk(Protocol):
 class Job(Protocol):
     """What all units of a run share: paths and options. It is pickled, and so holds no data and no open file."""
 
-    def open(self, device: str, threads: int) -> Desk: ...
+    def open(self, device: str, threads: int) -> Executor: ...
 
 
 class Worker:
@@ -38,22 +38,22 @@ class Worker:
     def __init__(self) -> None:
         self._stopping = threading.Event()
         self._turn = threading.Lock()
-        self._desk: Desk | None = None
+        self._executor: Executor | None = None
 
     def greet(self) -> None:
-        """Answer, by which it is known that the process has begun."""
+        """Answer of a worker whose process has begun."""
 
     def open(self, job: bytes, device: str, threads: int) -> bytes | None:
         """Load what the work needs; the error, pickled, where that fails."""
         try:
-            self._desk = pickle.loads(job).open(device, threads)
+            self._executor = pickle.loads(job).open(device, threads)
         except Exception as error:  # of the job: it is raised again where the run is
             return dump_error(error)
         return None
 
     def work(self, bundle: list[Item]) -> Reply:
         """Results of a bundle's units, or of the first of them where it was stopped or met an error."""
-        assert self._desk is not None
+        assert self._executor is not None
         done: list[Item] = []
         seconds, failed = 0.0, None
         try:
@@ -61,19 +61,19 @@ class Worker:
                 if self._stopping.is_set():
                     break
                 unit = pickle.loads(pickled)
-                data = self._desk.read(unit)
+                data = self._executor.read(unit)
                 with self._turn:
                     if self._stopping.is_set():
                         break
                     begun = time.perf_counter()
-                    result = self._desk.work(unit, data)
+                    result = self._executor.work(unit, data)
                     seconds += time.perf_counter() - begun
                 done.append((number, pickle.dumps(result)))
                 del data
         except Exception as error:  # of the job: it is raised again where the run is
             failed = dump_error(error)
         try:
-            self._desk.flush()
+            self._executor.flush()
         except Exception as error:  # then nothing of the bundle is safe
             done, failed = [], dump_error(error)
         return done, seconds, failed

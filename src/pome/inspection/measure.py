@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,12 @@ from pome.editing.lora_merge import Data, find_factors, load_pieces, merge_as_pe
 from pome.editing.unit import TORCH_DTYPES, check_finite, describe_part, send, take
 from pome.errors import NumericalError
 from pome.inspection.records import Matrix, find_place
+from pome.inspection.weights import measure_weights
 from pome.kernel.alignment import measure_alignment
 from pome.kernel.equalize import Unsolved, ZeroDelta
 from pome.kernel.noise import RoundingGrid, measure_grid
 from pome.kernel.rank import RankRule, count_signal, measure_effective
-from pome.kernel.scale import Cut, find_gain
+from pome.kernel.scale import KeptSpectrum, find_gain
 from pome.kernel.values import measure_product, measure_values
 from pome.manifest import KeptRecord
 from pome.planning.units import Unit, fan_out_in
@@ -45,17 +46,23 @@ class Seen:
     changed: float | None
 
 
-def measure_unit(unit: Unit, data: Data, spec: EditSpec, device: str) -> list[Matrix | KeptRecord]:
-    """A record for every selected matrix of a unit. Raises NumericalError for NaN or infinity on either side."""
+def measure_unit(
+    unit: Unit, data: Data, spec: EditSpec, device: str, weights: bool = False
+) -> list[Matrix | KeptRecord]:
+    """A record for every selected matrix of a unit, with `weights` of the weights too. Raises NumericalError, as for
+    NaN or infinity on either side."""
     mine, base_bytes = data
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
+    seen: Iterator[Seen]
     if isinstance(mine, dict):
         tensors = load_pieces(mine)
         for tensor in tensors.values():
             check_finite(unit, unit.parts[0], tensor, base)
-        return [_measure(unit, part, _see_adapted(unit, part, tensors, base), spec, device) for part in unit.parts]
-    ft = torch.frombuffer(mine, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
-    return [_measure(unit, part, _see(unit, part, ft, base), spec, device) for part in unit.parts]
+        seen = (_see_adapted(unit, part, tensors, base) for part in unit.parts)
+    else:
+        ft = torch.frombuffer(mine, dtype=TORCH_DTYPES[unit.dtype]).reshape(unit.shape)
+        seen = (_see(unit, part, ft, base) for part in unit.parts)
+    return [_measure(unit, part, one, spec, device, weights) for part, one in zip(unit.parts, seen, strict=True)]
 
 
 def _see(unit: Unit, part: Part, ft: Tensor, base: Tensor) -> Seen:
@@ -82,7 +89,7 @@ def _see_adapted(unit: Unit, part: Part, tensors: Mapping[str, Tensor], base: Te
     return Seen(W, delta, None, measure_grid(old), True, None)
 
 
-def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) -> Matrix | KeptRecord:
+def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str, weights: bool) -> Matrix | KeptRecord:
     W = send(seen.W.T if unit.transposed else seen.W, device)
     D = tuple(send(factor.T, device) for factor in reversed(seen.delta)) if unit.transposed else seen.delta
     D = tuple(factor.to(W.device) for factor in D)
@@ -100,7 +107,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
     base_norm = float(torch.linalg.vector_norm(W, dtype=torch.float64 if W.device.type == "cpu" else None))
     floor = seen.noise.noise_floor if seen.noise else 0.0
     k = {name: rule.choose(sigma, rank, shape) for name, rule in _make_rules(spec, floor).items()}
-    alpha = {name: find_gain(name, Cut(sigma, k["ratio"], shape, norm)) for name in SCALES}
+    alpha = {name: find_gain(name, KeptSpectrum(sigma, k["ratio"], shape, norm)) for name in SCALES}
     edit_ratio = {name: value * math.sqrt(k["ratio"]) / norm for name, value in alpha.items()}
     alignment = measure_alignment(W, D, norm)
     return Matrix(
@@ -131,6 +138,7 @@ def _measure(unit: Unit, part: Part, seen: Seen, spec: EditSpec, device: str) ->
         drift=alignment.drift if math.isfinite(alignment.drift) else None,
         spectral_norm=alignment.spectral_norm,
         sigma=array("f", sigma.tolist()),
+        weights=measure_weights(unit, part, seen.W, seen.delta, floor, spec, device) if weights else None,
     )
 
 

@@ -12,6 +12,34 @@ from typing import Any
 
 from pome.manifest import KeptRecord
 
+# The weights that are held against BASE's: FT's, and what an edit by each method gives.
+CHANGED = ("fine_tuned", "equalized", "equivalence")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What `--weights` measures of one matrix: of BASE, of FT, and of two edits before they are rounded to a dtype.
+
+    All is dimensionless. `equalized` is the edit by the options that were given, with this `k` and `alpha`, and
+    `equivalence` the nearest matrix to FT's with BASE's singular values.
+
+    spectral_drift: of `fine_tuned`, `equalized` and `equivalence`, norm(s(W) - s(W_base)) / norm(W_base) of singular
+    values in descending order, at least 0. None where W_base is zero; that of `equivalence` where one side is zero.
+    hyperspherical_energy: of these and of `base`, the mean over pairs of rows of 1 / norm(u_i - u_j), u_i a row (an
+    output unit) over its norm; at least 1/2 (`pome.kernel.energy` has the source). The pairs are the same for all: None
+    where no pair is left, or no such edit. rows: rows looked at, a seeded sample where the matrix has more.
+    zero_rows: those among them that are zero in one of the weights, left out. identical_pairs: pairs of the same
+    direction in one of the weights, left out.
+    """
+
+    k: int
+    alpha: float
+    spectral_drift: dict[str, float | None]
+    hyperspherical_energy: dict[str, float | None]
+    rows: int
+    zero_rows: int
+    identical_pairs: int
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -24,7 +52,7 @@ class Matrix:
     k: by each rule; alpha: alpha_0 by each scale, at the k of the default rule; edit_ratio: norm of that edit beside
     the delta's. rounding: ESTIMATE of the share of a default edit that FT's dtype destroys. align_left, align_right:
     share of the delta's energy in the base's leading `align_r` output and input directions; drift: relative change of
-    the base's leading singular values.
+    the base's leading singular values. weights: None unless they were asked for.
     """
 
     name: str
@@ -54,6 +82,7 @@ class Matrix:
     drift: float | None
     spectral_norm: float  # of the base's matrix
     sigma: array[float]
+    weights: Weights | None = None
 
     @property
     def title(self) -> str:
@@ -63,7 +92,9 @@ class Matrix:
     def to_json(self) -> dict[str, Any]:
         """Field by field in JSON's types; singular values with the digits that they are good for."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "shape": list(self.shape), "sigma": [float(f"{s:.6g}") for s in self.sigma]}
+        weights = {"weights": dataclasses.asdict(self.weights)} if self.weights else {}
+        del values["weights"]
+        return {**values, "shape": list(self.shape), "sigma": [float(f"{s:.6g}") for s in self.sigma], **weights}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ SMALL_RANK = 1 / 8  # of the short side: below it, a delta or what stands out of
 NOISY = 0.5  # share of the energy that rounding explains
 LOSSY = 0.3  # share of the edit that rounding destroys
 SPARSE = 0.5  # share of entries that changed at all
-OTHER = 1.0  # norm of the delta beside the base's, at which the two are no nearer than unrelated weights
+OTHER = 1.0  # norm of the delta over the base's, at which the two are no nearer than unrelated weights
 EXCLUDE = "--exclude"  # with a pattern for the matrices at hand
 LONGEST_PATTERN = 400
 
@@ -44,7 +44,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What the update looks like, the command that suits it ("" for none), and why."""
+    """Suggestion for a pair: how the update looks, the command that suits it ("" for none), and why."""
 
     title: str
     command: str
@@ -55,7 +55,7 @@ CAUTION = "This is a rule of thumb from the spectra alone; it has not seen your 
 
 
 def list_warnings(matrices: Sequence[Matrix]) -> list[Notice]:
-    """What is odd about these deltas."""
+    """Warnings about these deltas."""
     checks: list[tuple[Callable[[Matrix], bool], str, str]] = [
         (
             lambda m: m.above_noise == 0,

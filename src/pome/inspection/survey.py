@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 EVERYTHING = EditSpec(layers=ROLES)
 
 
-def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Progress | None = None) -> Survey:
+def survey(
+    base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Progress | None = None, weights: bool = False
+) -> Survey:
     """Spectra, norms and noise floors of the selected matrices of a pair, a record for each.
 
     Memory holds one matrix at a time, besides the singular values of all.
@@ -30,10 +32,16 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
         spec: its layers, exclusions, device, and options that choose k count; the rest is ignored. By default every
             matrix whose role is known is measured.
         progress: is told what happens; its task is `survey`.
+        weights: measure the weights too, each fan_out x fan_in: of BASE, of FT, and of two edits before they are
+            rounded to a dtype, the equalized one by `spec` (its rule for k, scale, beta and power) and W_E of the
+            method `equivalence`. `Matrix.weights` then has their spectral drift, norm(s(W) - s(W_base)) /
+            norm(W_base), a number of at least 0, and their hyperspherical energy (arXiv 1805.09298), the mean over
+            pairs of rows of 1 / the distance of their directions, a number of at least 1/2; both dimensionless.
 
     Raises:
         CheckpointError, PairingError, SelectionError: as `edit` does.
-        NumericalError: NaN or infinity in a selected matrix of either side.
+        NumericalError: NaN or infinity in a selected matrix of either side; a matrix that no solver could be
+            certified for.
     """
     from pome.editing.lora_merge import read_unit
     from pome.editing.unit import list_devices
@@ -52,7 +60,7 @@ def survey(base: Source, ft: Source, spec: EditSpec = EVERYTHING, progress: Prog
             return read_unit(unit, opened.ft, opened.base)
 
         def work(unit: Unit, data: Data, device: str) -> tuple[Unit, list[Matrix | KeptRecord]]:
-            return unit, measure_unit(unit, data, spec, device)
+            return unit, measure_unit(unit, data, spec, device, weights)
 
         found: dict[str, list[Matrix | KeptRecord]] = {}
         for unit, records in map_on_devices(units, devices, count_cores(), read, work):

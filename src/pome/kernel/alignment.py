@@ -36,7 +36,8 @@ class Alignment:
 def measure_alignment(W: Tensor, D: tuple[Tensor, ...], delta_norm: float) -> Alignment:
     """Alignment of a delta with its base W (m x n, float32 or float64); D is (D,) or its factors (b, a), on W's device.
 
-    Seeded, so the same input gives the same numbers. The thin products alone cost: some per cent of the spectrum.
+    Seeded, so the same input gives the same numbers. It costs a few thin products: some per cent of the spectrum's
+    time.
     """
     m, n = W.shape
     r = max(1, min(LEADING, min(m, n) // 8))

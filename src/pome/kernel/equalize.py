@@ -30,7 +30,7 @@ from pome.kernel.operands import (
 )
 from pome.kernel.precision import full_precision
 from pome.kernel.rank import RankRule, count_signal, is_number
-from pome.kernel.scale import Cut, check_scale, find_gain, raise_to
+from pome.kernel.scale import KeptSpectrum, check_scale, find_gain, raise_to
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def equalize(
 
     delta: m x n (fan_out x fan_in), any float dtype, any device; it is left as it is.
     rank_ratio: K in (0, 1]; k = max(1, round(K * rank)). POME's default is 0.5 (its table 12).
-    rank: k itself, at least 1 and cut at the numerical rank; turns the rule `ratio` into `fixed`.
+    rank: k itself, at least 1 and at most the numerical rank; turns the rule `ratio` into `fixed`.
     rank_rule: `ratio`, `fixed`, `energy`, `gavish-donoho` or `effective`; `noise-floor` needs the stored weight, which
         `pome.edit` has.
     energy: E in (0, 1], for the rule `energy`: the least k that holds a share E of norm(D)^2.
@@ -177,21 +177,21 @@ def prove_product(b: Tensor, a: Tensor, found: Truncation) -> Certificate:
 
 def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square: float, exponent: int) -> Equalized:
     """Edit of the delta 2^exponent * D from what was certified for D, whose squared norm is `square`."""
-    cut, certificate = found.truncation, found.certificate
-    sigma, k = multiply_power_of_two(cut.sigma, exponent), cut.k
+    truncation, certificate = found.truncation, found.certificate
+    sigma, k = multiply_power_of_two(truncation.sigma, exponent), truncation.k
     try:
         delta_norm = math.ldexp(math.sqrt(square), exponent)
     except OverflowError:
         delta_norm = math.inf
     # The M that was certified is made of s over s_1: `gain` is its scale, and alpha that of U_k S_k^p V_k^T.
-    gain = recipe.beta * find_gain(recipe.scale, Cut(sigma, k, shape, delta_norm, recipe.power))
+    gain = recipe.beta * find_gain(recipe.scale, KeptSpectrum(sigma, k, shape, delta_norm, recipe.power))
     unit = raise_to(float(sigma[0]), recipe.power)
     alpha = gain / unit if unit else math.inf
     if not (0.0 < alpha < math.inf and 0.0 < gain < math.inf and 0.0 < delta_norm < math.inf):
         raise ValueError(f"out of the range of numbers: norm of the delta {delta_norm:.1e}, alpha {alpha:.1e}")
     return Equalized(
-        value=multiply_in_place(cut.M, gain),
-        rank=cut.rank,
+        value=multiply_in_place(truncation.M, gain),
+        rank=truncation.rank,
         k=k,
         alpha=alpha,
         beta=recipe.beta,
@@ -200,8 +200,10 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
         sigma_next=float(sigma[k]) if k < sigma.numel() else 0.0,
         delta_norm=delta_norm,
         edit_norm=gain * certificate.norm,
-        energy_kept=float(cut.sigma[:k].square().sum()) / square,
-        departure=measure_departure(cut, certificate, recipe.power, square, gain * certificate.norm / delta_norm),
+        energy_kept=float(truncation.sigma[:k].square().sum()) / square,
+        departure=measure_departure(
+            truncation, certificate, recipe.power, square, gain * certificate.norm / delta_norm
+        ),
         objective=certificate.objective,
         orthogonality=certificate.orthogonality,
         power_residual=certificate.residual,
@@ -211,9 +213,11 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
     )
 
 
-def measure_departure(cut: Truncation, certificate: Certificate, power: float, square: float, ratio: float) -> float:
+def measure_departure(
+    truncation: Truncation, certificate: Certificate, power: float, square: float, ratio: float
+) -> float:
     """norm_F(E - D) / norm_F(D) of the edit E, from `square` = norm_F(D)^2 and `ratio` = norm_F(E) / norm_F(D)."""
-    s_1, kept = float(cut.sigma[0]), cut.sigma[: cut.k]
+    s_1, kept = float(truncation.sigma[0]), truncation.sigma[: truncation.k]
     inner = certificate.objective * s_1 * float((kept / s_1).pow(1.0 + power).sum())
     cosine = inner / (certificate.norm * math.sqrt(square))
     return math.sqrt(max(0.0, 1.0 - 2.0 * ratio * cosine + ratio**2))

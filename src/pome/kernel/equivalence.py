@@ -81,7 +81,7 @@ def match_spectrum(W_base: Tensor, W_ft: Tensor, *, beta: float = 1.0) -> Matche
 
 
 def match_matrix(W_base: Tensor, W_ft: Tensor, beta: float, cache: DecompositionCache | None = None) -> Matched:
-    """The same; `cache` is for many edits of one pair, as in `equalize_matrix`."""
+    """Edit of `match_spectrum`, with a cache for many edits of one pair as in `equalize_matrix`."""
     check_matrix(W_base, "W_base")
     check_matrix(W_ft, "W_ft")
     if W_base.shape != W_ft.shape or W_base.device != W_ft.device:
@@ -233,6 +233,19 @@ def find_values(tall: Tensor) -> Decomposition:
     return Decomposition(sigma, count_rank(sigma.clone(), (tall.shape[0], tall.shape[1])), none)
 
 
+def find_spectrum(W: Tensor) -> Tensor:
+    """Singular values of W (m x n), descending, float64, on the CPU. Raises Unsolved when every driver failed."""
+    notes = []
+    with full_precision(W.device):
+        for place in list_places(W.device):
+            try:
+                tall = to_float64(W.to(place))
+                return find_values(tall if W.shape[0] >= W.shape[1] else tall.mT).sigma
+            except RuntimeError as failure:
+                notes.append(summarise_failure(failure))
+    raise Unsolved("no driver found its singular values: " + "; ".join(notes))
+
+
 def decompose_squares(tall: Tensor) -> Decomposition:
     """Singular value decomposition by the Gram matrix. Raises Undecided for one that is rank deficient."""
     found = decompose_gram(tall, (tall.shape[0], tall.shape[1]))
@@ -262,7 +275,7 @@ RUNGS: tuple[tuple[str, Callable[[Tensor], Decomposition]], ...] = (
 def finish(
     match: Match, pair: Pair, W_base: Tensor, beta: float, exponent: int, wide: bool, solver: str, notes: list[str]
 ) -> Matched:
-    """The answer in the units, the orientation, the precision and on the device of W_base; `match` is used up."""
+    """Result in the units, orientation and precision of W_base, and on its device; `match` is overwritten."""
     D = pair.ft - pair.base
     edit = match.W_E.sub_(pair.base).mul_(beta)
     delta_norm, edit_norm = float(D.norm()), float(edit.norm())

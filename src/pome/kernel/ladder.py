@@ -41,7 +41,7 @@ class Unsolved(ArithmeticError):
 class Attempt:
     """One rung with its delta, ready to be tried, and the device whose memory it needs.
 
-    is_bet: whether that it leaves the delta to the next one is as good as expected, and not worth a warning.
+    is_bet: whether it may well hand the delta over to the next rung, which is then not worth a warning.
     """
 
     name: str

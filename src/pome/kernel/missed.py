@@ -104,13 +104,13 @@ def bound_leading(squares: Tensor, coupling: Tensor, k: int, rest: float, power:
     level = (max(g, after, 1e-300) * (1.0 + torch.logspace(-9, 6, LEVELS, dtype=torch.float64)))[:, None]
     is_above = t >= level
     outer = torch.where(is_above, 0.0, c.square() / (level - t))
-    room = level[:, 0] - g - outer.sum(1)
+    margin = level[:, 0] - g - outer.sum(1)
     slope = (1.0 + power) / 2.0 * t.clamp_min(1e-300).pow((power - 1.0) / 2.0)
     needs = torch.where(is_above, c * slope.sqrt(), 0.0).sum(1)
-    x = c / slope.sqrt() * (needs / room)[:, None]
+    x = c / slope.sqrt() * (needs / margin)[:, None]
     raised = torch.where(is_above, (t + x).clamp_min(0.0).pow((1.0 + power) / 2.0), 0.0).sum(1)
     raised += (k - is_above.sum(1)) * level[:, 0].pow((1.0 + power) / 2.0)
-    good = room > 0.0
+    good = margin > 0.0
     if not bool(good.any()):
         return math.inf, math.inf
     held = float(t[:k].pow((1.0 + power) / 2.0).sum())

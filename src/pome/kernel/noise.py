@@ -77,10 +77,10 @@ def measure_grid(weight: Tensor) -> RoundingGrid:
 
 
 def storage_noise_floor(weight: Tensor) -> float:
-    """Largest singular value, about, of the error with which `weight` (m x n, in its storage dtype) was rounded.
+    """Approximate largest singular value of the error with which `weight` (m x n, in its storage dtype) was rounded.
 
-    Outlier rows and columns raise it: see find_edge. Where few entries carry it, it fluctuates more than the margin
-    allows that count_signal leaves for m x n even ones; the difference is included.
+    Outlier rows and columns raise it: see find_edge. Where few entries carry it, it fluctuates by more than the margin
+    that count_signal leaves for m x n even entries. The result includes that difference.
 
     Raises ValueError for anything but a non-empty 2-D tensor of floats.
     """

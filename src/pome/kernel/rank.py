@@ -24,7 +24,7 @@ TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of order 1
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a rank rule sees of an m x n matrix.
+    """Singular values of an m x n matrix, as a rank rule takes them.
 
     sigma: all min(m, n) singular values, descending, float64, CPU. slack: relative error bound of sigma.
     """

@@ -16,8 +16,8 @@ from pome.choices import SCALES
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a scale rule sees of an m x n delta: its singular values (descending, float64), k, norm_F(D) and p."""
+class KeptSpectrum:
+    """Input of a scale rule: of an m x n delta the singular values (descending, float64), k, norm_F(D) and p."""
 
     sigma: Tensor
     k: int
@@ -39,24 +39,24 @@ def raise_to(base: float, power: float) -> float:
         return math.inf
 
 
-RULES: dict[str, Callable[[Cut], float]] = {
+RULES: dict[str, Callable[[KeptSpectrum], float]] = {
     # the edit has the Frobenius norm of the delta
-    "frobenius": lambda cut: cut.delta_norm / math.sqrt(float(cut.weights.square().sum())),
+    "frobenius": lambda kept: kept.delta_norm / math.sqrt(float(kept.weights.square().sum())),
     # alpha_0 = 1
-    "unit": lambda cut: raise_to(float(cut.sigma[0]), cut.power),
+    "unit": lambda kept: raise_to(float(kept.sigma[0]), kept.power),
     # the largest singular value of the edit is sqrt(fan_out / fan_in)
-    "rms": lambda cut: math.sqrt(cut.shape[0] / cut.shape[1]),
+    "rms": lambda kept: math.sqrt(kept.shape[0] / kept.shape[1]),
     # the edit has the mean of the kept singular values
-    "mean": lambda cut: float(cut.sigma[: cut.k].mean()) / float(cut.weights.mean()),
+    "mean": lambda kept: float(kept.sigma[: kept.k].mean()) / float(kept.weights.mean()),
     # the edit has the largest singular value of the delta
-    "spectral": lambda cut: float(cut.sigma[0]),
+    "spectral": lambda kept: float(kept.sigma[0]),
 }
 
 
-def find_gain(name: str, cut: Cut) -> float:
+def find_gain(name: str, kept: KeptSpectrum) -> float:
     """alpha_0 * s_1^p by the scale `name`. Raises ValueError for an unknown name."""
     check_scale(name)
-    return RULES[name](cut)
+    return RULES[name](kept)
 
 
 def check_scale(name: str) -> None:

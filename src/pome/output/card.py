@@ -22,14 +22,14 @@ CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
 POET = "https://arxiv.org/abs/2506.08001"
 TAGS = ("pome", "model-editing")
-# What stays true of the edited model. Results (`model-index`) do not: they were measured on FT.
+# Fields that stay true of the edited model. Results (`model-index`) do not: they were measured on FT.
 _CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LOCAL_VALUE = re.compile(r"[/~.\\]|[A-Za-z]:\\|file:")
 # Training scripts write where they ran: `/data/llama` by itself, or as a link to huggingface.co//data/llama.
 _LOCAL_LINK = re.compile(r"\]\(https?://huggingface\.co/[/~.][^)\s]*\)")
 _LOCAL_PATH = re.compile(r"(?<![\w/:<.~-])(?:file://|~|[A-Za-z]:)?[/\\](?:[\w.@+ -]*[\w.@+-][/\\])+([\w.@+-]*)")
-_NOT_OPTIONS = ("device", "engine", "overrides")  # where it is computed, not what; and what only a file can say
+_NOT_OPTIONS = ("device", "engine", "overrides")  # options of where it is computed, and those that only a file can give
 
 
 def make_card(manifest: Manifest, ft_card: str | None) -> str:
@@ -80,7 +80,7 @@ def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
     if adapter:
         fields["library_name"] = "peft"
     elif _is_adapter(manifest) and fields.get("library_name") == "peft":
-        del fields["library_name"]  # what was an adapter is a whole model now
+        del fields["library_name"]  # the adapter has become a whole model
     data = ModelCardData(
         base_model=parents or None,
         base_model_relation=("adapter" if adapter else "finetune") if parents else None,
@@ -133,7 +133,7 @@ def _introduce(manifest: Manifest) -> str:
 
 
 def _describe_weights(manifest: Manifest) -> str:
-    """What became of each weight, or of the singular directions of its update."""
+    """Sentences on the effect on each weight, or on the singular directions of its update."""
     spec = manifest.spec
     methods = {record.method for record in manifest.tensors} or {spec["method"]}
     matched = (
@@ -148,7 +148,7 @@ def _describe_weights(manifest: Manifest) -> str:
 
 
 def _describe_directions(spec: dict[str, Any]) -> str:
-    """What POME made of the singular directions of each update."""
+    """Sentences on the effect of POME on the singular directions of each update."""
     powers = {options["power"] for options in (spec, *spec["overrides"]) if "power" in options} or {0.0}
     by = f"by POME ([arXiv 2510.06627]({PAPER})): the leading singular directions of each update are kept and"
     if powers == {0.0}:

@@ -13,7 +13,7 @@ COMMIT_UNITS = 512
 
 
 class Commits:
-    """The finished units of a run that no line of the journal tells yet."""
+    """The finished units of a run that are not in the journal yet."""
 
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
@@ -27,7 +27,7 @@ class Commits:
             self.flush()
 
     def flush(self) -> None:
-        """Make safe what is pending, on an error or Ctrl-C too: what is done stays done."""
+        """Sync and journal the pending units, also on an error or Ctrl-C, so that no finished work is lost."""
         if self.pending:
             self.staging.commit(self.pending)
             self.staging.finished.update((entry["unit"], entry) for entry in self.pending)

@@ -1,4 +1,4 @@
-"""Copies of an input's files in the staging folder: what an output is before its first edit."""
+"""Copies of an input's files in the staging folder: the output before its first edit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Template:
     """The files that an output begins as.
 
     weights: FT, or BASE where FT is an adapter that is merged into it. layouts: the new header, as bytes and as a
-    table, of every weight file in which a tensor changes its dtype. side_files: what is copied beside the weights.
+    table, of every weight file in which a tensor changes its dtype. side_files: files copied beside the weights.
     config: the text of a `config.json` that must say something else than the copied one, or None.
     """
 

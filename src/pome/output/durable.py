@@ -76,7 +76,7 @@ def remove(path: Path) -> None:
 
 
 def clear_staging(folder: Path) -> None:
-    """Remove the staging folder of a published output; what tells that it is published goes last."""
+    """Remove the staging folder of a published output; the file `publishing`, the sign of it, goes last."""
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             if path.name != "publishing":
@@ -84,7 +84,7 @@ def clear_staging(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-# What network and user-space file systems answer to a request that they do not have; not: that the disk is broken.
+# Answers of network and user-space file systems to a request that they do not have. None means a broken disk.
 REFUSALS = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.EACCES}
 )

@@ -25,7 +25,7 @@ class Progress:
         """
 
     def note(self, text: str) -> None:
-        """Something that a user should know of the inputs, found by reading them."""
+        """A notice about the inputs, found by reading them."""
 
     def start(self, task: str, total: int, work: float = 0.0) -> None:
         """A task of `total` bytes (`copy`, `compare`, `hash`) or units (`edit`, `survey`) begins.

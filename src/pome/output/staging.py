@@ -125,7 +125,7 @@ class Staging:
         self._replay()
 
     def _note_refusals(self, syncs_folders: bool) -> None:
-        """Find out what the file system refuses, the same in every run there, so that manifests agree."""
+        """Note which requests the file system refuses: found at the start, so that the manifests of all runs agree."""
         where = f"{show_path(self.target.parent)}: the file system"
         if not syncs_folders:
             self.notices.append(f"{where} does not sync folders; after a power cut OUT may be missing or incomplete")
@@ -135,7 +135,7 @@ class Staging:
             self.notices.append(f"{where} keeps no permissions; those of FT's files are not set in OUT")
 
     def _replay(self) -> None:
-        """Read the journal up to its last whole line; what a crash left behind that is cut off."""
+        """Read the journal up to its last whole line, and truncate what a crash left behind it."""
         with open(os.dup(self._journal), "rb") as file:
             good = 0
             for line in file:
@@ -156,7 +156,7 @@ class Staging:
         os.lseek(self._journal, 0, os.SEEK_END)
 
     def _note_copied(self, name: str, size: int) -> None:
-        """A file was copied; if for the second time, what its units had come to is gone with the first copy."""
+        """Record that a file was copied. A second copy discards the units that were written into the first."""
         if name in self.copied:
             self.finished = {
                 key: entry for key, entry in self.finished.items() if name not in (entry["file"], *entry["copies"])
@@ -183,7 +183,7 @@ class Staging:
                 set_mode(copy, stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 | 0o600)
 
     def write_file(self, name: str, source: File, advance: Advance) -> None:
-        """Write into the output what a file of FT reads as, where no file on disk has just these bytes."""
+        """Write into the output the bytes that a file of FT reads as, where no file on disk has exactly these."""
         with self._copying(name, source.stored) as fds:
             if fds is not None:
                 pump(source, 0, fds[1], 0, source.size, advance)
@@ -301,7 +301,7 @@ class Staging:
         clear_staging(self.folder)
 
     def clear_output(self) -> None:
-        """Take the output's files away, and what the journal says of them; the folder and its command stay."""
+        """Remove the output's files and their journal lines; the folder and its command stay."""
         self._files.close()
         self._scratch.close()
         with as_output_error(self.folder):
@@ -314,12 +314,12 @@ class Staging:
         self.finished.clear()
 
     def discard_if_empty(self) -> None:
-        """Take away a staging folder that holds no progress, so that a refusal leaves nothing behind."""
+        """Remove a staging folder that holds no progress, so that a refusal leaves nothing behind."""
         if not self.copied and not self.finished and not any(self.output.iterdir()):
             self.discard()
 
     def discard(self) -> None:
-        """Take away the staging folder with all progress, where no run can go on from it."""
+        """Remove the staging folder with all progress, where no run can go on from it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

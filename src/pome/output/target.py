@@ -64,15 +64,15 @@ def check_target(out: Path, inputs: Iterable[Path], overwrite: bool) -> Path:
 
 
 def _check_staging(folder: Path) -> None:
-    """Raise OutputError where a folder of a staging folder's name is somebody else's: what lies there is removed."""
+    """Raise OutputError where a folder with a staging folder's name holds other files: a run would remove them."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(
             f"{printable(str(folder))}: is in the way, not a folder of pome; move it or choose another OUT"
         )
-    strange = sorted({path.name for path in folder.iterdir()} - STAGED) if folder.exists() else []
-    if strange:
+    unknown = sorted({path.name for path in folder.iterdir()} - STAGED) if folder.exists() else []
+    if unknown:
         raise OutputError(
-            f"{printable(str(folder))}: holds {printable(strange[0])}, which pome did not put there; move it away or "
+            f"{printable(str(folder))}: holds {printable(unknown[0])}, which pome did not put there; move it away or "
             "choose another OUT"
         )
 
@@ -107,7 +107,7 @@ def finish_published(target: Path, command: dict[str, Any]) -> bool:
 
 
 def staging_folder(target: Path, suffix: str = STAGING_SUFFIX) -> Path:
-    """Where OUT is made, on the same file system."""
+    """Path of the staging folder of OUT, on the same file system."""
     return target.with_name(target.name + suffix)
 
 

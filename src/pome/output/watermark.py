@@ -9,7 +9,7 @@ from pome.errors import CheckpointError
 
 
 class Watermark:
-    """Ranges that are to be written, by file and start; those who read behind the writers wait for them here."""
+    """Ranges still to be written, by file and start; a reader waits here until those before its position are final."""
 
     def __init__(self, ranges: Iterable[tuple[str, int]]) -> None:
         self._pending: dict[str, list[int]] = {}
@@ -20,7 +20,7 @@ class Watermark:
         self._changed = threading.Condition()
 
     def mark_written(self, name: str, start: int) -> None:
-        """The range of a file that begins at `start` is written, or stays as it is."""
+        """Mark the range of a file that begins at `start` as final: written, or left as it is."""
         with self._changed:
             self._done.add((name, start))
             pending = self._pending.get(name, [])
@@ -29,7 +29,7 @@ class Watermark:
             self._changed.notify_all()
 
     def wait(self, name: str, stop: int) -> None:
-        """Come back when all below `stop` in a file is final. Raises CheckpointError after `abandon`."""
+        """Return when all bytes below `stop` in a file are final. Raises CheckpointError after `abandon`."""
         with self._changed:
             while not self._abandoned and any(start < stop for start in self._pending.get(name, [])[-1:]):
                 self._changed.wait()
@@ -37,7 +37,7 @@ class Watermark:
                 raise CheckpointError("hashing was cancelled")
 
     def abandon(self) -> None:
-        """Nothing more will be written: whoever waits is sent away."""
+        """End every wait with an error: nothing more will be written."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()

@@ -17,7 +17,7 @@ _APPLE = ("Darwin", "arm64")
 
 @dataclass(frozen=True)
 class Device:
-    """What an edit runs on: a name such as `AMD EPYC (family 26, model 2), 2 cores` or `2 x NVIDIA A100-SXM4-80GB`."""
+    """Hardware of an edit: a name such as `AMD EPYC (family 26, model 2), 2 cores` or `2 x NVIDIA A100-SXM4-80GB`."""
 
     name: str
     on_cpu: bool
@@ -47,7 +47,7 @@ def parse_device(name: str) -> Device:
 
 
 def _name_cpu() -> str:
-    """The processor's name; those of virtual machines tell apart by family and model only."""
+    """The processor's name; with family and model, by which alone those of virtual machines differ."""
     try:
         said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", _CPU.read_text(), re.MULTILINE))
     except OSError:

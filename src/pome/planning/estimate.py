@@ -18,7 +18,7 @@ Task = tuple[str, int, int, int]  # route, long side, short side, k
 
 @dataclass(frozen=True)
 class RouteWork:
-    """What one route has to do: matrices, operations, and seconds where the device's rate is known."""
+    """Work of one route: matrices, operations, and seconds where the device's rate is known."""
 
     matrices: int
     flops: float
@@ -35,7 +35,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an edit costs. Times are seconds, sizes bytes; a time is None where nobody measured what it needs."""
+    """Cost of an edit. Times are seconds, sizes bytes; a time is None where a rate that it needs was not measured."""
 
     device: str
     measured: str | None  # when and how the rates were measured
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def unmeasured(self) -> list[str]:
-        """What no rate is known for."""
+        """The stages and routes without a known rate."""
         parts = {"start": self.start_seconds, "copies": self.copy_seconds, "hashes": self.hash_seconds}
         missing = [f"route {route}" for route, work in self.routes.items() if work.seconds is None]
         return missing + [name for name, seconds in parts.items() if seconds is None]
@@ -111,7 +111,7 @@ def estimate_plan(
 
 
 def list_tasks(unit: Unit, spec: EditSpec) -> Iterator[Task]:
-    """What is computed of a unit: a route for each matrix, and a merge where an adapter changes more than those."""
+    """Computations of a unit: a route for each matrix, and a merge where an adapter changes more than those."""
     if unit.change is not None:
         ranks = [low.rank for low in unit.change.lows]
         if not unit.parts or not unit.change.is_plain:

@@ -72,7 +72,7 @@ class Lora:
 
     @property
     def key(self) -> str:
-        """By which PEFT finds its rank and alpha."""
+        """The name by which PEFT finds its rank and alpha."""
         return self.module if self.is_module else self.name
 
     @property
@@ -83,7 +83,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """The LoRAs of an extraction, and what of the selection becomes none."""
+    """The LoRAs of an extraction, and the selected matrices that become none."""
 
     loras: tuple[Lora, ...]
     kept: tuple[KeptRecord, ...]

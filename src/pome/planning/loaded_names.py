@@ -43,7 +43,7 @@ def refuse_unknown_names(base: Checkpoint) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Where a stored tensor goes in the model.
+    """Target of a stored tensor in the model.
 
     name: of the parameter. expert: the slice of a stack that a single expert becomes. rows: (first, all) rows of that
     slice, where others stand beside it.
@@ -117,7 +117,7 @@ class LoadedNames:
         return moved
 
     def _find_prefix(self, pairs: Mapping[str, str]) -> str:
-        """What the names in the model have before those of BASE: as FT has it, or as its family does."""
+        """The prefix of the names in the model before those of BASE: as FT has it, or as its family does."""
         longer = [ft.removesuffix(base) for ft, base in pairs.items() if ft != base and ft.endswith(f".{base}")]
         if longer:
             return longer[0]

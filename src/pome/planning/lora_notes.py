@@ -1,4 +1,4 @@
-"""What a user should know of an adapter before it is edited: another base. No torch."""
+"""Notices about an adapter before it is edited: another base. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pome.errors import printable
 
 
 def note_origin(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
-    """That `base_model_name_or_path` names another model than BASE."""
+    """A notice that `base_model_name_or_path` names another model than BASE."""
     named = (ft.adapter_config or {}).get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip():
         return

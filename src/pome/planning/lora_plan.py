@@ -1,4 +1,4 @@
-"""The plan where FT is an adapter: what is edited, what is merged, and what an edited adapter holds. No torch."""
+"""The plan where FT is an adapter: tensors to edit, to merge, and to hold in an edited adapter. No torch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def plan_adapter(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
 def _refuse_quantized(base: Checkpoint) -> None:
     """Raise PairingError for a base that an adapter cannot be merged into."""
     quantized = find_quantized(base.tensors, base.config)
-    # What was dequantized is no longer what config.json declares.
+    # config.json still declares the quantization of weights that were dequantized.
     method = "" if base.dequantized else declared_method(base.config)
     method = method or (quantized[0].format if quantized else "")
     if not method:
@@ -153,8 +153,8 @@ def _find_obstacle_in_adapter(change: AdapterChange, layout: Layout, ft: Checkpo
             f"{ft.where(magnitude)}: the edit of a DoRA is no DoRA; leave {printable(change.name)} out with "
             "--exclude, or write a full checkpoint (--out-format full)"
         )
-    apart = {low.part.block for low in change.lows if low.part is not None}
-    if apart and any(part.block not in apart for part in layout.parts):
+    adapted = {low.part.block for low in change.lows if low.part is not None}
+    if adapted and any(part.block not in adapted for part in layout.parts):
         return "the adapter changes a part of it, which is not the matrix that was selected"
     return None
 
@@ -176,7 +176,7 @@ def _plan_edited_adapter(
                 continue
             file, entry = ft.tensors[of_unit.lows[0].a]
             dtype = entry.dtype if spec.dtype == "keep" else STORED_NAMES[spec.dtype]
-            # At most: the kept directions are fewer.
+            # An upper bound: fewer directions are kept.
             size = sum(low.rank for low in of_unit.lows) * sum(unit.shape) * DTYPE_BITS[dtype] // 8
             size = size if unit.parts else 0
             units.append(
@@ -191,7 +191,7 @@ def _plan_edited_adapter(
 
 
 def _refuse_growing_experts(ft: Checkpoint, loras: list[LowRank], units: list[Unit]) -> None:
-    """Raise PairingError for an adapter whose ranks no config could tell PEFT.
+    """Raise PairingError for an adapter whose ranks no config could express to PEFT.
 
     LoRAs of single experts keep their patterns, which a module of another rank then cannot have beside them.
     """

@@ -59,7 +59,7 @@ def refuse_missing(
 def _is_stored_once(
     name: str, chosen: Mapping[str, Layout], lacking: Container[tuple[str, str | None]], ft: Checkpoint
 ) -> bool:
-    """Whether BASE may hold an embedding or a head as the other one, which it ties to it and stores alone."""
+    """Whether BASE may store only one of a tied embedding and head, and so lack this one."""
     if (ft.config or {}).get("tie_word_embeddings") is False:
         return False
     shape = ft.tensors[name][1].shape

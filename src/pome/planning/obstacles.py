@@ -46,7 +46,7 @@ def find_obstacle(
                 f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)} (another vocabulary; --common-rows "
                 "edits the rows that both have)"
             )
-        if roles == {"other"} and "other" in spec.layers:  # everything was asked for, not this tensor by a pattern
+        if roles == {"other"} and "other" in spec.layers:  # selected with everything, not by a pattern for this tensor
             return f"its shape is {list(entry.shape)}, BASE's {list(base_entry.shape)}"
         raise PairingError(
             f"{where}: its shape {list(entry.shape)} is not BASE's {list(base_entry.shape)}; is "
@@ -83,8 +83,8 @@ def refuse_dtype(where: str, dtype: str) -> None:
 def refuse_doubtful_squares(names: Iterable[str], base: Checkpoint, ft: Checkpoint, pairs: dict[str, str]) -> None:
     """Raise PairingError for a square matrix where others prove that one side stores (in, out) and the other (out, in).
 
-    The shapes of a square one cannot show it, and a config may be missing or may not say. Stacked experts prove nothing
-    of plain matrices, nor these of them.
+    The shape of a square matrix cannot show it, and a config may be missing or may not say. Stacked experts prove
+    nothing about plain matrices, and plain matrices nothing about experts.
     """
     shapes = {name: (ft.tensors[name][1].shape, base.tensors[other][1].shape) for name, other in pairs.items()}
     turned = {len(both[0]): name for name, both in reversed(shapes.items()) if _is_turned(*both)}

@@ -47,13 +47,13 @@ class Partners:
         return {n for n, other in self.names.items() if self._shape(n) != self.base.tensors[other][1].shape}
 
     def need_matrices(self, name: str, layout: Layout) -> bool:
-        """Whether the partner by name, if any, is not the same tensor, so that each matrix is to be looked for."""
+        """Whether no partner by name is the same tensor, so that each matrix must be looked for."""
         roles = {part.role for part in layout.parts}
         known = not roles & {"other", "embed", "head"}
         return name not in self.names or (known and name in self.reshaped)
 
     def find_matrices(self, name: str, layout: Layout) -> Found:
-        """Where BASE holds the matrices of a tensor, of those that it holds at all. Raises PairingError in doubt."""
+        """Ranges of BASE with the matrices of a tensor, without what BASE lacks. Raises PairingError in doubt."""
         found: Found = {}
         for place in find_places(name, layout, self._shape(name)):
             partner = self._find_partner(place)
@@ -102,7 +102,7 @@ class Partners:
             return None
         (partner,) = candidates
         if partner.name == self.names.get(place.name) and partner.layout == place.layout:
-            return None  # stored as FT's is, but for its shape
+            return None  # stored like FT's, except for its shape
         if partner.shape != place.shape:
             raise PairingError(
                 f"{self.ft.where(place.name)}: its {place.part.role} matrix is {list(place.shape)}, that of BASE's "

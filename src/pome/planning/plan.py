@@ -1,4 +1,4 @@
-"""Which matrices to edit, which to keep and why; reads no tensor data and loads no torch."""
+"""Plan of an edit: matrices to edit, tensors to keep and why. It reads no tensor data and loads no torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def make_plan(base: Checkpoint, ft: Checkpoint, spec: EditSpec) -> Plan:
 
 
 def _find_across(name: str, layout: Layout, partners: Partners) -> Found:
-    """Where BASE holds the matrices of a tensor that has no partner of its own name and shape."""
+    """Ranges of BASE for the matrices of a tensor that has no partner of its own name and shape."""
     base, ft = partners.base, partners.ft
     if find_unfit(name, layout, ft) is not None or not partners.need_matrices(name, layout):
         return {}
@@ -103,7 +103,7 @@ def _list_reasons(base: Checkpoint, ft: Checkpoint, kept: list[KeptRecord]) -> s
 
 
 def _share_config(side: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """A side without a config is of the other's architecture; how its weights are quantized only its own would tell."""
+    """A side, with the other's config where it has none: the architecture is the same, the quantization may differ."""
     if side.config is not None or other.config is None:
         return side
     return replace(side, config={key: said for key, said in other.config.items() if key != "quantization_config"})

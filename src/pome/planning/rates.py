@@ -27,7 +27,7 @@ Points = tuple[tuple[float, float], ...]  # size, operations a second
 
 @dataclass(frozen=True)
 class Rates:
-    """What is known of a device; None and missing routes: not measured."""
+    """Measured rates of a device; None and missing routes: not measured."""
 
     measured: str  # date, and how
     startup_seconds: float | None = None
@@ -47,7 +47,7 @@ class Rates:
         return math.pow(low, 1.0 - share) * math.pow(high, share)
 
     def update(self, newer: Rates) -> Rates:
-        """These rates with all that was measured later in the place of what it replaces."""
+        """These rates, with later measurements in the place of those that they replace."""
         routes = dict(self.routes)
         for route, points in newer.routes.items():
             old = [p for p in routes.get(route, ()) if not any(1 / NEAR < p[0] / q[0] < NEAR for q in points)]
@@ -82,7 +82,7 @@ def read_cache() -> dict[str, Rates]:
 
 
 def find_rates(device: str) -> Rates | None:
-    """The rates of a device: of earlier runs here, and from the table what they have not measured. None: nobody has."""
+    """The rates of a device, from earlier runs here and else from the table; None where it was never measured."""
     known = [devices[device] for devices in (read_table(), read_cache()) if device in devices]
     return known[0].update(known[-1]) if known else None
 

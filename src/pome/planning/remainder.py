@@ -1,4 +1,4 @@
-"""What of FT no LoRA holds: tensors to compare with BASE's, and how an adapter may take each along. No torch."""
+"""Tensors of FT that no LoRA holds: to be compared with BASE's, and whether an adapter may hold them. No torch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Modules:
         self.shared, self.has_known_head = find_shared_tables(base)
 
     def find_obstacle(self, name: str, partner: str | None, parameter: str, role: str) -> str | None:
-        """Why a tensor cannot be saved whole, or None."""
+        """Reason why an adapter cannot hold a tensor whole, or None."""
         module, _, leaf = parameter.rpartition(".")
         if set(role.split("+")) & {*GROUPS["ffn"], *GROUPS["attention"]}:
             return "it is not selected; --layers takes it into a LoRA"

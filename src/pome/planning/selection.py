@@ -1,4 +1,4 @@
-"""What the user selected: which tensors hold it, what is refused in it, and what there was to choose from."""
+"""Selection of matrices by `--layers` and `--exclude`: tensors, refusals, and the candidates there were."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
 class Selection:
-    """What `--layers` and `--exclude` say of a tensor."""
+    """Filter of tensors by `--layers` and `--exclude`."""
 
     def __init__(self, spec: EditSpec) -> None:
         self._roles = {role for name in spec.layers for role in GROUPS.get(name, (name,))}
@@ -57,7 +57,7 @@ def select(ft: Checkpoint, spec: EditSpec, reshaped: Container[str] = ()) -> Ite
 
 
 def find_placeholders(base: Checkpoint, ft: Checkpoint, names: Mapping[str, str], spec: EditSpec) -> list[KeptRecord]:
-    """The empty tensors of FT in place of weights that are selected, by what BASE holds in their place."""
+    """The empty tensors of FT in place of selected weights, found by the roles of BASE's tensors of those names."""
     empty = [n for n, (_, entry) in ft.tensors.items() if not all(entry.shape) and entry.dtype in EDITABLE]
     selection, layouts = Selection(spec), find_tensor_layouts(base) if empty else {}
     kept = []

@@ -1,4 +1,4 @@
-"""What a plan is made of: units, byte ranges that hold whole matrices, and what an edit will do to them. No torch."""
+"""Units of a plan, byte ranges that hold whole matrices, and the plan of what an edit does to them. No torch."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class Unit:
     out_dtype: str
     out_start: int
     out_nbytes: int
-    # Where BASE stores the matrix of each part, if not in one range that is laid out as FT's; what is said of BASE
-    # above is then the first one's name and start, the widest dtype and the bytes of all.
+    # Where BASE stores the matrix of each part, if not in one range that is laid out as FT's. The fields of BASE above
+    # then hold the first one's name and start, the widest dtype and the bytes of all.
     base_parts: tuple[BaseRange, ...] = ()
-    change: AdapterChange | None = None  # an adapter's: then all else that is said of FT here is BASE's
+    change: AdapterChange | None = None  # the change of an adapter: then the fields of FT here describe BASE's tensor
     copies: tuple[Copy, ...] = ()  # of a tied weight: the same bytes go there
 
     @property

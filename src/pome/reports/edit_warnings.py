@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pome.inspection.suggest import Notice
 from pome.manifest import TensorRecord
 
-# A kind of warning as the kernel words it -> what is said of all matrices that have it, and the option for it.
+# Pattern of a warning of the kernel -> the notice for all matrices that have it, and the option for it.
 KINDS = (
     (
         re.compile(r"the cut at k=\d+ falls into a cluster"),

@@ -14,6 +14,7 @@ from pome.reports.pages import render_page
 from pome.reports.quantities import SURVEYED_RULES
 from pome.reports.sheet import Sheet
 from pome.reports.tiles import list_tiles
+from pome.reports.weights import HEADS, describe_weights, summarise_weights
 
 TITLES = {"survey": "What fine-tuning changed", "edit": "What the edit did"}
 # The quantities that say what an edit makes of a spectrum: k, and the value of each singular value kept.
@@ -57,6 +58,9 @@ def make_page(sheet: Sheet) -> str:
         tiles=list_tiles(sheet),
         first_quantity=FIRST_QUANTITIES[sheet.kind],
         notices=_describe_notices(sheet),
+        weight_heads=HEADS,
+        weights=summarise_weights(sheet),
+        said_of_weights=describe_weights(sheet),
         most_kept=MOST_KEPT,
         scripts=SCRIPTS,
         data=_encode(sheet),

@@ -84,6 +84,31 @@ SURVEYED = (
     Quantity("drift", "leading drift", "Relative change of the base's leading singular values.", True, "drift"),
 )  # fmt: skip
 
+# The weights whose spectral drift and hyperspherical energy are measured, and how they are called.
+WEIGHTS = {"base": "BASE", "fine_tuned": "FT", "equalized": "equalized", "equivalence": "equivalence"}
+
+WEIGHED = (
+    *(
+        Quantity(
+            f"spectral_drift_{key}", f"spectral drift, {name}", f"Change of the singular values from BASE to {name}, "
+            "beside the norm of BASE.", True,
+        )
+        for key, name in WEIGHTS.items()
+        if key != "base"
+    ),
+    *(
+        Quantity(
+            f"hyperspherical_energy_{key}", f"hyperspherical energy, {name}",
+            "Mean over pairs of rows of 1 / the distance of their directions: near 0.707 for random ones in many "
+            "dimensions, more for rows that cluster.",
+        )
+        for key, name in WEIGHTS.items()
+    ),
+    Quantity("rows", "rows in the energy", "Rows looked at for the energy; fewer than all are a seeded sample."),
+    Quantity("zero_rows", "zero rows", "Rows of zeros, left out of the energy."),
+    Quantity("identical_pairs", "identical pairs", "Pairs of rows of one direction, left out of the energy."),
+)  # fmt: skip
+
 MATCHED = (
     Quantity(
         "spectral_drift", "spectral drift", "Relative change of the base's singular values, which the edit takes back.",

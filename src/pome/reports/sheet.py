@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from pome.inspection.records import Matrix, Survey, find_place, sort_places
 from pome.inspection.suggest import Notice, Suggestion
 from pome.manifest import Manifest, TensorRecord, spread_indices
 from pome.reports.edit_warnings import group_warnings
-from pome.reports.quantities import EDITED, MATCHED, SURVEYED, Quantity
+from pome.reports.quantities import EDITED, MATCHED, SURVEYED, WEIGHED, Quantity
 
 # The numbers that a record of each method has beside those of every record.
 METHOD_KEYS = {
@@ -80,7 +81,8 @@ def make_sheet(survey: Survey, warnings: Iterable[Notice], suggestion: Suggestio
     count = FEW_POINTS if len(survey.matrices) > MANY else POINTS
     rows = _sort_rows(_make_row(matrix, count) for matrix in survey.matrices)
     kept = tuple((record.name, record.reason) for record in survey.kept)
-    return Sheet("survey", survey.base, survey.fine_tuned, SURVEYED, rows, kept, tuple(warnings), suggestion)
+    quantities = SURVEYED + (WEIGHED if any(matrix.weights for matrix in survey.matrices) else ())
+    return Sheet("survey", survey.base, survey.fine_tuned, quantities, rows, kept, tuple(warnings), suggestion)
 
 
 def _make_row(matrix: Matrix, count: int) -> Row:
@@ -92,6 +94,11 @@ def _make_row(matrix: Matrix, count: int) -> Row:
     values |= {f"k_{rule}": k for rule, k in matrix.k.items()}
     values |= {f"alpha_{scale}": alpha for scale, alpha in matrix.alpha.items()}
     values |= {f"edit_{scale}": ratio for scale, ratio in matrix.edit_ratio.items() if scale != "frobenius"}
+    if matrix.weights:
+        found = dataclasses.asdict(matrix.weights)
+        for name in ("spectral_drift", "hyperspherical_energy"):
+            values |= {f"{name}_{key}": value for key, value in found[name].items()}
+        values |= {key: found[key] for key in ("rows", "zero_rows", "identical_pairs")}
     points = [(i, matrix.sigma[i - 1]) for i in spread_indices(len(matrix.sigma), count)]
     after = (matrix.k["ratio"], matrix.alpha["frobenius"])
     name, floor = matrix.name, matrix.noise_floor

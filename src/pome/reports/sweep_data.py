@@ -57,7 +57,7 @@ def list_scored(outcome: Outcome) -> list[Trial]:
 
 
 def measure_gain(trial: Trial, outcome: Outcome) -> float:
-    """By how much a model's score is better than the fine-tuned model's; negative where it is worse."""
+    """Gain of a model's score over the fine-tuned model's; negative where it is worse."""
     assert trial.difference is not None
     return -trial.difference.delta if outcome.minimize else trial.difference.delta
 
@@ -68,7 +68,7 @@ def find_largest_gain(outcome: Outcome) -> float:
 
 
 def measure_tone(trial: Trial, outcome: Outcome) -> float:
-    """How to colour a score: 0 within noise of the fine-tuned model's, else its gain, from -1 to 1 of the largest."""
+    """Tone of a score: 0 within noise of the fine-tuned model's, else its gain, from -1 to 1 of the largest."""
     gain, largest = measure_gain(trial, outcome), find_largest_gain(outcome)
     interval = trial.difference.interval if trial.difference else None
     if not largest or (interval and interval[0] <= 0.0 <= interval[1]):
@@ -88,7 +88,7 @@ def show_interval(trial: Trial) -> str:
 
 
 def list_metrics(outcome: Outcome) -> list[str]:
-    """Names of what the scorer told beside the score."""
+    """Names of the further metrics of the scorer."""
     return list(dict.fromkeys(name for trial in outcome.trials if trial.score for name in trial.score.metrics))
 
 

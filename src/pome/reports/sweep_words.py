@@ -26,7 +26,7 @@ def describe_outcome(outcome: Outcome) -> list[str]:
 
 
 def describe_verdict(outcome: Outcome) -> str:
-    """What the sweep found, in one sentence."""
+    """The verdict of the sweep, in one sentence."""
     best = outcome.best
     if best is None or best.difference is None:
         return "No candidate has a score"
@@ -64,7 +64,7 @@ def describe_failures(outcome: Outcome) -> list[str]:
 
 
 def advise_grid(outcome: Outcome) -> str:
-    """Which values to try next where the best candidate has the first or last of those tried; else nothing."""
+    """Advice on values to try next where the best candidate has the first or last of those tried; else nothing."""
     assert outcome.best is not None and outcome.best.candidate is not None
     if len({measure_gain(trial, outcome) for trial in list_scored(outcome)}) < 2:
         return ""  # no value is better than another
@@ -87,7 +87,7 @@ def advise_grid(outcome: Outcome) -> str:
 
 
 def describe_scorer(scorer: object, outcome: Outcome) -> list[tuple[str, str]]:
-    """(label, text): what scored, on which data, on how many examples, and which way is better."""
+    """(label, text) of the scorer: its data, its number of examples, and which way is better."""
     known: list[tuple[str, str]] = []
     if isinstance(scorer, CommandScorer):
         known = [("scorer", f"command: {scorer.command}")]

@@ -17,7 +17,7 @@ STACKS = {
 
 
 def find_experts_layout(path: Path, shape: Shape, facts: Config | None) -> Layout:
-    """Stacked experts, each stored as a `shape` slice of a 3-D tensor."""
+    """The layout of stacked experts, each stored as a slice of that `shape` in a 3-D tensor."""
     leaf, around, family = path[-1], path[:-1], family_of(facts)
     if not around:
         return OTHER

@@ -1,4 +1,4 @@
-"""What is known of single architectures: one row for each that stores its matrices in a way no general rule tells.
+"""Architectures with a storage layout of their own: one row for each that no general rule describes.
 
 A row's key is `model_type` in `config.json`. No other module names an architecture.
 """

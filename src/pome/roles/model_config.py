@@ -1,4 +1,4 @@
-"""What `config.json` says of the part of a model in which a tensor lies: its sizes and its model type. No torch."""
+"""Sizes and model type from `config.json`, for the part of a model in which a tensor lies. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor names as paths of modules, and what of them carries no meaning. No torch."""
+"""Tensor names as paths of modules, and the wrappers in them that carry no meaning. No torch."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class _FileCache(MutableMapping[str, Decomposition | Undecided]):
         else:
             for name in ("sigma", "V", "U", "residual"):
                 tensor = getattr(decomposition, name)
-                # Rows or columns first, as it was: a product's rounding depends on that.
+                # The layout in memory (rows or columns first) is kept: a product's rounding depends on it.
                 if tensor is not None and tensor.is_contiguous():
                     tensors[name] = tensor.cpu()
                 elif tensor is not None:
@@ -98,9 +98,9 @@ def count_bytes(plans: list[Plan], methods: Collection[str]) -> int:
         for unit, part in plan.matrices():
             m, n = fan_out_in(unit, part)
             short, lows = min(m, n), unit.change.lows if unit.change else ()
-            cut = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
+            equalize = (8 if m * n <= FLOAT64_ENTRIES else 5) * short * short
             if lows:
-                cut = 8 * max(low.rank for low in lows) * (m + n)
-            of_method = {"equalize": cut, "equivalence": 8 * short * (m + n)}
+                equalize = 8 * max(low.rank for low in lows) * (m + n)
+            of_method = {"equalize": equalize, "equivalence": 8 * short * (m + n)}
             sizes[unit.key, unit.label(part)] = sum(of_method[method] for method in methods)
     return sum(sizes.values())

@@ -108,7 +108,7 @@ def _is_tied(parameter: Tensor, unit: Unit, parameters: dict[str, Tensor], prefi
 
 
 def write_into(targets: dict[str, Tensor]) -> Write:
-    """What writes a unit's bytes into a loaded model, in its own dtype."""
+    """Writer of a unit's bytes into a loaded model, in the model's dtype."""
 
     def write(unit: Unit, data: bytes | bytearray) -> None:
         target = targets[unit.key]

@@ -1,4 +1,4 @@
-"""What `pome sweep` tries: the candidates, and the order in which a search asks for their scores. No torch."""
+"""Grid of a sweep: its candidates, and the order in which a search asks for their scores. No torch."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Candidate:
     @property
     def label(self) -> str:
         rest = [name for name in self.params if name not in ("layers", "method") and name not in RANK_OPTIONS]
-        rest = [name for name in rest if self.params[name] != 0]  # a power of 0 goes without saying
+        rest = [name for name in rest if self.params[name] != 0]  # a power of 0 is the default and not shown
         words = [self.params[name] if EDIT_OPTIONS[name].choices else f"{name}={self.params[name]:g}" for name in rest]
         return " ".join(["+".join(self.params["layers"]), self.rank_choice, *words])
 
 
 def describe_rank_choice(params: Mapping[str, Any]) -> str:
-    """How options choose k, in a word; of a method that chooses none, its name."""
+    """A word for how options choose k; for a method that chooses none, its name."""
     if "rank_rule" in find_idle(params.get("method")):
         return str(params["method"])
     rule = RANK_RULES[params.get("rank_rule") or ("fixed" if "rank" in params else "ratio")]
@@ -105,7 +105,7 @@ class Grid:
         return 1 + sum(len(values) - 1 for values in self.axes.values())
 
     def to_mapping(self) -> dict[str, Any]:
-        """For the manifest and for people."""
+        """The grid as a mapping, for the manifest and for people."""
         axes = {
             name: [list(value) if isinstance(value, tuple) else value for value in values]
             for name, values in self.axes.items()
@@ -253,7 +253,7 @@ def walk(grid: Grid) -> Generator[list[Candidate], list[float | None], None]:
         yield list({candidate.key: candidate for candidate in map(grid.make, grid.combine())}.values())
         return
     at = {name: values[0] for name, values in grid.axes.items()}
-    # What the other axes are depends on the method: where there is a choice, it comes before them.
+    # The method decides which other axes there are, so it comes before them.
     first = ("method", *FIRST_AXES) if len(grid.axes["method"]) > 1 else FIRST_AXES
     for name in [*first, *(name for name in grid.axes if name not in first)]:
         values = grid.axes[name]

@@ -38,7 +38,7 @@ class Journal:
                 self.entries = {key: entry for key, entry in self.entries.items() if entry.score is not None}
         else:
             lines = []
-        # Written anew: a line that a crash cut short, and failures to be tried again, go.
+        # Written anew, without a line that a crash cut short and without failures to be tried again.
         kept = [line for line in lines[1:] if line["key"] in self.entries]
         made = path.with_suffix(".new")
         with as_output_error(path):

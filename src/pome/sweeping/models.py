@@ -59,7 +59,7 @@ class Models:
         self.devices = list_devices(device)
         self.decompositions = decompositions
         self._maker: Maker | None = None
-        self._fingerprints: Fingerprints = {}  # of the copy as it was given to a command
+        self._fingerprints: Fingerprints = {}  # of the copy, taken before a command gets it
         self._model: tuple[Any, Any] | None = None
 
     @property
@@ -134,7 +134,7 @@ class Models:
     def _score_model(self, model: Any, tokenizer: Any) -> Score:
         log = self.staging.folder / SCORER_LOG
         try:
-            # What libraries print while they score would tear the screen; it is kept beside the scores.
+            # The output of libraries that score would disturb the screen; it goes to a file beside the scores.
             with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 return cast(ModelScorer, self.scorer).score_model(model, tokenizer)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:

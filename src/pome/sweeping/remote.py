@@ -22,13 +22,13 @@ from pome.sweeping.models import Attempt, Models
 from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.sweep import make_plans, share_spec
 
-Model = tuple[str, Candidate | None]  # its key, and what it is, but for the two that are not edited
+Model = tuple[str, Candidate | None]  # its key, and its candidate; None for the two models that are not edited
 WORKERS = "workers"  # the folder of the workers' copies
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What all models of a sweep share; `folder` is the sweep's."""
+    """Inputs and options that all models of a sweep share; `folder` is the sweep's."""
 
     base: str
     ft: str
@@ -36,14 +36,14 @@ class ScoreJob:
     scorer: FolderScorer | ModelScorer
     folder: Path
 
-    def open(self, device: str, threads: int) -> ScoreDesk:
+    def open(self, device: str, threads: int) -> ScoreExecutor:
         import torch
 
         torch.set_num_threads(threads)
-        return ScoreDesk(self, device)
+        return ScoreExecutor(self, device)
 
 
-class ScoreDesk:
+class ScoreExecutor:
     """One worker: the pair, and the copy that it makes its models in."""
 
     def __init__(self, job: ScoreJob, device: str) -> None:
@@ -97,10 +97,10 @@ class RemoteScores:
         return self._ray.placed.workers
 
     def map(self, models: list[Model]) -> Iterator[tuple[str, Attempt]]:
-        """The attempts at all models, as they come."""
+        """The attempts at all models, in the order in which they finish."""
         return self._ray.map(models, [1.0] * len(models), [f"model {candidate or key}" for key, candidate in models])
 
 
 def _find_source(side: Checkpoint) -> str:
-    """Where other machines find a side: its snapshot, if it comes from the Hub."""
+    """Path of a side for other machines: its snapshot, if it comes from the Hub."""
     return str(side.folder or os.path.abspath(os.path.expanduser(side.source)))

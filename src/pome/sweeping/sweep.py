@@ -72,7 +72,7 @@ def sweep(
     """
     with open_pair(base, ft, share_spec(grid), whole=True, whole_base=True) as opened:
         plans = make_plans(opened, grid)
-        # Only for the command as it was: what it wrote is of these inputs, which the staging folder's command proves.
+        # Only for the same command: the staging folder's command proves that OUT was made from these inputs.
         written = None if overwrite or fresh else _find_written(Path(os.fspath(out)), grid, scorer)
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite or written is not None)
         command = {**describe_command(opened, grid.shared), **scorer.describe()}
@@ -153,32 +153,27 @@ def make_plans(opened: Opened, grid: Grid) -> dict[tuple[str, ...], Plan]:
     return plans
 
 
+@dataclasses.dataclass
 class _SweepRun:
     """The state of one sweep: the trials so far, and the copy in which candidates are made."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        plans: dict[tuple[str, ...], Plan],
-        grid: Grid,
-        scorer: FolderScorer | ModelScorer,
-        staging: Staging,
-        journal: Journal,
-        listener: Listener,
-        remote: RemoteScores | None = None,
-    ) -> None:
-        self.opened = opened
-        self.plans = plans
-        self.grid = grid
-        self.scorer = scorer
-        self.staging = staging
-        self.listener = listener
-        self.journal = journal
-        self.remote = remote
+    opened: Opened
+    plans: dict[tuple[str, ...], Plan]
+    grid: Grid
+    scorer: FolderScorer | ModelScorer
+    staging: Staging
+    journal: Journal
+    listener: Listener
+    remote: RemoteScores | None = None
+
+    def __post_init__(self) -> None:
         self.trials: dict[str, Trial] = {}
-        self.count = grid.size + 2
-        device = grid.shared.device if remote is None else "cpu"
-        self.models = Models(opened, plans, scorer, staging, device, staging.folder / "decompositions")
+        self.count = self.grid.size + 2
+        device, cache = (
+            self.grid.shared.device if self.remote is None else "cpu",
+            self.staging.folder / "decompositions",
+        )
+        self.models = Models(self.opened, self.plans, self.scorer, self.staging, device, cache)
 
     def score_all(self) -> Outcome:
         from pome.sweeping.cache import count_bytes
@@ -249,7 +244,7 @@ class _SweepRun:
     def _keep(self, key: str, candidate: Candidate | None, attempt: Attempt, earlier: bool = False) -> Trial:
         label = _label(key, candidate)
         trial = Trial(key, label, candidate, attempt.score, attempt.failed, attempt.seconds, earlier=earlier)
-        if not earlier and (attempt.failed is None or key != FINE_TUNED):  # without it there is no sweep: try it again
+        if not earlier and (attempt.failed is None or key != FINE_TUNED):  # without FT's score there is no sweep
             self.journal.add(trial)
         self.trials[key] = trial
         self.listener.tell(trial, len(self.trials), self.count)

@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep found: all trials, the candidates best first and the two models that are not edited at the end."""
+    """Outcome of a sweep: all trials, the candidates best first and the two models that are not edited at the end."""
 
     trials: tuple[Trial, ...]
     best: Trial | None
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class Listener:
-    """What a sweep tells while it goes on; override what you show."""
+    """Listener to a sweep: subclass it and override what you show."""
 
     def begin(self, opened: Opened, count: int, decomposition_bytes: int, copy_bytes: int, folder: Path) -> None:
         """`count` models will be scored; so much disk goes to decompositions and to the scratch copy, in `folder`."""

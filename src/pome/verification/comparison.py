@@ -32,7 +32,7 @@ class Difference:
 
 
 def check_input(side: Checkpoint, record: SideRecord, advance: Advance) -> Iterator[Difference]:
-    """An input given for comparison is the one that the manifest was made from."""
+    """Check that an input given for comparison is the one that the manifest was made from."""
     for name, weights in side.files.items():
         file = weights.file
         sha256 = file.sha256 or (hash_file(file.stored, advance)[1] if file.stored else None)
@@ -44,7 +44,7 @@ def check_input(side: Checkpoint, record: SideRecord, advance: Advance) -> Itera
 
 
 def compare_headers(made: Checkpoint, template: Checkpoint, kept: bool) -> Iterator[Difference]:
-    """The headers are those of FT (of BASE where an adapter was merged): all of them if `kept`, else their metadata."""
+    """Check that headers are FT's (BASE's where an adapter was merged): whole if `kept`, else their metadata."""
     for name, weights in made.files.items():
         theirs = template.files.get(name)
         if theirs is None:
@@ -87,7 +87,7 @@ def compare_side_files(
 def compare_untouched(
     made: Checkpoint, tuned: Checkpoint, edited: set[str], found: list[Difference], advance: Advance
 ) -> int:
-    """Every tensor outside `edited` has FT's place, dtype, shape and bytes; the number of bytes compared."""
+    """Check that every tensor outside `edited` has FT's place, dtype, shape and bytes; the number of bytes compared."""
     compared = 0
     for name, (file, entry) in tuned.tensors.items():
         if name not in made.tensors or made.tensors[name][0] != file:
@@ -108,7 +108,7 @@ def compare_untouched(
 
 
 def compare_other_rows(made: Checkpoint, tuned: Checkpoint, plan: Plan, found: list[Difference]) -> int:
-    """The rows of resized embeddings that BASE does not have are FT's; the number of bytes compared."""
+    """Check that the rows of resized embeddings that BASE lacks are FT's; the number of bytes compared."""
     compared = 0
     for unit in plan.units:
         rest = tuned.tensors[unit.name][1].end - unit.start - unit.nbytes

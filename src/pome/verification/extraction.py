@@ -132,9 +132,9 @@ def _recompute(
                     found.append(Difference(MANIFEST_NAME, fresh.name, f"{fresh.part or 'record'}: {what}"))
                 elif again.factors is not None:
                     B, A = _read_factors(made, ranked[lora.name], cell, *names[lora.name])
-                    room = (EDITS_AGREE + 2 * fresh.rounding) * fresh.edit_norm
+                    tolerance = (EDITS_AGREE + 2 * fresh.rounding) * fresh.edit_norm
                     b, a = (factor.double() for factor in again.factors)
-                    if not float((B @ A - b @ a).norm()) <= room:
+                    if not float((B @ A - b @ a).norm()) <= tolerance:
                         found.append(
                             Difference(ADAPTER_WEIGHTS, names[lora.name][0], "is not the LoRA of these inputs")
                         )

@@ -36,7 +36,7 @@ def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Mani
         same = (manifest.base.source, manifest.fine_tuned.source) == (os.fspath(base), os.fspath(ft))
         if not same or not is_it(manifest) or manifest.timing.get(CHECKSUM) != manifest.checksum():
             return None
-        # Sizes, not hashes: what a batch asks at every start must not read every output. `verify` reads them.
+        # Sizes, not hashes: a batch asks this at every start and must not read every output. `verify` reads them.
         if any((out / name).stat().st_size != record.bytes for name, record in manifest.files.items()):
             return None
         copied = {**manifest.base.files, **manifest.fine_tuned.files}
@@ -46,7 +46,7 @@ def _find(out: Path, base: Source, ft: Source, card: bool, is_it: Callable[[Mani
             if not _are_same_inputs(opened, manifest):
                 return None
     except (PomeError, OSError, KeyError, ValueError, TypeError):
-        return None  # whatever is wrong with it, it is not finished; making it again says what
+        return None  # it is not finished, for whatever reason; making it again reports the fault
     return manifest
 
 

@@ -31,9 +31,9 @@ OBJECTIVE_BOUND = 1e-4
 SQUARES_AGREE = 2e-7  # of the largest square: float32 squares leave that in doubt, whatever comes after them
 MERGES_AGREE = 1e-6
 SCALINGS_AGREE = 1e-12  # alpha is the scaling times the rank, which PEFT divides by the rank again
-ROUNDINGS_AGREE = 0.05  # another rounding of some entries; what is lost to it is the root of a sum over all
-DRIFTS_AGREE = 1e-9  # of the base's norm: a drift of nothing is what rounding leaves
-# Numbers that are next to 0 or 1 by themselves, and differ by what the certificate leaves open.
+ROUNDINGS_AGREE = 0.05  # some entries may round differently; the loss to rounding is the root of a sum over all
+DRIFTS_AGREE = 1e-9  # of the base's norm: where nothing drifted, rounding leaves about this
+# Numbers that are near 0 or 1 in any edit, and may differ by what the certificate allows.
 RESIDUES_AGREE = {"objective": 1e-4, "orthogonality": 1e-4, "power_residual": 1e-4, "rounding": 1e-5}
 
 
@@ -74,7 +74,7 @@ def recompute(
         if out_bytes != expected:
             power = spec.resolve(unit.name).power
             what = _judge(unit, out_bytes, expected, original, data[1], {r.part: r for r in patch.tensors}, power)
-            if unit.file in damaged:  # one wrong bit may be no more than another rounding is
+            if unit.file in damaged:  # one wrong bit may change no more than another rounding does
                 what = what or "its bytes are not those of the edit as it is computed here"
             if what:
                 found.append(Difference(unit.file, unit.name, what))
@@ -83,7 +83,7 @@ def recompute(
 
 
 def _check_plan(plan: Plan, manifest: Manifest) -> Iterator[Difference]:
-    """What the manifest says was edited, kept and merged is what these inputs plan."""
+    """Comparison of the matrices that the manifest lists as edited, kept and merged with the plan of these inputs."""
     records = {(record.name, record.part) for record in manifest.tensors}
     kept = {(item.name, item.part) for item in manifest.kept}
     planned = {(unit.name, unit.label(part)) for unit, part in plan.matrices()}
@@ -148,8 +148,8 @@ def check_adapter(
             continue  # another LoRA of a unit that was chosen
         count += len(lora.tensors)
         found += _check_records(lora.tensors, manifest)
-        room = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
-        if not agree(lora, made, tuned, room):
+        tolerance = sum((EDITS_AGREE + 2 * record.rounding) * record.edit_norm for record in lora.tensors)
+        if not agree(lora, made, tuned, tolerance):
             found.append(Difference(ADAPTER_WEIGHTS, lora.low.a, "is not the edit of these inputs"))
         advance(sum(unit.nbytes for unit in lora.units))
     return compared, count
@@ -181,7 +181,7 @@ def _choose(units: tuple[Unit, ...], full: bool) -> list[Unit]:
 
 
 def _check_records(tensors: Sequence[TensorRecord], manifest: Manifest) -> Iterator[Difference]:
-    """The manifest says of these matrices what a recomputation finds."""
+    """Comparison of the records of these matrices with recomputed ones."""
     records = {(record.name, record.part): record for record in manifest.tensors}
     for fresh in tensors:
         what = compare_record(records.get((fresh.name, fresh.part)), fresh)
@@ -243,7 +243,7 @@ def _judge(
     records: dict[str | None, TensorRecord],
     power: float,
 ) -> str | None:
-    """Whether bytes other than those recomputed here are still the edit: what is wrong, or None."""
+    """The fault of bytes that differ from those recomputed here, or None where they are still the edit."""
     import torch
 
     from pome.editing.unit import TORCH_DTYPES, put_view, take
@@ -268,8 +268,8 @@ def _judge(
             return "differs from FT, though its delta is zero"
         # Edits that differ by d are stored differently in d / ulp of the entries, and there by one ulp: a square of
         # d * ulp each. The root of the sum over ulp^2 is sqrt(12) times what the rounding lost.
-        room = math.sqrt(EDITS_AGREE**2 + 4 * EDITS_AGREE * record.rounding) * record.edit_norm
-        if float((E - again).norm()) <= room:
+        tolerance = math.sqrt(EDITS_AGREE**2 + 4 * EDITS_AGREE * record.rounding) * record.edit_norm
+        if float((E - again).norm()) <= tolerance:
             continue
         W_base = take(base, part).double()
         W_ft = take(ft, part).double()
@@ -321,9 +321,10 @@ def _is_nearest(E: Tensor, W_base: Tensor, W_ft: Tensor, record: TensorRecord, m
     if not is_open(record):
         return False
     W_E = W_base + (E - W_base) / record.beta
-    room = (EDITS_AGREE + (1 + ROUNDINGS_AGREE) * record.rounding) * record.edit_norm / record.beta
+    tolerance = (EDITS_AGREE + (1 + ROUNDINGS_AGREE) * record.rounding) * record.edit_norm / record.beta
     moved = float((find_values(W_E) - find_values(W_base)).norm())
-    return moved <= room and abs(float((W_E - W_ft).norm()) - record.distance) <= room + merged * float(W_ft.norm())
+    distance, allowed = float((W_E - W_ft).norm()), tolerance + merged * float(W_ft.norm())
+    return moved <= tolerance and abs(distance - record.distance) <= allowed
 
 
 def find_values(A: Tensor) -> Tensor:

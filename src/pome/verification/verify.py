@@ -34,7 +34,7 @@ from pome.verification.comparison import (
 from pome.verification.extraction import check_extraction
 from pome.verification.recomputation import check_adapter, compare_converted, is_converted, recompute
 
-# What a Hub or git leaves beside an output that was uploaded and fetched again.
+# Files that the Hub or git leaves beside an output that was uploaded and fetched again.
 WRONG_HASH = "SHA-256"
 STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
 
@@ -43,7 +43,7 @@ STRANGERS = (".git", ".cache", ".gitattributes", ".gitignore")
 class Verdict:
     """Result of a verification.
 
-    differences: all that is not as it must be; empty for an intact output. files: how many were hashed.
+    differences: everything that is wrong; empty for an intact output. files: how many were hashed.
     bytes_compared: bytes of OUT held against FT's, outside the edited matrices. edits: how many matrices were computed
     again from BASE and FT.
     """
@@ -128,7 +128,7 @@ def _check_files(folder: Path, files: dict[str, FileRecord], advance: Advance) -
             continue
         try:
             info = os.stat(folder / name)
-            if not stat.S_ISREG(info.st_mode):  # a device would be read for ever
+            if not stat.S_ISREG(info.st_mode):  # reading a device would never end
                 yield Difference(name, None, "not a regular file")
             elif info.st_size != record.bytes:
                 yield Difference(name, None, f"{info.st_size} bytes, the manifest says {record.bytes}")
@@ -230,7 +230,7 @@ def _check_copies(made: Checkpoint, copies: dict[str, tuple[str, ...]], found: l
 
 
 def _list_written(made: Checkpoint, template: Checkpoint, spec: EditSpec) -> set[str]:
-    """Files of an output that are no copies: weights, a model card, and what a change of the layout rewrites."""
+    """Files of an output that are no copies: weights, a model card, and files that a change of layout rewrites."""
     written = {*made.files, CARD_NAME}
     if made.adapter_config is not None:
         written.add(ADAPTER_CONFIG)

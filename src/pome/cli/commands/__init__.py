@@ -1,4 +1,4 @@
-"""The commands, a module each: `TAKES` (what declares its options), `run` (the command line), `EXAMPLES`, and `JOB`
+"""The commands, a module each: `TAKES` (declarations of options), `run` (the command line), `EXAMPLES`, and `JOB`
 where a batch may hold the command. A new command is a module here and its name in `pome.choices.COMMANDS`."""
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def show_plan(base: str, ft: str, out: Path, spec: EditSpec, console: Console, a
     with open_pair(base, ft, spec) as opened:
         device = find_device(spec.device)
         cost = opened.estimate(spec, device, find_rates(device.name), time.perf_counter() - begun)
-        target = check_target(out, opened.list_inputs(), overwrite=True)  # that it exists is said, not refused
+        target = check_target(out, opened.list_inputs(), overwrite=True)  # a dry run only says that OUT exists
         print_lines(console, [describe_plan(opened), *describe_left_out(opened.not_copied)])
         console.print(make_plan_table(opened))
         print_lines(console, describe_needs(opened, spec, target, overwrite, cost))

@@ -66,7 +66,7 @@ def show_plan(
 
     with open_pair(base, ft, spec) as opened:
         extraction = plan_opened(opened, spec)
-        target = check_target(out, opened.list_inputs(), overwrite=True)  # that it exists is said, not refused
+        target = check_target(out, opened.list_inputs(), overwrite=True)  # a dry run only says that OUT exists
         print_lines(console, [describe_extraction(opened, extraction)])
         console.print(make_lora_table(extraction))
         print_lines(console, describe_needs(extraction, spec, target, overwrite))

@@ -63,7 +63,7 @@ def run(
 
 @dataclass(frozen=True)
 class SweepJob(Job):
-    """What a sweep tries, what it is judged by, when its best is written, and what is written beside it."""
+    """A sweep as asked for: its grid, its scorer, when its best is written, and what is written beside it."""
 
     grid: Grid
     scorer: FolderScorer | ModelScorer
@@ -106,7 +106,7 @@ class SweepJob(Job):
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """What makes two sweeps of one pair the same, as in a manifest."""
+        """Identity of a sweep of one pair, as in a manifest: its scorer and grid."""
         return {"scorer": self.scorer.describe(), "grid": self.grid.to_mapping()}
 
     @property

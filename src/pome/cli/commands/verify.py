@@ -54,7 +54,7 @@ def run(
 
 
 def check_sides(base: str | None, ft: str | None, full: bool) -> None:
-    """Refuse what `verify` could not do with the sides that it is given."""
+    """Refuse combinations of sides and options that `verify` cannot check."""
     if full and (base is None or ft is None):
         said = "full: every edit is recomputed from both sides; give BASE and FT too"
         raise SpecError(said, options=["full"])

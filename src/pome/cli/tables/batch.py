@@ -1,4 +1,4 @@
-"""What `pome batch` shows at its end: a row for each job."""
+"""Closing table of `pome batch`: a row for each job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pome edit` shows before and after the work: the plan, the closing table, warnings."""
+"""Output of `pome edit` before and after the work: the plan, the closing table, warnings."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def describe_existing(target: Path, overwrite: bool) -> list[str]:
 
 def make_plan_table(opened: Opened) -> FittedTable:
     """The plan of `--dry-run`: a row for each role and shape, then what is kept and why."""
-    # What is kept has its reason in the place of a shape.
+    # A kept matrix has its reason in the column of shapes.
     heads = ("role", "matrices", "shape", "dtype", "read", "write")
     table = FittedTable(*heads, texts=(2,), where="--json has them")
     rows: dict[tuple[str, str, str], list[int]] = {}
@@ -103,7 +103,7 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
 
 
 def describe_closing(manifest: Manifest, out: Path) -> list[str]:
-    """What OUT is now and how long it took, and the command that verifies it."""
+    """A summary of OUT and of the time it took, and the command that verifies it."""
     size = show_bytes(sum(file.bytes for file in manifest.files.values()))
     count = count_noun(len(manifest.tensors), "matrix", "matrices")
     merged = f", {len(manifest.merged)} merged" if manifest.merged else ""

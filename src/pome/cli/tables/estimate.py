@@ -1,4 +1,4 @@
-"""What `pome estimate` shows: operations by route, bytes, memory, time."""
+"""Output of `pome estimate`: operations by route, bytes, memory, time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pome extract` shows before and after the work: the plan, the closing table, what is lost."""
+"""Output of `pome extract` before and after the work: the plan, the closing table, the losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pome.planning.extract_plan import ExtractPlan
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = 5  # of what is lost, the largest
+SHOWN = 5  # the largest losses
 
 
 def describe_extraction(opened: Opened, extraction: ExtractPlan) -> str:
@@ -74,7 +74,7 @@ def describe_needs(extraction: ExtractPlan, spec: ExtractSpec, target: Path, ove
 
 
 def report_extraction(manifest: Manifest, out: Path, console: Console) -> None:
-    """Tell what the adapter holds, what is lost, and what OUT is now."""
+    """Show what the adapter holds, what is lost, and what OUT is now."""
     if manifest.tensors:
         console.print(make_closing_table(manifest))
     lines = [*describe_kept(manifest.kept), *describe_left_out(manifest.not_copied)]
@@ -113,7 +113,7 @@ def make_closing_table(manifest: Manifest) -> FittedTable:
 
 
 def describe_lost(manifest: Manifest) -> list[str]:
-    """What changed and is not in the adapter: by reason, how much of it, and the largest."""
+    """Changes that are not in the adapter: by reason, how much of each, and the largest."""
     groups: dict[str, list[LostRecord]] = {}
     for record in manifest.lost:
         groups.setdefault(record.reason, []).append(record)

@@ -9,10 +9,11 @@ from pome.cli.tables.fitted import FittedTable
 from pome.cli.tables.text import name_side, show_bytes
 from pome.editing.session import Opened
 from pome.reports.sheet import Sheet, summarise_places, summarise_roles
+from pome.reports.weights import HEADS, summarise_weights
 
 
 def describe_survey(opened: Opened) -> str:
-    """What is held against what, how many tensors and bytes; and the notices, a line each."""
+    """The two sides, the number of tensors and bytes; and the notices, a line each."""
     plan = opened.plan
     roles = dict.fromkeys(part.role for _, part in plan.matrices())
     looked = len({unit.name for unit in plan.units if unit.parts})
@@ -24,13 +25,19 @@ def describe_survey(opened: Opened) -> str:
 
 
 def make_survey_tables(sheet: Sheet) -> list[FittedTable]:
-    """Medians for each role, and for each layer."""
+    """Medians for each role, and for each layer; and of the weights for each role, if they were measured."""
     columns = {quantity.key: quantity.column for quantity in sheet.quantities if quantity.column}
     keys, tables = list(columns), []
     for first, summary in (("role", summarise_roles(sheet, keys)), ("layer", summarise_places(sheet, keys))):
         table = FittedTable(first, "matrices", *columns.values(), where="--csv has them")
         for name, count, medians in summary:
             table.add_row(name, str(count), *(_show_median(medians[key]) for key in keys))
+        tables.append(table)
+    weights = summarise_weights(sheet)
+    if weights:
+        table = FittedTable(*HEADS, texts=(), lefts=(0, 1), where="--csv has them")
+        for cells in weights:
+            table.add_row(*cells)
         tables.append(table)
     return tables
 

@@ -1,4 +1,4 @@
-"""What `pome sweep` shows at its end: heat maps of k and beta, and a row for each model."""
+"""Closing tables of `pome sweep`: heat maps of k and beta, and a row for each model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pome.errors import show_bytes as show_bytes
 # A number and its unit stay on one line.
 TOGETHER = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|TB|s|min|h|%)(?:\W|$))")
 COMMAND = re.compile(r" +pome ")  # a line that can be copied
-HANG, NARROW = "  ", 40  # what the later lines of a message begin with, where there is place for it
+HANG, NARROW = "  ", 40  # indentation of the later lines of a message, where the width allows it
 
 
 def name_side(side: Checkpoint) -> str:

@@ -53,7 +53,7 @@ STEEPEST = {torch.float32: 3000.0, torch.float64: 1e4}
 
 @dataclass(frozen=True)
 class Outlook:
-    """How well the k leading directions are known.
+    """Accuracy of the k leading directions, as far as the bounds tell.
 
     missed: share of the objective that they may miss. angle: of the kept subspace, relative in the Frobenius norm, and
     0 where the cut is open. residual: norm_F(M^T D - D^T M) / norm_F(M^T D). after: relative error of s_{k+1}. gap:
@@ -68,7 +68,7 @@ class Outlook:
 
     @property
     def excess(self) -> float:
-        """What is worst, over what is allowed."""
+        """The largest of these errors, each over its allowed value."""
         after = self.after / max(AFTER, AFTER_GAP * self.gap)
         return max(self.missed / MISSED, self.angle / SUBSPACE, self.residual / RESIDUAL, after)
 
@@ -123,7 +123,7 @@ def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
 
 
 def choose_count(squares: Tensor, coupling: Tensor, k: int, power: float) -> tuple[int, Outlook]:
-    """How many leading Ritz vectors best bound what they miss, and the outlook that is to be expected."""
+    """Number of leading Ritz vectors with the best bound on what they miss, and the outlook to be expected."""
     most = min(coupling.numel(), squares.numel() - 1)
     counts = sorted({k + 1 + (most - k - 1) * i // 3 for i in range(4)})
     outlooks = [judge(squares, coupling, k, h, SLACK * float(squares[h]), power) for h in counts]
@@ -143,7 +143,7 @@ def judge(squares: Tensor, coupling: Tensor, k: int, h: int, rest: float, power:
         angle = math.sqrt(2.0 * float((c[:k] / room).square().sum()) / k)
     weights = (kept / t[0]).pow(power / 2.0)
     residual = math.sqrt(2.0) * float((r * weights).norm() / (kept.sqrt() * weights).norm()) if power else 0.0
-    # What s_1 + ... + s_{k+1} exceed the Ritz values by, s_{k+1} may exceed its own by.
+    # s_{k+1} may exceed its Ritz value by all that s_1 + ... + s_{k+1} exceed theirs by.
     one = bound_leading(t, c, k + 1, rest, 0.0)[0] * float(t[: k + 1].sqrt().sum())
     after = min(one, math.sqrt(limit) - math.sqrt(float(t[k])))
     return Outlook(missed, angle, residual, max(after, 0.0) / math.sqrt(float(t[k])), gap)

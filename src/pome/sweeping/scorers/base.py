@@ -46,7 +46,7 @@ class Score:
 
 
 class Scorer(Protocol):
-    """What every scorer has. One with a method `prepare()` is asked once before any model is loaded; it raises
+    """Common part of all scorers. A method `prepare()`, if any, is called once before any model is loaded; it raises
     ScoreError where no model could have a score."""
 
     @property
@@ -54,7 +54,7 @@ class Scorer(Protocol):
         """Whether a lower score is the better one."""
 
     def describe(self) -> dict[str, Any]:
-        """What two sweeps must share for their scores to be comparable, in JSON's types."""
+        """Settings that two sweeps must share for their scores to be comparable, in JSON's types."""
 
 
 class FolderScorer(Scorer, Protocol):

@@ -126,7 +126,7 @@ def _read_object(found: Mapping[str, Any]) -> Score:
         raise ScoreError("the command printed 'metrics' that are no object")
     named = {str(key): read_finite(item, f"metrics.{key}") for key, item in metrics.items()}
     if examples is not None and not is_mean(value, examples, weights):
-        # Resampling them would tell of another number than the score: better no interval than a wrong one.
+        # Resampling them would give an interval of another number than the score: better none than a wrong one.
         examples = weights = None
     return Score(Scored(value, examples, weights if examples is not None else None), metrics=named)
 

@@ -167,7 +167,7 @@ def _tokenize(tokenizer: Any, prompt: str | None, text: str) -> tuple[list[int],
         return list(tokenizer(text)["input_ids"])[:MAX_TOKENS], 1
     before = list(tokenizer(prompt)["input_ids"])
     after = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # Where both do not fit, the end of the prompt is the part that the completion answers.
+    # Where both do not fit, the end of the prompt is kept: the completion answers it.
     before = before[max(0, len(before) + len(after) - MAX_TOKENS) :] if len(after) < MAX_TOKENS else before[-1:]
     return (before + after)[:MAX_TOKENS], max(1, len(before))
 
@@ -223,7 +223,7 @@ class HarnessScorer:
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """What lm-eval or a task of its raises, as a ScoreError: their code is not ours, and a sweep goes on."""
+    """Errors of lm-eval and its tasks as a ScoreError: their code may raise anything, and the sweep goes on."""
     try:
         yield
     except ScoreError:

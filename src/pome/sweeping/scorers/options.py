@@ -1,4 +1,4 @@
-"""Options to a scorer. No torch."""
+"""Scorer from its options. No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pome.sweeping.scorers.base import FolderScorer, ModelScorer
 from pome.sweeping.scorers.command import CommandScorer
 from pome.sweeping.scorers.language import HarnessScorer, LossScorer
 
-# What each option but the scorers themselves goes with.
+# The scorers that each further option goes with.
 NEEDS = {
     "minimize": ("score_cmd",),
     "score_timeout": ("score_cmd",),
