@@ -187,11 +187,12 @@ def test_three_dimensional_factors_are_named_with_the_layout_that_is_read(tmp_pa
         pome.edit(pair.base, pair.adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("ending", [".weight", ""], ids=["weight", "bare"])  # MLX's own keys end with the factor
 @pytest.mark.parametrize("sides", [("lora_a", "lora_b"), ("lora_down", "lora_up")])
-def test_factors_of_other_tools_are_named(sides: tuple[str, str], tmp_path: Path) -> None:
+def test_factors_of_other_tools_are_named(sides: tuple[str, str], ending: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
-    names = dict(zip(("lora_A", "lora_B"), sides, strict=True))
-    rewrite(pair, lambda t: {re.sub("lora_[AB]", lambda found: names[found[0]], k): v for k, v in t.items()})
+    names = dict(zip(("lora_A.weight", "lora_B.weight"), (f"{side}{ending}" for side in sides), strict=True))
+    rewrite(pair, lambda t: {re.sub(r"lora_[AB]\.weight", lambda found: names[found[0]], k): v for k, v in t.items()})
     what = "an adapter of MLX, not of PEFT; fuse it" if "lora_a" in sides else "in a form that PEFT does not write"
     with pytest.raises(CheckpointError, match=what):
         pome.edit(pair.base, pair.adapter, tmp_path / "out")

@@ -74,3 +74,14 @@ def test_an_open_cut_that_float32_blurs_is_handed_over():
     sigma = torch.cat((torch.linspace(390.0, 300.0, 150), torch.linspace(1.3, 1.0, 350))).double()
     with pytest.raises(Undecided, match="is known to .* only"):
         solve_deflated(plant(sigma, 640, 500, seed=1), make_rule())
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_one_strong_direction_alone_is_settled_in_float32(shape):
+    u, v = randn(shape[0], 1), randn(shape[1], 1, seed=1)
+    delta = 50 * (u / u.norm()) @ (v / v.norm()).mT + 1e-3 * randn(*shape, seed=2)
+    assert deflate(delta if shape[0] > shape[1] else delta.mT).theta.numel() == 1
+    found = solve_deflated(delta, make_rule("fixed", rank=1))
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    assert found.k == 1 and float(found.sigma[0]) == pytest.approx(float(S[0]), rel=1e-6)
+    assert relative(found.M - U[:, :1] @ Vh[:1], found.M) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import pome
 from pome.kernel import equivalence
 from pome.kernel.decomposition import DecompositionCache
-from pome.kernel.equivalence import match_matrix, match_spectrum
+from pome.kernel.equivalence import Match, match_matrix, match_spectrum
 from support.deltas import KINDS, make_delta
 from support.reference import plant
 
@@ -105,6 +106,47 @@ def test_tied_values_are_warned_of_where_the_base_has_others():
     assert any("tied" in text for text in match_spectrum(spread, tied).warnings)
     assert match_spectrum(tied, spread).warnings == ()
     assert match_spectrum(tied, 3.0 * tied).warnings == ()  # every choice is the same
+
+
+@settings(deadline=None, max_examples=40)
+@given(runs=st.lists(st.integers(1, 4), min_size=2, max_size=6), seed=st.integers(0, 99), apart=st.booleans())
+def test_the_spread_of_the_bases_values_within_runs_of_ties_is_what_is_open(runs, seed, apart):
+    ft = torch.cat([torch.full((count,), 2.0 - i / 10) for i, count in enumerate(runs)]).double()
+    base = (1 + torch.rand(len(ft), generator=torch.Generator().manual_seed(seed)).double()).sort(descending=True)[0]
+    if not apart:  # the base is tied where W_ft is, and any choice is the same
+        base = torch.cat([part.mean().expand(len(part)) for part in base.split(runs)])
+    n = len(ft)
+    warned = match_spectrum(
+        plant(base, n + 3, n, seed, torch.float64), plant(ft, n + 3, n, seed + 1, torch.float64)
+    ).warnings
+    # Turned by a rotation, the values of a run may change their places: at most twice their distance from their mean.
+    spread = 2 * math.sqrt(sum(float((part - part.mean()).square().sum()) for part in base.split(runs)))
+    if max(runs) == 1 or not apart:
+        assert warned == ()
+    else:
+        (text,) = warned
+        assert "tied" in text
+        said = float(re.search(r"beyond (\S+) of", text)[1])
+        assert said == pytest.approx(spread / float(base.norm()), rel=0.5)  # one digit
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"norm": 5.01}, "norm 5.01 of the base, 5 of its singular values"),
+        ({"residual": 1.1e-5}, "singular values off by 1.1e-05"),
+        ({"residual": math.nan}, "singular values off by nan"),
+        ({"objective": 1 - 1.1e-5}, "1 - objective 1.1e-05"),
+        ({"objective": 1 + 1.1e-5}, "1 - objective -1.1e-05"),
+        ({"distance": 2.01}, "distance 2.01 instead of 2"),
+        ({"residual": 0.9e-5, "objective": 1 - 0.9e-5, "distance": 2 * (1 + 0.9e-5), "norm": 5 * (1 + 0.9e-5)}, None),
+    ],
+)
+def test_each_number_of_a_match_is_held_to_its_bound(changes, fault):
+    sigma = torch.tensor([4.0, 3.0]).double()
+    numbers = {"norm": 5.0, "gap": 2.0, "distance": 2.0, "objective": 1.0, "residual": 0.0, **changes}
+    assert Match(sigma.diag(), sigma, 2, sigma, 2, **numbers).find_fault() == fault
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (130, 110)])

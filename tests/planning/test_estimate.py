@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import pome
@@ -62,6 +65,37 @@ def test_products_of_an_adapter_are_as_many_as_torch_counts() -> None:
     assert ROUTES["factors"](1500, 700, 8) - 8 * (1500 + 700) * 16**2 == pytest.approx(
         counter.get_total_flops(), rel=0.25
     )
+
+
+def test_a_merge_is_as_many_operations_as_torch_counts() -> None:
+    """W + s B A: torch counts the product, and 2 m n are the scale and the sum."""
+    m, n, rank = 300, 200, 16
+    with FlopCounterMode(display=False) as counter:
+        torch.randn(m, rank) @ torch.randn(rank, n)
+    assert ROUTES["merge"](m, n, rank // 2) == counter.get_total_flops() + 2 * m * n
+
+
+SIDES = st.integers(1, 5000)
+
+
+@given(SIDES, SIDES, SIDES, st.sampled_from(list(ROUTES)))
+def test_operations_are_products_of_two_and_of_three_sides(a: int, b: int, k: int, route: str) -> None:
+    """a t^3 + b t^2 of a matrix and a k that are t times as large, and in each side more for more."""
+    m, n = max(a, b), min(a, b)
+    one, two, four = (ROUTES[route](t * m, t * n, t * k) for t in (1, 2, 4))
+    cubic = (two - 4 * one) / 4
+    assert 0 < cubic <= one and four - 16 * one == pytest.approx(48 * cubic)
+    assert one < ROUTES[route](m + 1, n, k) and one < ROUTES[route](m, n + 1, k) and one <= ROUTES[route](m, n, k + 1)
+
+
+@given(SIDES)
+def test_a_gram_matrix_is_decomposed_once_and_by_equivalence_twice(n: int) -> None:
+    """By tridiagonal form, divide and conquer, and back-transformation: (4 + 8 + 6) n^3 / 3, in LAPACK's own count."""
+    alone = {route: count(0, n, n) for route, count in ROUTES.items()}
+    assert alone["gram-float64"] == alone["deflated-float32"] == pytest.approx((4 + 8 + 6) * n**3 / 3)
+    assert alone["equivalence"] == 2 * alone["gram-float64"]
+    assert alone["svd-float64"] == 20 * n**3  # the second term of Golub and Van Loan's 6 m n^2 + 20 n^3 of an R-SVD
+    assert alone["thin"] == alone["merge"] == 0
 
 
 @pytest.mark.parametrize(
@@ -143,14 +177,20 @@ def test_the_rates_that_a_run_leaves_give_its_time_again() -> None:
     assert brief.find_points(wall=0.1) == {}
 
 
-def test_a_merge_counts_where_an_adapter_changes_more_than_is_edited(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dora", "routes"),
+    [(False, {"factors": 2, "merge": 2}), (True, {"svd-float64": 2, "merge": 4})],  # a DoRA is no product of factors
+)
+def test_a_merge_counts_where_an_adapter_changes_more_than_is_edited(
+    dora: bool, routes: dict[str, int], tmp_path: Path
+) -> None:
     from support.adapters import make_pair
 
-    pair = make_pair(tmp_path, "llama", r=4, target_modules=["up_proj", "q_proj"])
+    pair = make_pair(tmp_path, "llama", r=4, target_modules=["up_proj", "q_proj"], use_dora=dora)
     with open_pair(pair.base, pair.adapter, SPEC) as opened:
         tasks = [task for unit in opened.plan.units for task in list_tasks(unit, SPEC)]
-    assert {task[0] for task in tasks} == {"factors", "merge"}
-    assert {task[3] for task in tasks} == {2}
+    assert Counter(task[0] for task in tasks) == routes
+    assert {task[3] for task in tasks if task[0] != "svd-float64"} == {2}
 
 
 def test_files_are_all_that_is_copied_and_hashed(tmp_path: Path) -> None:

@@ -177,11 +177,12 @@ def test_two_shapes_prove_another_orientation(
 
 
 def test_a_stack_of_squares_is_as_doubtful_and_what_is_not_square_is_not(tmp_path: Path) -> None:
-    base = {"stack": torch.ones(3, 4, 4), "wide": torch.ones(4, 4, 5), "plain": torch.ones(4, 4)}
+    base = {"stack": torch.ones(3, 4, 4), "wide": torch.ones(4, 4, 5), "tall": torch.ones(4, 5, 4)}
+    base |= {"plain": torch.ones(4, 4)}
     base |= {"proof": torch.ones(2, 4, 6)}
     sides = open_sides(tmp_path, base, base | {"proof": torch.ones(2, 6, 4)})
     pairs = {name: name for name in base}
-    refuse_doubtful_squares(["wide", "plain"], *sides, pairs)
+    refuse_doubtful_squares(["wide", "tall", "plain"], *sides, pairs)
     with pytest.raises(PairingError, match="tensor stack: it is square"):
         refuse_doubtful_squares(["wide", "stack"], *sides, pairs)
     for side in sides:

@@ -197,6 +197,16 @@ def test_sides_of_several_dtypes_are_subtracted_exactly(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_integers_in_a_fused_matrix_or_its_partner_are_refused_by_dtype(side: str, tmp_path: Path) -> None:
+    tensors = {"base": plain(matrices(1)), "ft": fused(matrices(1))}
+    name = next(name for name in tensors[side] if "up_proj" in name)
+    tensors[side][name] = torch.ones(tensors[side][name].shape, dtype=torch.int8)
+    folders = put(tmp_path / "base", tensors["base"]), put(tmp_path / "ft", tensors["ft"], PHI3)
+    with pytest.raises(PairingError, match=rf"/{side}/.*{name}: stored as I8, which cannot be edited"):
+        plan(*folders)
+
+
 TWICE = {"model.layers.0.mlp.up_proj.weight": (F, H), "model.layers.0.feed_forward.up_proj.weight": (F, H)}
 
 
@@ -306,6 +316,22 @@ def test_a_whole_group_without_a_partner_is_refused_unless_allowed(lacking: str,
     made = plan(*folders, layers=("ffn", "attention"), allow_missing=True)
     assert {item.name for item in made.kept} == full.keys() - base.keys()
     assert {item.reason for item in made.kept} == {"BASE has no such tensor"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "more"), [(("up",), ""), (("up", "gate"), " and 3 more"), (("up", "gate", "down"), " and 6 more")]
+)
+def test_three_groups_without_a_partner_are_named_and_the_others_counted(
+    roles: tuple[str, ...], more: str, tmp_path: Path
+) -> None:
+    """A group for each role in all layers, and one for each in each of the two."""
+    full = plain(matrices())
+    base = {name: t for name, t in full.items() if not any(f"{role}_proj" in name for role in roles)}
+    folders = put(tmp_path / "base", base), put(tmp_path / "ft", tuned(full))
+    with pytest.raises(PairingError) as caught:
+        plan(*folders, layers=("ffn", "attention"))
+    shown = str(caught.value).partition("selection: ")[2].partition("; give")[0]
+    assert shown.count(", ") == 2 and (shown.endswith(more) if more else " more" not in shown)
 
 
 def test_missing_experts_of_a_packed_tensor_are_named_one_by_one(tmp_path: Path) -> None:

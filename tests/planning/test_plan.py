@@ -318,3 +318,29 @@ def test_experts_are_units_of_their_own(tmp_path: Path) -> None:
     size = (end - start) // 3
     assert [(unit.start, unit.nbytes) for unit in made.units] == [(start + i * size, size) for i in range(3)]
     assert [unit.label(part) for unit, part in made.matrices()] == [f"expert={i},half=up" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("ft_dtype", "base_dtype", "dtype"),
+    [(torch.bfloat16, torch.float32, "keep"), (torch.float32, torch.bfloat16, "float16"),
+     (torch.float64, torch.float16, "float32")],
+)  # fmt: skip
+def test_an_expert_is_read_and_written_where_its_bytes_lie_whatever_the_dtypes(
+    ft_dtype: torch.dtype, base_dtype: torch.dtype, dtype: str, tmp_path: Path
+) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    config = {"model_type": "gpt_oss", "hidden_size": 16, "intermediate_size": 24, "num_local_experts": 3}
+    stack = {name: torch.randn(3, 16, 48, dtype=torch.float64)}
+    sides = write_pair(
+        tmp_path, {name: stack[name].to(base_dtype)}, {name: perturb(stack)[name].to(ft_dtype)}, config, config
+    )
+    edit(*sides, tmp_path / "out", EditSpec(dtype=dtype))
+    folders = sides[1], sides[0], tmp_path / "out"
+    tensors = [load_file(folder / "model.safetensors")[name] for folder in folders]
+    raw = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    units = plan(*sides, dtype=dtype).units
+    assert len(units) == 3
+    for i, unit in enumerate(units):
+        places = (unit.start, unit.nbytes), (unit.base_start, unit.base_nbytes), (unit.out_start, unit.out_nbytes)
+        for (start, size), file, tensor in zip(places, raw, tensors, strict=True):
+            assert file[start : start + size] == tensor[i].contiguous().view(torch.uint8).numpy().tobytes()

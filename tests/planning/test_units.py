@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pome.manifest import KeptRecord
-from pome.planning.units import TORCH_BYTES, Plan, Unit, fan_out_in
+from pome.planning.units import FLOAT64_ENTRIES, TORCH_BYTES, Plan, Unit, fan_out_in
 from pome.roles.layout import Block, Part
 from support.checkpoints import environment, perturb, write_checkpoint
 from support.units import UP, make_unit
@@ -130,6 +132,33 @@ def test_the_expected_memory_grows_as_matrices_do() -> None:
     assert work(make_unit((300, 100), ("BF16",) * 3)) < small
     both = {work(make_unit((300, 100), dtypes)) for dtypes in (("F64", "F32", "F32"), ("F32", "F64", "F64"))}
     assert len(both) == 1 and small < both.pop() < work(make_unit((300, 100), ("F64",) * 3)) < 2 * small
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.sampled_from(["F32", "BF16", "F64"]))
+def test_each_row_of_the_long_side_takes_the_same_memory(n: int, more: int, dtype: str) -> None:
+    a, b, c = (make_unit((n + more + i, n), (dtype,) * 3).workspace for i in range(3))
+    assert a < b and c - b == b - a
+
+
+def test_a_large_float64_matrix_takes_as_much_for_a_row_as_a_small_one() -> None:
+    """Small matrices of every dtype are worked on in float64."""
+    n = 512
+    sizes = [make_unit((m, n), ("F64", "F32", "F32")).workspace for m in (600, 700, FLOAT64_ENTRIES // n + 600)]
+    assert (sizes[2] - sizes[0]) * 100 == (sizes[1] - sizes[0]) * (FLOAT64_ENTRIES // n)
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_the_method_equivalence_takes_the_more_memory_the_longer_and_the_wider_a_matrix_is(n: int, more: int) -> None:
+    """Both weights, singular vectors and products in float64, seven matrices of 8 bytes an entry, and no less."""
+
+    def expect(m: int, n: int) -> int:
+        return Plan((make_unit((m, n)),), (), 9, {}, by_equivalence=True).expect_memory(1) - TORCH_BYTES
+
+    a, b, c = (expect(n + more + i, n) for i in range(3))
+    assert c - b == b - a >= 7 * 8 * n
+    assert a == expect(n, n + more) >= 7 * 8 * n * (n + more)
+    assert a > work(make_unit((n + more, n)))
+    assert 4 * a == expect(2 * (n + more), 2 * n)
 
 
 def test_the_largest_unit_alone_counts() -> None:

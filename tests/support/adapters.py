@@ -33,6 +33,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "mixtral": lambda: transformers.MixtralConfig(**EXPERTS),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "two experts": lambda: transformers.Qwen3MoeConfig(**{**EXPERTS, "num_experts": 2, "num_local_experts": 2}),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**EXPERTS),
     "square moe": lambda: transformers.Qwen3MoeConfig(**{**EXPERTS, "moe_intermediate_size": 16}),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=14),

@@ -66,8 +66,7 @@ class AdapterChange:
 
     def of_expert(self, expert: int | None) -> AdapterChange:
         """The change of one expert of a stack."""
-        lows = tuple(low for low in self.lows if low.slot is None or low.slot == expert)
-        return self if len(lows) == len(self.lows) else replace(self, lows=lows)
+        return replace(self, lows=tuple(low for low in self.lows if low.slot is None or low.slot == expert))
 
 
 @dataclass
