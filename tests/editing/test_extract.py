@@ -144,6 +144,17 @@ def test_a_half_of_a_fused_matrix_is_edited_as_pome_edits_it(tmp_path: Path) -> 
     assert any(record.part == "what is not selected of it" for record in manifest.lost if record.name == name)
 
 
+def test_overrides_that_part_the_matrices_of_one_lora_are_refused(tmp_path: Path) -> None:
+    pair = train(tmp_path, "mixtral")  # whose w1 and w3 of an expert become one LoRA of gate_up_proj
+    with pytest.raises(pome.SpecError, match=r"w1\.weight and .*w3\.weight become one LoRA of .*gate_up_proj") as refused:
+        extract(pair, tmp_path / "out", rank=2, overrides=(pome.Override(r"layers\.0\..*\.w3\.", rank=1),))
+    assert "let an override match both" in str(refused.value) and not (tmp_path / "out").exists()
+    both = pome.Override(r"layers\.0\..*\.w[13]\.", rank=1)
+    manifest = extract(pair, tmp_path / "out", rank=2, overrides=(both,))
+    ranks = {record.k for record in manifest.tensors if "layers.0." in record.name and "gate_up_proj" in record.name}
+    assert ranks == {1}
+
+
 @pytest.mark.parametrize(("power", "scale"), [(0.0, "unit"), (0.5, "mean"), (2.0, "spectral"), (1.0, "rms")])
 def test_every_power_and_scale_of_an_edit(power: float, scale: str, tmp_path: Path) -> None:
     pair = train(tmp_path, "llama")

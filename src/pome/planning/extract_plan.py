@@ -10,7 +10,7 @@ from typing import Any
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
 from pome.checkpoint.source import Checkpoint
 from pome.config.spec import EditSpec
-from pome.errors import PairingError, SelectionError, printable
+from pome.errors import PairingError, SelectionError, SpecError, printable
 from pome.manifest import KeptRecord
 from pome.planning.loaded_names import LoadedNames
 from pome.planning.selection import find_tensor_layouts
@@ -225,7 +225,15 @@ def _make_cell(
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
     role = "+".join(dict.fromkeys(piece.part.role for piece in pieces))
     label = None if rows == size[0] else role
-    spec = spec.resolve(pieces[0].unit.name)
+    resolved = {piece.unit.name: spec.resolve(piece.unit.name) for piece in pieces}
+    first, *others = resolved
+    for other in others:
+        if resolved[other] != resolved[first]:
+            raise SpecError(
+                f"overrides: {printable(first)} and {printable(other)} become one LoRA of {printable(name)}, and give it "
+                "different options; let an override match both"
+            )
+    spec = resolved[first]
     most = min(rows, columns) if spec.rank is None else min(spec.rank, rows, columns)
     nbytes = most * sum(size) * WIDTHS[dtype]
     read = {piece.unit.key: piece.unit for piece in pieces}.values()
