@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import pome
 from pome import ExtractSpec
-from pome.config.spec import EditSpec
+from pome.config.spec import EditSpec, Override
 from support.adapters import make_pair, quietly
 from support.checkpoints import StopAfter, hash_tree, read_tensors
 from support.extraction import ARCHITECTURES, Trained, find_distance, train
@@ -147,9 +147,9 @@ def test_a_half_of_a_fused_matrix_is_edited_as_pome_edits_it(tmp_path: Path) -> 
 def test_overrides_that_part_the_matrices_of_one_lora_are_refused(tmp_path: Path) -> None:
     pair = train(tmp_path, "mixtral")  # whose w1 and w3 of an expert become one LoRA of gate_up_proj
     with pytest.raises(pome.SpecError, match=r"w1\.weight and .*w3\.weight become one LoRA of .*gate_up_proj") as refused:
-        extract(pair, tmp_path / "out", rank=2, overrides=(pome.Override(r"layers\.0\..*\.w3\.", rank=1),))
+        extract(pair, tmp_path / "out", rank=2, overrides=(Override(r"layers\.0\..*\.w3\.", rank=1),))
     assert "let an override match both" in str(refused.value) and not (tmp_path / "out").exists()
-    both = pome.Override(r"layers\.0\..*\.w[13]\.", rank=1)
+    both = Override(r"layers\.0\..*\.w[13]\.", rank=1)
     manifest = extract(pair, tmp_path / "out", rank=2, overrides=(both,))
     ranks = {record.k for record in manifest.tensors if "layers.0." in record.name and "gate_up_proj" in record.name}
     assert ranks == {1}
