@@ -146,7 +146,8 @@ def test_a_half_of_a_fused_matrix_is_edited_as_pome_edits_it(tmp_path: Path) -> 
 
 def test_overrides_that_part_the_matrices_of_one_lora_are_refused(tmp_path: Path) -> None:
     pair = train(tmp_path, "mixtral")  # whose w1 and w3 of an expert become one LoRA of gate_up_proj
-    with pytest.raises(pome.SpecError, match=r"w1\.weight and .*w3\.weight become one LoRA of .*gate_up_proj") as refused:
+    said = r"w1\.weight and .*w3\.weight become one LoRA of .*gate_up_proj"
+    with pytest.raises(pome.SpecError, match=said) as refused:
         extract(pair, tmp_path / "out", rank=2, overrides=(Override(r"layers\.0\..*\.w3\.", rank=1),))
     assert "let an override match both" in str(refused.value) and not (tmp_path / "out").exists()
     both = Override(r"layers\.0\..*\.w[13]\.", rank=1)

@@ -230,8 +230,8 @@ def _make_cell(
     for other in others:
         if resolved[other] != resolved[first]:
             raise SpecError(
-                f"overrides: {printable(first)} and {printable(other)} become one LoRA of {printable(name)}, and give it "
-                "different options; let an override match both"
+                f"overrides: {printable(first)} and {printable(other)} become one LoRA of {printable(name)}, and "
+                "give it different options; let an override match both"
             )
     spec = resolved[first]
     most = min(rows, columns) if spec.rank is None else min(spec.rank, rows, columns)
