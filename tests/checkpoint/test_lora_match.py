@@ -111,11 +111,12 @@ def test_a_bias_of_lora_goes_to_the_bias_that_base_has_under_another_name(tmp_pa
         assert_ulps(out[name], tensor, name)
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only"])  # the latter holds the module's own bias too
 @pytest.mark.parametrize("names", [rename, dict], ids=["other names", "same names"])
 def test_a_bias_of_lora_that_base_has_no_place_for_is_refused(
-    names: Callable[[Tensors], Tensors], tmp_path: Path
+    names: Callable[[Tensors], Tensors], bias: str, tmp_path: Path
 ) -> None:
-    pair = make_pair(tmp_path, "qwen2", target_modules=["q_proj", "v_proj"], lora_bias=True, bias="lora_only")
+    pair = make_pair(tmp_path, "qwen2", target_modules=["q_proj", "v_proj"], lora_bias=True, bias=bias)
     rewrite_base(pair, lambda t: names({name: one for name, one in t.items() if not name.endswith("v_proj.bias")}))
     with pytest.raises(PairingError, match=r"v_proj"):
         pome.edit(pair.base, pair.adapter, tmp_path / "out", EditSpec(layers=("q",)))
