@@ -129,6 +129,8 @@ def test_k_is_that_of_the_options_and_half_where_the_data_decide() -> None:
     assert find_k(rank_ratio=0.25) == 50 and find_k(rank=7) == 7 and find_k(rank=900) == 200
     assert find_k(energy=0.9) == find_k(rank_rule="noise-floor") == 100
     assert find_k(overrides=[{"match": "w", "rank": 3}]) == 3
+    ((route, *_, k),) = list_tasks(make_unit((3000, 2000)), pome.EditSpec(rank_ratio=0.25))
+    assert (route, k) == ("deflated-float32", 500)
 
 
 def test_sums_are_over_all_units_and_time_is_operations_over_rates() -> None:

@@ -247,6 +247,29 @@ def test_of_two_blocks_in_one_layer_each_keeps_its_own_partner(tmp_path: Path) -
     assert [item.name for item in made.kept] == ["model.layers.0.vision_mlp.up_proj.weight"]
 
 
+def test_a_head_that_base_lacks_is_tied_only_to_an_embedding_of_its_shape(tmp_path: Path) -> None:
+    base = {"model.embed_tokens.weight": torch.randn(7, H)}
+    put(tmp_path / "base", base)
+    for rows in (7, 8):
+        ft = tuned(base) | {"lm_head.weight": torch.randn(rows, H)}
+        folders = tmp_path / "base", put(tmp_path / f"ft {rows}", ft)
+        if rows == 7:
+            assert [item.name for item in plan(*folders, layers=("embed", "head")).kept] == ["lm_head.weight"]
+        else:
+            with pytest.raises(PairingError, match="no partner for whole groups of the selection: all lm_head"):
+                plan(*folders, layers=("embed", "head"))
+
+
+def test_of_two_blocks_in_another_layout_each_finds_its_own(tmp_path: Path) -> None:
+    def store(layout: Any) -> dict[str, Tensor]:
+        beside = {n.replace(".mlp.", ".feed_forward."): t for n, t in layout(matrices(1, seed=1)).items() if "mlp" in n}
+        return {**layout(matrices(1)), **beside}
+
+    made = plan(put(tmp_path / "base", store(fused), PHI3), put(tmp_path / "ft", tuned(store(plain))), layers=("up",))
+    found = {unit.name.split(".")[3]: unit.base_parts[0].name.split(".")[3] for unit in made.units}
+    assert found == {"mlp": "mlp", "feed_forward": "feed_forward"}
+
+
 @pytest.mark.parametrize("store", [separate, packed])
 @pytest.mark.parametrize("counts", [(3, 4), (4, 3)])
 def test_other_numbers_of_experts_are_refused_with_both(store: Any, counts: tuple[int, int], tmp_path: Path) -> None:
