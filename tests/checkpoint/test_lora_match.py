@@ -170,3 +170,21 @@ def test_a_linear_layer_is_not_transposed_whatever_the_config_says(tmp_path: Pat
     configure(pair, fan_in_fan_out=True)
     pome.edit(pair.base, pair.adapter, tmp_path / "out")
     assert_merged(pair, tmp_path, lambda tensors: tensors, "up")
+
+
+@pytest.mark.parametrize("alpha", ["8", True, None, float("nan"), float("inf"), [8]])
+@pytest.mark.parametrize("where", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_is_no_finite_number_is_refused_with_its_file(alpha: object, where: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    configure(pair, **{where: alpha if where == "lora_alpha" else {"up_proj": alpha}})
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: lora_alpha .* is not a number"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("r", ["4", True, 0, -1, 2.0, [4]])
+def test_a_rank_that_is_no_whole_number_is_refused_with_its_file(r: object, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["up_proj"])
+    configure(pair, r=r)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: r .* is not a whole number"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
