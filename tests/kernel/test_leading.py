@@ -46,7 +46,8 @@ def assert_proved(edit, delta, k, power):
     assert not any(note.startswith("leading") for note in edit.warnings)
     objective = float((delta.double() * edit.value.double()).sum()) / edit.alpha / float(s[:k].pow(1.0 + power).sum())
     assert abs(1 - objective) <= 1e-5 and abs(1 - edit.objective) <= 1e-5
-    assert edit.objective <= objective + 1e-6  # by the bound, not above the truth but for float32 sums
+    # By the bound, not above the truth but for float32 sums, which s^(1 + power) multiplies.
+    assert edit.objective <= objective + 1e-6 * (1.0 + power)
     assert edit.orthogonality <= 1e-5 and (power == 0.0 or edit.power_residual <= 1e-5)
     assert edit.sigma_max == pytest.approx(float(s[0]), rel=1e-5)
     assert edit.energy_kept == pytest.approx(float(s[:k].square().sum() / s.square().sum()), rel=1e-5)
