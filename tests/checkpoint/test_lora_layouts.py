@@ -7,35 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 import pome
 from pome import CheckpointError, EditSpec, PairingError
-from support.adapters import CONFIGS, FUSED_EXPERTS, Pair, configure, make_pair, quietly, read_delta, rewrite
+from support.adapters import (
+    CONFIGS,
+    FUSED_EXPERTS,
+    Pair,
+    add_own_experts,
+    configure,
+    make_pair,
+    quietly,
+    read_delta,
+    rewrite,
+)
 from support.checkpoints import read_tensors
 from support.quick import sample
 from support.reference import reference_edit
 
 STACK = "base_model.model.model.layers.{layer}.mlp.experts.{inner}lora_{side}.weight"
 FFN = EditSpec(layers=("ffn",))
-
-
-def add_own_experts(pair: Pair, ranks: dict[str, int] | None = None) -> list[str]:
-    """LoRAs of the single experts of a base in its original format, as PEFT wrote them on Linear modules."""
-    torch.manual_seed(4)
-    shapes = {n: t.shape for n, t in read_tensors(pair.base).items() if re.search(r"experts\.\d+\.[^.]+\.weight$", n)}
-    added: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        rank = (ranks or {}).get(name.split(".")[-2], 6)
-        lora = f"base_model.model.{name.removesuffix('.weight')}.lora"
-        added[f"{lora}_A.weight"] = torch.randn(rank, shape[1]) * 0.1
-        added[f"{lora}_B.weight"] = torch.randn(shape[0], rank) * 0.1
-    rewrite(pair, lambda tensors: {**tensors, **added})
-    configure(pair, target_modules=["q_proj", *sorted({name.split(".")[-2] for name in shapes})])
-    return list(shapes)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

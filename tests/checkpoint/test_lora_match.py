@@ -13,7 +13,17 @@ from torch import Tensor
 
 import pome
 from pome import CheckpointError, EditSpec, PairingError
-from support.adapters import FUSED_EXPERTS, Pair, assert_edit, assert_ulps, configure, make_pair, read_delta, rewrite
+from support.adapters import (
+    FUSED_EXPERTS,
+    Pair,
+    add_own_experts,
+    assert_edit,
+    assert_ulps,
+    configure,
+    make_pair,
+    read_delta,
+    rewrite,
+)
 from support.checkpoints import read_tensors
 
 Tensors = dict[str, Tensor]
@@ -188,3 +198,28 @@ def test_a_rank_that_is_no_whole_number_is_refused_with_its_file(r: object, tmp_
     configure(pair, r=r)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: r .* is not a whole number"):
         pome.edit(pair.base, pair.adapter, tmp_path / "out")
+
+
+def test_single_experts_under_another_name_are_those_of_their_own(tmp_path: Path) -> None:
+    """As between releases: block_sparse_moe.experts.0.w1 is mlp.experts.0.gate_proj."""
+    pair = make_pair(tmp_path, "mixtral", target_modules=["q_proj"])
+    add_own_experts(pair)
+    spec = EditSpec(layers=("up",))
+    pome.edit(pair.base, pair.adapter, tmp_path / "plain", spec)
+    leaves = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+    def renamed(tensors: Tensors) -> Tensors:
+        return {re.sub(r"\.(w[123])\.", lambda leaf: f".{leaves[leaf[1]]}.", n): t for n, t in tensors.items()}
+
+    rewrite_base(pair, renamed)
+    pome.edit(pair.base, pair.adapter, tmp_path / "out", spec)
+    plain, out = renamed(read_tensors(tmp_path / "plain")), read_tensors(tmp_path / "out")
+    assert plain.keys() == out.keys() and all(torch.equal(out[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_stack_of_experts_of_which_base_lacks_one_is_refused(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "mixtral", target_modules=[], target_parameters=FUSED_EXPERTS)
+    rewrite_base(pair, lambda t: {name: one for name, one in t.items() if ".experts.1." not in name})
+    with pytest.raises(pome.PomeError, match="experts"):
+        pome.edit(pair.base, pair.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

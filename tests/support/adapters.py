@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,3 +139,18 @@ def rewrite(pair: Pair, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def configure(pair: Pair, **values: Any) -> None:
     file = pair.adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def add_own_experts(pair: Pair, ranks: dict[str, int] | None = None) -> list[str]:
+    """LoRAs of the single experts of a base in its original format, as PEFT wrote them on Linear modules."""
+    torch.manual_seed(4)
+    shapes = {n: t.shape for n, t in read_tensors(pair.base).items() if re.search(r"experts\.\d+\.[^.]+\.weight$", n)}
+    added: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        rank = (ranks or {}).get(name.split(".")[-2], 6)
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora"
+        added[f"{lora}_A.weight"] = torch.randn(rank, shape[1]) * 0.1
+        added[f"{lora}_B.weight"] = torch.randn(shape[0], rank) * 0.1
+    rewrite(pair, lambda tensors: {**tensors, **added})
+    configure(pair, target_modules=["q_proj", *sorted({name.split(".")[-2] for name in shapes})])
+    return list(shapes)

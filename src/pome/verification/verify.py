@@ -73,7 +73,8 @@ def verify(
 
     Args:
         out: the folder that `edit` or `sweep` made, or a Hub repository to which it was uploaded.
-        base, ft: the inputs of that run, as in `edit`.
+        base: the pretrained checkpoint of that run, as in `edit`; needs `ft`.
+        ft: the fine-tuned one, as in `edit`.
         full: compute every edit again, and not a sample of 4 units spread over the model.
         advance: is told of the number of bytes of each piece that was hashed or compared.
 
