@@ -226,3 +226,13 @@ def test_a_delta_that_carries_gradients_and_strides():
     edit = equalize(delta)
     assert not edit.value.requires_grad
     assert_as_reference(edit, delta.detach())
+
+
+@pytest.mark.parametrize(("p", "q"), [(70, 30), (-70, 10), (60, -90), (-60, -40), (0, 90)])
+def test_factors_times_powers_of_two_give_the_edit_times_their_product(p, q):
+    torch.manual_seed(0)
+    b, a = torch.randn(60, 5), torch.randn(5, 40)
+    plain = equalize_product(b, a, make_recipe())
+    scaled = equalize_product(b * 2.0**p, a * 2.0**q, make_recipe())
+    assert torch.equal(scaled.value.double(), plain.value.double() * 2.0 ** (p + q))
+    assert scaled.alpha == plain.alpha * 2.0 ** (p + q) and torch.equal(scaled.sigma, plain.sigma * 2.0 ** (p + q))
