@@ -55,7 +55,7 @@ import line_trace
 ROOT = Path(__file__).resolve().parents[1]
 # Package: the files that are changed, the tests that must notice.
 PACKAGES = {
-    "kernel": (["src/pome/kernel/**/*.py"], ["tests/kernel"]),
+    "kernel": (["src/pome/kernel/**/*.py"], ["tests/kernel", "tests/inspection"]),
     "roles": (["src/pome/roles/*.py"], ["tests/roles"]),
     "planning": (
         ["src/pome/planning/[!_l]*.py"],
