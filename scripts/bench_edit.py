@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,10 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one child process took: seconds of wall time, of processors, and the most memory it held, in bytes."""
+    """What one child process took: seconds of wall time, of processors, and the most memory it held, in bytes.
+
+    A peak of 0 is unknown: this process has held more, and Linux hands that on.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -57,7 +61,8 @@ def run(*command: str | Path) -> Run:
     if status != 0:
         sys.exit(f"{words[0]} left with status {os.waitstatus_to_exitcode(status)}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    peak = usage.ru_maxrss if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss else 0
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak * unit)
 
 
 def edit_the_obvious_way(base: Path, fine_tuned: Path, out: Path) -> None:

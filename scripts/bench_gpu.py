@@ -220,7 +220,8 @@ def bench_command(devices: list[str], pair: Path | None, section: Section, layer
             edited = run(
                 sys.executable, "-m", "pome", "edit", pair / "base", pair / "ft", out, "--device", device, "--quiet"
             )
-            print(f"| {device} | {layers} | {edited.seconds:.1f} | {edited.peak / 2**20:.0f} |", flush=True)
+            peak = f"{edited.peak / 2**20:.0f}" if edited.peak else "-"  # this process has held more
+            print(f"| {device} | {layers} | {edited.seconds:.1f} | {peak} |", flush=True)
 
 
 def measure_start() -> float:

@@ -10,7 +10,8 @@ with the two products that make its P, and the floor: one Gram product, one floa
 two products with the long side. Each is the best of --repeat. Then many experts in a loop, and an adapter's factors.
 
 With --ranks: the thin route beside the ladder, for each of these numbers of directions, whether or not pome would try
-it. `rule` says whether it would. The true share of the optimum comes from singular values in float64.
+it. `rule` says whether it would. `leading` is the time of an extraction's own rung. The true share of the optimum comes
+from singular values in float64.
 
 With --equivalence: the method `equivalence` on a bfloat16 pair of Gaussian weights beside the equalizing edit of the
 same pair, and beside its definition by `torch.linalg.svd` and `svdvals` in float64.
@@ -120,7 +121,7 @@ def bench_matrix(shape: str, kind: str, repeat: int) -> None:
         seconds, theirs = clock_result(certify, found, (D,))
         proof.append(seconds)
     print(
-        f"{shape:>11} {kind:<13} {edit.solver:<17}{min(ours):7.2f}{min(svd):7.2f}{min(floor):7.2f}"
+        f"{shape:>11} {kind:<13} {edit.solver:<17}{min(ours):7.3f}{min(svd):7.3f}{min(floor):7.3f}"
         f"{min(svd) / min(ours):9.2f}{min(ours) / min(floor):9.2f}{100 * min(proof) / min(ours):7.1f}%"
         f"{edit.rank:7}{edit.k:6}{1 - edit.objective:10.0e}{edit.orthogonality:9.0e}"
         f"{1 - theirs.objective:10.0e}{theirs.orthogonality:9.0e}",
@@ -137,18 +138,19 @@ def bench_thin(shape: str, kind: str, ranks: list[int], power: float, repeat: in
     del tall
     for k in ranks:
         rule = RankRule("fixed", k)
-        chosen, thin, slow = is_thin(D, rule), [], []
+        chosen, thin, slow, leading = is_thin(D, rule), [], [], []
         for _ in range(repeat):
             for share, times in ((0.0, slow), (1.0, thin)):
                 ladder.SHARE = share
                 seconds, edit = clock_result(equalize_matrix, D, Recipe(rule, power=power))
                 times.append(seconds)
-        ladder.SHARE = SHARE
+            ladder.SHARE = SHARE
+            leading.append(clock_result(equalize_matrix, D, Recipe(rule, power=power, leading_only=True))[0])
         objective = float(sum((D[i] * edit.value[i]).double().sum() for i in range(m))) / edit.alpha
         objective /= float(sigma[:k].pow(1.0 + power).sum())
         print(
-            f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):7.2f}{min(slow):8.2f}"
-            f"{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}"
+            f"{shape:>11} {kind:<13}{k:5} {edit.solver:<17}{min(thin):8.3f}{min(slow):8.3f}"
+            f"{min(leading):9.3f}{min(slow) / min(thin):13.2f}{'thin' if chosen else 'ladder':>8}"
             f"{1 - edit.objective:10.0e}{1 - objective:10.0e}{edit.orthogonality:9.0e}{edit.power_residual:10.0e}",
             flush=True,
         )
@@ -253,8 +255,8 @@ def main() -> None:
         return
     if given.ranks:
         print(
-            f"{'shape':>11} {'spectrum':<13}{'k':>5} {'solver':<17}{'thin':>7}{'ladder':>8}{'ladder/thin':>13}"
-            f"{'rule':>8}{'1-obj':>10}{'true':>10}{'orth':>9}{'residual':>10}"
+            f"{'shape':>11} {'spectrum':<13}{'k':>5} {'solver':<17}{'thin':>8}{'ladder':>8}{'leading':>9}"
+            f"{'ladder/thin':>13}{'rule':>8}{'1-obj':>10}{'true':>10}{'orth':>9}{'residual':>10}"
         )
         for shape in given.shapes.split(","):
             for kind in given.spectra.split(","):

@@ -34,11 +34,11 @@ class Look:
             group=HOW,
         ),
     ] = False  # fmt: skip
-    rank: Annotated[int | None, _of_edit("rank")] = None
-    rank_rule: Annotated[RankRuleName, _of_edit("rank_rule")] = "ratio"
-    scale: Annotated[ScaleName, _of_edit("scale")] = "frobenius"
-    beta: Annotated[float, _of_edit("beta")] = 1.0
-    power: Annotated[float, _of_edit("power")] = 0.0
+    rank: Annotated[int | None, _of_edit("rank")] = EditSpec.rank
+    rank_rule: Annotated[RankRuleName, _of_edit("rank_rule")] = EditSpec.rank_rule
+    scale: Annotated[ScaleName, _of_edit("scale")] = EditSpec.scale
+    beta: Annotated[float, _of_edit("beta")] = EditSpec.beta
+    power: Annotated[float, _of_edit("power")] = EditSpec.power
 
 
 # Of a look without weights these have no effect.

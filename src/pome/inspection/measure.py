@@ -49,8 +49,10 @@ class Seen:
 def measure_unit(
     unit: Unit, data: Data, spec: EditSpec, device: str, weights: bool = False
 ) -> list[Matrix | KeptRecord]:
-    """A record for every selected matrix of a unit, with `weights` of the weights too. Raises NumericalError, as for
-    NaN or infinity on either side."""
+    """A record for every selected matrix of a unit, with that of its `weights` if they are asked for.
+
+    Raises NumericalError for NaN or infinity on either side, and where no solver could be certified.
+    """
     mine, base_bytes = data
     base = torch.frombuffer(base_bytes, dtype=TORCH_DTYPES[unit.base_dtype]).reshape(unit.shape)
     seen: Iterator[Seen]

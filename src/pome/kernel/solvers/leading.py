@@ -76,7 +76,9 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     for _ in range(STEPS):
         if excess <= 1.0:
             break
-        # What couples the strong directions to the others was dropped. The rest of D stays next to what it was.
+        # What couples the strong directions to the others was dropped. `rest` bounds what lies beside the span of
+        # D^T D V too: let D^T D be [[A, C^T], [C, B]] in V and its complement, whose B is at most rest. A vector beside
+        # that span is (-A^-1 C^T y, y), and its quotient at most y^T (B - C A^-1 C^T) y / y^T y, so at most rest.
         found = find_ritz_vectors(tall, orthonormalise(tall.mT @ found.image))
         excess, missed = judge(found.squares, found.coupling, k, rest, power)
     else:
