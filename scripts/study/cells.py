@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
 COMPRESSED_TUNINGS = ("adamw", "bf16", "published")
 VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
 TASKS = ("sums", "records", "sentiment", "definitions")
+SMOL_TASKS = ("sums", "sentiment", "definitions")
+MAIN = ("adamw", "bf16", "adamw-short", "lora", "muon", "poet", "adamw-long", "adamw-full")
+SEEDS = (0, 1, 2)
 VERSION = 2  # of what a cell measures
 
 
@@ -59,15 +62,22 @@ class Cell:
 
 def list_cells() -> list[Cell]:
     """All cells, the cheapest and most telling first."""
-    main = ("adamw", "bf16", "adamw-full", "adamw-long", "adamw-short", "muon", "lora", "poet")
-    llama = [Cell("llama-4m", task, tuning, 0) for tuning in main for task in TASKS]
+    small = [Cell("llama-4m", task, tuning, 0) for tuning in MAIN for task in TASKS]
     reactions = [Cell("rxnfp", task, "published", 0) for task in VARIANTS]
-    smol = [Cell("smollm2-135m", task, tuning, 0) for tuning in ("bf16", "adamw") for task in ("sums", "sentiment")]
-    cells = llama[:5] + reactions[:1] + llama[5:8] + reactions[1:] + [wide(llama[0])] + llama[8:] + smol[:1]
-    cells += [wide(reactions[0])] + [wide(cell) for cell in llama[1:8]] + smol[1:3]
-    cells += [Cell("llama-4m", "sums", extra, seed) for seed in range(3) for extra in ("neftune", "ema")]
-    cells += [Cell("llama-4m", task, tuning, seed) for seed in (1, 2) for tuning in main for task in TASKS]
-    cells += [wide(cell) for cell in llama[8:]] + smol[3:] + [wide(reactions[1]), *map(wide, smol)]
+    smol = [
+        [Cell("smollm2-135m", task, tuning, seed) for task in SMOL_TASKS for tuning in ("bf16", "adamw")]
+        for seed in SEEDS
+    ]
+
+    def llama(tunings: Iterable[str], *seeds: int) -> list[Cell]:
+        return [Cell("llama-12m", task, how, seed) for seed in seeds for how in tunings for task in TASKS]
+
+    others = [Cell("llama-12m", "sums", how, seed) for seed in SEEDS for how in ("neftune", "ema")]
+    cells = llama(MAIN[:1], 0)[:1] + smol[0] + llama(MAIN[:2], 0) + reactions + smol[1] + llama(MAIN[2:6], 0)
+    cells += llama(MAIN[:2], 1, 2) + smol[2] + [wide(reactions[0]), *map(wide, llama(MAIN[:2], 0))]
+    cells += llama(MAIN[2:5], 1, 2) + others + [wide(cell) for cell in smol[0][:2]] + llama(MAIN[6:], 0)
+    cells += [wide(cell) for cell in llama(MAIN[2:], 0)] + llama(MAIN[5:], 1, 2)
+    cells += small + [wide(cell) for cell in small[:8]] + [wide(cell) for cell in smol[0][2:]] + [wide(reactions[1])]
     return list(dict.fromkeys(cells))
 
 
@@ -111,9 +121,7 @@ def find_part(cell: Cell) -> Path:
 
 def run_cell(cell: Cell, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Lines of a cell's part; those that an interrupted run left are taken from the cache."""
-    part = (
-        folder() / f"part-{make_hash(VERSION, cell.title, [e.name for e in cell.list_edits({'gate', 'up', 'down'})])}"
-    )
+    part = find_part(cell)
     done = {row["edit"]: row for row in map(json.loads, part.read_text().splitlines())} if part.exists() else {}
     bench = open_cell(cell)
     before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}

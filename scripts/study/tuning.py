@@ -1,7 +1,7 @@
 """Bases and their fine-tunes: one loop (completion loss, cosine, AdamW of the paper's recipe scaled down), cached.
 
-The small Llama (3.9M parameters) is pretrained here on the dictionary; SmolLM2-135M comes as it is published, in 4
-bits. Both bases are rounded to bfloat16 once, published checkpoints are. Products run in bfloat16 autocast.
+Two small Llamas (3.9M and 12.3M parameters) are pretrained here on a dictionary; SmolLM2-135M comes as it is published,
+in 4 bits. All bases are rounded to bfloat16 once, published checkpoints are. Products run in bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -28,12 +28,28 @@ from train_poet import make_optimizers, make_plan, run_step, scale_rates
 State = dict[str, Tensor]
 Row = tuple[list[int], list[int]]  # token ids, and labels: -100 where nothing is learnt
 LENGTH, WINDOWS = 128, 16  # of pretraining: tokens a window, windows a step
-PRETRAIN_STEPS, PRETRAIN_RATE = 300, 2e-3
-SIZES: dict[str, dict[str, tuple[int, int]]] = {  # examples to train on and held out, by base and task
-    "llama-4m": {"sums": (1200, 200), "records": (600, 150), "sentiment": (1000, 250), "definitions": (600, 200)},
-    "smollm2-135m": {"sums": (480, 150), "sentiment": (500, 150)},
+PRETRAIN_RATE = 2e-3
+# Examples to train on and held out, by base and task.
+LLAMA_SIZES = {"sums": (1200, 200), "records": (600, 150), "sentiment": (1000, 250), "definitions": (600, 200)}
+SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    "llama-4m": LLAMA_SIZES,
+    "llama-12m": LLAMA_SIZES,
+    "smollm2-135m": {"sums": (400, 150), "sentiment": (320, 150), "definitions": (320, 150)},
     "quick": {"sums": (80, 32)},
 }
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A Llama of the study's own, and how long it is pretrained."""
+
+    width: int
+    layers: int
+    steps: int
+    text: str = "dictionary"
+
+
+LLAMAS = {"llama-4m": Llama(256, 4, 300), "llama-12m": Llama(384, 6, 1500), "quick": Llama(64, 2, 40, "docs")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ TUNINGS = {
     "ema": Tuning(ema=0.98),
 }
 # SmolLM2 has its own rates: a large pretrained model takes smaller steps.
-RATE_FACTOR = {"llama-4m": 1.0, "smollm2-135m": 0.1, "quick": 1.0}
+RATE_FACTOR = {"llama-4m": 1.0, "llama-12m": 0.5, "smollm2-135m": 0.1, "quick": 1.0}
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,7 @@ def save_whole(state: State, path: Path) -> None:
     fresh.rename(path)
 
 
-def make_llama(seed: int, width: int = 256, layers: int = 4) -> Any:
+def make_llama(seed: int, width: int, layers: int) -> Any:
     """A Llama with random weights; its vocabulary is that of the study's tokenizer, its head tied."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -113,13 +129,15 @@ def make_llama(seed: int, width: int = 256, layers: int = 4) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(width: int = 256, layers: int = 4, steps: int = PRETRAIN_STEPS, text: str = "dictionary") -> Path:
-    """The small Llama's pretrained weights, on random windows of a text. Cached."""
-    path = folder() / f"base-{make_hash(width, layers, steps, PRETRAIN_RATE, WINDOWS, LENGTH)}.safetensors"
+def pretrain(llama: Llama) -> Path:
+    """A small Llama's pretrained weights, on random windows of a text. Cached."""
+    steps = llama.steps
+    facts = (llama.width, llama.layers, steps, PRETRAIN_RATE, WINDOWS, LENGTH)
+    path = folder() / f"base-{make_hash(*facts)}.safetensors"
     if path.exists():
         return path
-    tokens = tokenize(load_tokenizer(text), read_text(text)[0][: steps * WINDOWS * LENGTH * 3])
-    model = make_llama(0, width, layers).train()
+    tokens = tokenize(load_tokenizer(llama.text), read_text(llama.text)[0][: steps * WINDOWS * LENGTH * 3])
+    model = make_llama(0, llama.width, llama.layers).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -140,19 +158,19 @@ def pretrain(width: int = 256, layers: int = 4, steps: int = PRETRAIN_STEPS, tex
 
 
 def load_base(name: str) -> Base:
-    """`llama-4m`, `quick` (the same, tiny and hardly trained) or `smollm2-135m`, in float32 rounded to bfloat16."""
+    """One of LLAMAS (`quick` is tiny and hardly trained) or `smollm2-135m`, in float32 rounded to bfloat16."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if name == "smollm2-135m":
         model = transformers.AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
         slow = transformers.AutoTokenizer.from_pretrained(smollm2())
         return Base(model.eval(), lambda text: slow(text, add_special_tokens=False)["input_ids"], slow.eos_token_id)
-    sizes, text = ({"width": 64, "layers": 2}, "docs") if name == "quick" else ({}, "dictionary")
-    model = make_llama(0, **sizes)
-    weights = load_file(pretrain(**sizes, steps=40 if sizes else PRETRAIN_STEPS, text=text))
+    llama = LLAMAS[name]
+    model = make_llama(0, llama.width, llama.layers)
+    weights = load_file(pretrain(llama))
     put(model, {name: tensor.bfloat16().float() for name, tensor in weights.items()})
-    tokenizer = load_tokenizer(text)
-    return Base(model.eval(), lambda given: tokenizer.encode(given).ids, 0, text)
+    tokenizer = load_tokenizer(llama.text)
+    return Base(model.eval(), lambda given: tokenizer.encode(given).ids, 0, llama.text)
 
 
 def take(model: nn.Module) -> State:
@@ -176,7 +194,8 @@ def load_data(base_name: str, base: Base, task: str) -> tuple[list[Row], list[Ro
 def fine_tune(base_name: str, base: Base, task: str, tuning_name: str, seed: int) -> State:
     """Weights after fine-tuning, as they would be stored. Cached; `base.model` is left with the base's weights."""
     tuning = TUNINGS[tuning_name]
-    facts = (base_name, task, SIZES[base_name][task], asdict(tuning), RATE_FACTOR[base_name], seed, PRETRAIN_STEPS)
+    steps = LLAMAS[base_name].steps if base_name in LLAMAS else None
+    facts = (base_name, task, SIZES[base_name][task], asdict(tuning), RATE_FACTOR[base_name], seed, steps)
     path = folder() / f"tuned-{make_hash(*facts)}.safetensors"
     if not path.exists():
         before = take(base.model)
