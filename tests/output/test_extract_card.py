@@ -311,9 +311,7 @@ def test_an_upload_that_fails_leaves_the_adapter_and_a_batch_goes_on_from_there(
     hub.fail("commit/main", status=403)
     assert run_command(["batch", str(file)]) == 1
     again = f"{out} is complete, upload it with `hf upload me/new {out} . --create-pr --private`"
-    said = capsys.readouterr().err
-    print(said)
-    assert again in said and pome.verify(out).ok
+    assert again in capsys.readouterr().err and pome.verify(out).ok
     before = hash_tree(out)
     assert run_command(["batch", str(file)]) == 0
     assert "done by an earlier run" in capsys.readouterr().err and hash_tree(out) == before
