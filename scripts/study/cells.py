@@ -23,7 +23,18 @@ from study.edits import FIXED, Edit, Pair, list_wide, pome
 from study.experts import find_routes, share_moved, split_experts
 from study.reactions import load_reactions
 from study.scoring import COMPRESSIONS, Scores, compress, is_finite, score_rows, set_weights
-from study.tuning import TUNINGS, Base, State, find_start, fine_tune, load_base, load_data, load_other_text, make_hash
+from study.tuning import (
+    TUNINGS,
+    Base,
+    State,
+    find_start,
+    fine_tune,
+    list_facts,
+    load_base,
+    load_data,
+    load_other_text,
+    make_hash,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REACTION_COUNT = 1200
@@ -129,7 +140,8 @@ def keep_base(name: str) -> Base:
 def find_part(cell: Cell) -> Path:
     """Where the lines of an unfinished cell are."""
     edits = [edit.name for edit in cell.list_edits({"gate", "up", "down"})]
-    return folder() / f"part-{make_hash(VERSION, cell.title, edits)}"
+    facts = () if cell.base == "rxnfp" else list_facts(cell.base, cell.task, cell.tuning, cell.seed)
+    return folder() / f"part-{make_hash(VERSION, cell.title, edits, *facts)}"
 
 
 def run_cell(cell: Cell, say: Callable[[str], None] = print) -> list[dict[str, Any]]:

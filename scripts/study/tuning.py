@@ -92,7 +92,7 @@ TUNINGS = {
 }
 STARTS = {"reward": "adamw"}  # what goes on from another fine-tune: that one is the base of its pair
 # SmolLM2 has its own rates: a large pretrained model takes smaller steps.
-RATE_FACTOR = {"llama-4m": 1.0, "llama-12m": 0.5, "moe-8m": 1.0, "smollm2-135m": 0.1, "quick": 1.0}
+RATE_FACTOR = {"llama-4m": 1.0, "llama-12m": 1.0, "moe-8m": 1.0, "smollm2-135m": 0.1, "quick": 1.0}
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,13 @@ def load_data(base_name: str, base: Base, task: str) -> tuple[list[Row], list[Ro
     return base.rows(train), base.rows(test)
 
 
+def list_facts(base_name: str, task: str, tuning_name: str, seed: int) -> tuple[object, ...]:
+    """All that a fine-tune is made from."""
+    steps = OWN[base_name].steps if base_name in OWN else None
+    tuning = asdict(TUNINGS[tuning_name])
+    return base_name, task, SIZES[base_name][task], tuning, RATE_FACTOR[base_name], seed, steps
+
+
 def find_start(base_name: str, base: Base, task: str, tuning_name: str, seed: int) -> State:
     """Weights that a way of fine-tuning starts from: the base's, or another fine-tune's."""
     if tuning_name in STARTS:
@@ -223,9 +230,7 @@ def find_start(base_name: str, base: Base, task: str, tuning_name: str, seed: in
 def fine_tune(base_name: str, base: Base, task: str, tuning_name: str, seed: int) -> State:
     """Weights after fine-tuning, as they would be stored. Cached; `base.model` is left with the base's weights."""
     tuning = TUNINGS[tuning_name]
-    steps = OWN[base_name].steps if base_name in OWN else None
-    facts = (base_name, task, SIZES[base_name][task], asdict(tuning), RATE_FACTOR[base_name], seed, steps)
-    path = folder() / f"tuned-{make_hash(*facts)}.safetensors"
+    path = folder() / f"tuned-{make_hash(*list_facts(base_name, task, tuning_name, seed))}.safetensors"
     if not path.exists():
         before = take(base.model)
         rows = load_data(base_name, base, task)[0]
