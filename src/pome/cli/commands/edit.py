@@ -15,6 +15,7 @@ from pome.cli.options import AsJson, Base, Config, FineTuned, Given, Out, Quiet
 from pome.cli.outputs import accept_finished, check_upload, push, report_edit
 from pome.config.options import RUN, Option, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
+from pome.config.preset import Preset, pick_edit_options
 from pome.config.spec import EditSpec
 from pome.config.yaml_text import make_spec
 from pome.errors import printable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from pome.manifest import Manifest
 
-TAKES = (EditSpec, Publication, Replacing)
+TAKES = (EditSpec, Preset, Publication, Replacing)
 EXAMPLES = (
     "pome edit mistralai/Mistral-7B-v0.1 meta-math/MetaMath-Mistral-7B out",
     "pome edit ./base ./fine-tuned ./out --layers ffn --beta 1.5",
@@ -46,7 +47,7 @@ def run(
 
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
-    spec = make_spec(config, pick_options(given, EditSpec), EditSpec)
+    spec = make_spec(config, pick_edit_options(given, EditSpec), EditSpec)
     publication, replacing = (
         Publication(**pick_options(given, Publication)),
         Replacing(**pick_options(given, Replacing)),
@@ -116,7 +117,7 @@ class EditJob(Job):
         base, fine_tuned, out = read_sides(values)
         publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
-        spec = EditSpec.from_given(pick_options(values, EditSpec))
+        spec = EditSpec.from_given(pick_edit_options(values, EditSpec))
         return cls(read_name(values, out), "edit", base, fine_tuned, out, spec, publication, replacing)
 
     @property
