@@ -118,7 +118,8 @@ def test_an_ft_without_a_card_gives_one(hub: HubServer, pair: tuple[Path, Path],
 
 
 def test_the_card_of_local_checkpoints_holds_no_path(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    pome.extract(*pair, tmp_path / "out", SPEC, card=True)
+    made = pome.extract(*pair, tmp_path / "out", SPEC, card=True)
+    assert {"config.json", "tokenizer.json"} == made.not_copied.keys()
     card = read_card(tmp_path / "out")
     for part in (str(tmp_path), "/home", "/me/", "~/", "/out", str(Path.home()) + "/"):
         assert part not in card.content
@@ -128,6 +129,7 @@ def test_the_card_of_local_checkpoints_holds_no_path(pair: tuple[Path, Path], tm
     pome.extract(*pair, tmp_path / "other", SPEC, card=True)
     card = read_card(tmp_path / "other")
     assert (card.data.base_model, card.data.library_name) == (["org/mother"], "peft")
+    assert card.data.pipeline_tag == "text-generation"
 
 
 def test_the_table_has_the_energy_of_each_role(pair: tuple[Path, Path], tmp_path: Path) -> None:
