@@ -121,7 +121,7 @@ def _describe_kept(manifest: Manifest) -> str:
 def _describe_lost(manifest: Manifest) -> str:
     lines = ["## What it does not hold", ""]
     if not manifest.lost:
-        return "\n".join([*lines, "Nothing else differs between the two models."])
+        return "\n".join([*lines, "Nothing but what the ranks above leave out."])
     for lost in group_lost(manifest):
         count = "1 tensor" if len(lost.records) == 1 else f"{len(lost.records)} tensors"
         named = _join(f"{_quote(one.name)} {one.norm:.3g}, {one.share:.2g} of BASE's" for one in lost.records)
