@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import AsJson, Base, Config, FineTuned, Given, Out, Quiet
-from pome.cli.outputs import accept_finished, push, report_edit
+from pome.cli.outputs import accept_finished, check_upload, push, report_edit
 from pome.config.options import RUN, Option, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
 from pome.config.preset import Preset, pick_edit_options
@@ -90,10 +90,7 @@ def make_edit(
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
-    if publication.push_to_hub is not None:
-        from pome.output.upload import check_login
-
-        check_login(publication.push_to_hub)
+    check_upload(publication)
     with open_pair(base, ft, spec) as opened:
         check_target(out, opened.list_inputs(), replacing.overwrite)
         print_lines(console, [describe_plan(opened)])
