@@ -142,15 +142,18 @@ def tabulate_groups(cells: Sequence[CellResult], key: str, edits: Sequence[str])
 
 
 def tabulate_settings(cells: Sequence[CellResult], edits: Sequence[str]) -> str:
-    """Share of the gain that each edit loses, by setting, with the interval over examples and seeds."""
+    """Share of the gain that each edit loses, by setting, with the interval over examples and seeds; for the first edit
+    the loss before and after it too."""
     rows = []
     for setting, seeds in by_setting(cells).items():
-        row = [setting.base, setting.task, setting.tuning]
+        before = statistics.fmean(cell.tuned["score"] for cell in seeds)
+        after = statistics.fmean(cell.lines[edits[0]]["score"] for cell in seeds)
+        row = [setting.base, setting.task, setting.tuning, f"{before:.3f} to {after:.3f}"]
         for edit in edits:
             each = pool(seeds, edit)
             row.append(f"{100 * each.mean:+.1f} ({span(each.interval)})" if each else "")
         rows.append(row)
-    return make_table(["base", "task", "fine-tuning", *edits], rows)
+    return make_table(["base", "task", "fine-tuning", f"loss, by {edits[0]}", *edits], rows)
 
 
 def with_grid(cells: Sequence[CellResult]) -> list[CellResult]:
