@@ -75,24 +75,21 @@ class Cell:
 
 def list_cells() -> list[Cell]:
     """All cells, the cheapest and most telling first."""
-    small = [Cell("llama-4m", task, tuning, 0) for tuning in MAIN for task in TASKS]
+
+    def cross(base: str, tasks: Iterable[str], tunings: Iterable[str], *seeds: int) -> list[Cell]:
+        return [Cell(base, task, how, seed) for seed in seeds for how in tunings for task in tasks]
+
+    small = functools.partial(cross, "llama-4m", TASKS)
+    llama = functools.partial(cross, "llama-12m", TASKS)
+    smol = functools.partial(cross, "smollm2-135m", SMOL_TASKS, ("bf16", "adamw"))
     reactions = [Cell("rxnfp", task, "published", 0) for task in VARIANTS]
-    smol = [
-        [Cell("smollm2-135m", task, tuning, seed) for task in SMOL_TASKS for tuning in ("bf16", "adamw")]
-        for seed in SEEDS
-    ]
-
-    def llama(tunings: Iterable[str], *seeds: int) -> list[Cell]:
-        return [Cell("llama-12m", task, how, seed) for seed in seeds for how in tunings for task in TASKS]
-
-    extra = ("neftune", "ema", "reward", "soap")
-    others = [Cell("llama-12m", "sums", how, seed) for seed in SEEDS for how in extra]
-    mixture = [Cell("moe-8m", task, "adamw", seed) for seed in SEEDS for task in ("sums", "sentiment")]
-    cells = llama(MAIN[:1], 0)[:1] + smol[0] + llama(MAIN[:2], 0) + reactions + smol[1] + llama(MAIN[2:6], 0)
-    cells += llama(MAIN[:2], 1, 2) + smol[2] + [wide(reactions[0]), *map(wide, llama(MAIN[:2], 0))]
-    cells += llama(MAIN[2:5], 1, 2) + others + mixture + [wide(cell) for cell in smol[0][:2]] + llama(MAIN[6:], 0)
-    cells += [wide(cell) for cell in llama(MAIN[2:], 0)] + llama(MAIN[5:], 1, 2)
-    cells += small + [wide(cell) for cell in small[:8]] + [wide(cell) for cell in smol[0][2:]] + [wide(reactions[1])]
+    extra = cross("llama-12m", ("sums",), ("reward", "neftune", "ema", "soap"), *SEEDS)
+    mixture = cross("moe-8m", ("sums", "sentiment"), ("adamw",), *SEEDS)
+    cells = small(MAIN, 0) + reactions + smol(0) + llama(MAIN[:2], 0) + smol(1) + small(MAIN[:5], 1, 2) + smol(2)
+    cells += llama(MAIN[2:5], 0) + [wide(cell) for cell in small(MAIN[:2], 0) + llama(MAIN[:2], 0)[::2]]
+    cells += mixture[:2] + extra + mixture[2:] + llama(MAIN[:2], 1, 2) + [wide(reactions[0])]
+    cells += [wide(cell) for cell in smol(0)[::3]] + llama(MAIN[5:], 0) + llama(MAIN[2:], 1, 2) + small(MAIN[5:], 1, 2)
+    cells += [wide(cell) for cell in small(MAIN[2:], 0) + llama(MAIN, 0) + smol(0) + reactions]
     return list(dict.fromkeys(cells))
 
 
