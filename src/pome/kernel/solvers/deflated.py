@@ -154,7 +154,12 @@ def deflate(D: Tensor) -> DeflatedGram:
             break
         if float(values[0]) <= CAUGHT_ALL**2 * rest or b == sketches[-1]:
             return split_strong(D, U, F, DEFLATED**2 * rest)
-    none = D.new_zeros(n, 0)
+    return keep_whole(D)
+
+
+def keep_whole(D: Tensor) -> DeflatedGram:
+    """D^T D (n x n) with no direction deflated."""
+    none = D.new_zeros(D.shape[1], 0)
     nothing = torch.zeros(0, dtype=torch.float64)
     return DeflatedGram(none, nothing, none, multiply_gram(D), find_reflector(none), 0.0)
 
