@@ -94,8 +94,8 @@ def climb(
 
 def move(found: Truncation, device: torch.device) -> Truncation:
     """The same truncation on a device."""
-    isometry = found.isometry and (found.isometry[0].to(device), found.isometry[1].to(device))
-    return replace(found, M=found.M.to(device), isometry=isometry)
+    pairs = (pair and (pair[0].to(device), pair[1].to(device)) for pair in (found.isometry, found.factors))
+    return replace(found, M=found.M.to(device), isometry=next(pairs), factors=next(pairs))
 
 
 def find_first_rung(D: Tensor) -> int:

@@ -120,7 +120,7 @@ def solve_deflated(
     refine_cut(tall, V, sigma, k, found)
     B = scaled_image(tall, V[:, :k], sigma[:k])
     sigma[rank:] = 0.0
-    M, isometry = multiply_power(B, V[:, :k], sigma[:k], tall is not D, found.strong, power)
+    M, isometry, _ = multiply_power(B, V[:, :k], sigma[:k], tall is not D, found.strong, power)
     return Truncation(M, sigma, rank, k, find_resolution(sigma, k, found.strong), power, isometry)
 
 

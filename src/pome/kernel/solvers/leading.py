@@ -1,13 +1,13 @@
 """Leading directions of a float32 Gram matrix, for a truncation whose cut may lie in a dense bulk.
 
-A number of directions is mostly well above the rounding of D^T D, which is formed as it is. Where it is not, the strong
-directions are deflated first (`pome.kernel.solvers.deflated`). Chebyshev polynomials of the Gram matrix, which damp
-what lies below the Ritz values, take a few vectors to the leading directions: Rutishauser, "Computational aspects of
-F. L. Bauer's simultaneous iteration method", Numer. Math. 13, 1969; Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-
-field calculations using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219(1), 2006. A product with that
-n x n matrix costs less than one with D, so that many can be afforded. That no other direction is larger, a Cholesky
-factor proves: level * I - G without the directions found has one only where the level is above all that is left. Of
-small matrices, and for many directions, all eigenvectors are found; they cost no more.
+A number of directions mostly lies well above the rounding of D^T D, which is squared as it is. Where it does not, the
+strong directions are deflated first (`pome.kernel.solvers.deflated`). Chebyshev polynomials of the Gram matrix damp all
+that lies below the least Ritz value, and so take a few vectors to the leading directions: Rutishauser, "Computational
+aspects of F. L. Bauer's simultaneous iteration method", Numer. Math. 13, 1969; Zhou, Saad, Tiago and Chelikowsky,
+"Self-consistent-field calculations using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219(1), 2006. A
+product with that n x n matrix costs less than one with D, so that many can be afforded. That no other direction is
+larger, a Cholesky factor proves: level * I - G without the directions found has one only where the level is above all
+that is left. Of small matrices, and for many directions, all eigenvectors are found; they cost no more.
 
 What is promised is the objective and the symmetry of M^T D, as the certificate has them, and where the gap after s_k is
 above DETERMINED the kept directions themselves, to SUBSPACE. Within a bulk the objective decides.
@@ -107,12 +107,12 @@ def truncate(D: Tensor, split: DeflatedGram, rule: RankRule, power: float) -> Tr
     kept = found.squares.sqrt()
     resolution = max(find_resolution(kept, k, p), float(found.coupling[k - 1] / found.squares[k - 1]))
     B = found.image[:, :k].mul_(kept[:k].reciprocal().to(found.image))
-    M, isometry = multiply_power(B, found.V[:, :k], kept[:k], tall is not D, 0, power)
+    M, isometry, factors = multiply_power(B, found.V[:, :k], kept[:k], tall is not D, 0, power)
     if sigma is None or not is_full(sigma, p, shape):
-        return Truncation(M, kept[: k + 1], None, k, resolution, power, isometry, missed=missed)
+        return Truncation(M, kept[: k + 1], None, k, resolution, power, isometry, missed=missed, factors=factors)
     sigma[: len(kept)] = kept
     sigma[len(kept) :].clamp_(max=float(kept[-1]))
-    return Truncation(M, sigma, n, k, resolution, power, isometry, missed=missed)
+    return Truncation(M, sigma, n, k, resolution, power, isometry, missed=missed, factors=factors)
 
 
 def is_full(sigma: Tensor, p: int, shape: tuple[int, int]) -> bool:
@@ -192,6 +192,7 @@ def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, f
         rest = float(t[k - 1] + t[-1]) / 2.0
         excess = math.sqrt(2.0) * float(c[:k].norm() / t[:k].norm()) / RESIDUAL
         if excess <= 1.0:
+            check_noise(t, k, len(known))
             excess, _ = judge(t, c, k, rest, power)
             if excess <= 1.0 and is_above_rest(rest, G, X[:, :count], squares[:count], E[:, :count]):
                 return X[:, :count], rest * (1.0 + n * EPS)
@@ -210,8 +211,8 @@ def find_growth(value: float, edge: float) -> float:
 
 
 def filter_chebyshev(G: Tensor, X: Tensor, image: Tensor, edge: float, degree: int) -> Tensor:
-    """T(2 G / edge - 1) X for the Chebyshev polynomial T, which is at most 1 on [0, edge] and grows fast beyond it, from
-    X (n x h) and its image G X."""
+    """T(2 G / edge - 1) X from X (n x h) and its image G X, for the Chebyshev polynomial T of that degree: at most 1 on
+    [0, edge], and of all polynomials with that the one that grows fastest beyond."""
     before, now = X, image * (2.0 / edge) - X
     for _ in range(degree - 1):
         before, now = now, torch.addmm(before, G, now, beta=-1.0, alpha=4.0 / edge).sub_(now, alpha=2.0)
