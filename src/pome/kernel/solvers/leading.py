@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pome.kernel.decomposition import SUBSPACE, Truncation, Undecided
-from pome.kernel.gram_products import find_eigenvectors
+from pome.kernel.gram_products import fill_lower, find_eigenvectors
 from pome.kernel.householder import orthonormalise
 from pome.kernel.missed import bound_leading
 from pome.kernel.norms import draw_gaussian
@@ -175,7 +175,7 @@ def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, f
     """Ritz vectors (n x h, descending) of the deflated Gram matrix up to the k-th direction and BESIDE more, and a
     bound on the squares of the rest. None where so many products are needed that all eigenvectors are found as soon.
     """
-    G, known = split.G, split.theta.square()
+    G, known = fill_lower(split.G), split.theta.square()
     n, count = G.shape[0], max(k - len(known), 0) + BESIDE
     X = orthonormalise(draw_gaussian(n, count + max(BESIDE, count // 4), G))
     X, products = orthonormalise(G @ X), 2
@@ -197,7 +197,7 @@ def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, f
             if excess <= 1.0 and is_above_rest(rest, G, X[:, :count], squares[:count], E[:, :count]):
                 return X[:, :count], rest * (1.0 + n * EPS)
         edge = max(float(squares[-1]), FLOOR * float(squares[0]))
-        wanted = math.log(max(excess, math.e)) / find_growth(float(t[k - 1]), edge)
+        wanted = math.log(min(max(excess, math.e), 1.0 / EPS)) / find_growth(float(t[k - 1]), edge)
         if not (products + wanted) * X.shape[1] <= MOST * n:
             return None, 0.0
         degree = max(1, min(LONGEST, int(math.log(CONTRAST) / find_growth(float(squares[0]), edge))))
