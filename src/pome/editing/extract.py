@@ -95,13 +95,16 @@ class _Run:
         self.notices = opened.notices
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
-        from pome.editing.unit import list_devices
-
-        devices = list_devices(self.spec.device)
         command = {**describe_command(self.opened, self.spec), "command": "extract"}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
-        opened = self.opened
+        with self.hashes.of_inputs():  # from now on, so that one core hashes while another imports torch
+            return self._make(target, command, overwrite, fresh)
+
+    def _make(self, target: Path, command: dict[str, Any], overwrite: bool, fresh: bool) -> Manifest:
+        from pome.editing.unit import list_devices
+
+        opened, devices = self.opened, list_devices(self.spec.device)
         notes = check_base(opened.base, opened.ft, opened.plan, self.spec)
         for note in notes:
             self.progress.note(note)
@@ -116,10 +119,9 @@ class _Run:
             plan = self.extraction.plan
             self.progress.begin(plan, opened.ft, devices, len(staging.finished))
             try:
-                with self.hashes.of_inputs():
-                    self._extract(staging, devices)
-                    contents, lost = self._assemble(staging)
-                    base, fine_tuned = self.hashes.describe_inputs()
+                self._extract(staging, devices)
+                contents, lost = self._assemble(staging)
+                base, fine_tuned = self.hashes.describe_inputs()
                 opened.check_unchanged()
                 entries = [staging.finished[cell.unit.key] for cell in self.extraction.cells]
                 kept = [KeptRecord(**item) for entry in entries for item in entry["kept"]]

@@ -49,7 +49,7 @@ WHOLE, SHARE = 320, 1 / 12
 BESIDE = 16  # directions beyond the cut that are found with those before it, and columns beyond those
 # A filter has at most LONGEST products, and makes no direction over CONTRAST times as long as those it damps: float32
 # keeps the others apart. With products of MOST n columns all eigenvectors would have cost no more.
-LONGEST, CONTRAST, MOST = 8, 1e8, 2.0
+LONGEST, CONTRAST, MOST = 8, 1e10, 2.0
 STEPS = 4  # of subspace iteration with D itself, at most
 
 
