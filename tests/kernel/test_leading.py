@@ -51,7 +51,8 @@ def assert_proved(edit, delta, k, power):
     assert edit.orthogonality <= 1e-5 and (power == 0.0 or edit.power_residual <= 1e-5)
     assert edit.sigma_max == pytest.approx(float(s[0]), rel=1e-5)
     assert edit.energy_kept == pytest.approx(float(s[:k].square().sum() / s.square().sum()), rel=1e-5)
-    assert edit.sigma_next <= float(s[k]) * (1.0 + 3e-5)
+    # Beyond the rank of the delta there is the rounding of products with it in float32.
+    assert edit.sigma_next <= float(s[k]) * (1.0 + 3e-5) + 2.0**-23 * float(s[0])
     if float(1 - s[k] / s[k - 1]) > DETERMINED:
         assert float((edit.value.double() - wanted.value).norm() / wanted.value.norm()) <= 1e-4
 
@@ -104,7 +105,7 @@ def test_at_a_cluster_around_the_cut_the_objective_decides(width, tied, power):
 def test_strong_directions_are_deflated_only_where_they_hide_the_cut(monkeypatch, steepness, deflated, power):
     calls = []
     original = leading.deflate
-    monkeypatch.setattr(leading, "deflate", lambda D: calls.append(1) or original(D))
+    monkeypatch.setattr(leading, "deflate", lambda *given: calls.append(1) or original(*given))
     sigma = torch.cat((torch.linspace(1.0, 0.6, 8) * steepness, torch.linspace(1.0, 0.3, 392))).double()
     delta = plant(sigma, 600, 400)
     edit = find_leading(delta, power, rank=12)

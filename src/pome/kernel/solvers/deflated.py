@@ -140,8 +140,9 @@ def find_noise(sigma: Tensor, p: int) -> float:
     return FLOOR * float(sigma[p]) ** 2 + (DEFLATION * float(sigma[0])) ** 2
 
 
-def deflate(D: Tensor) -> DeflatedGram:
-    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none."""
+def deflate(D: Tensor, strong: float = STRONG) -> DeflatedGram:
+    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none. `strong` is the
+    multiple of the rms of the rest from which on one is deflated."""
     n = D.shape[1]
     total = squared_norm(D)
     sketches = [b for b in SKETCHES if b <= n // 4]
@@ -150,7 +151,7 @@ def deflate(D: Tensor) -> DeflatedGram:
         U, F = extend_sketch(D, U, F, draw_gaussian(n, b, D)[:, U.shape[1] :])
         values = torch.linalg.eigvalsh(to_float64(F) @ to_float64(F).mT).cpu()
         rest = max(total - float(values.sum()), EPS * total) / (n - b)
-        if not bool((values > STRONG**2 * rest).any()):
+        if not bool((values > strong**2 * rest).any()):
             break
         if float(values[0]) <= CAUGHT_ALL**2 * rest or b == sketches[-1]:
             return split_strong(D, U, F, DEFLATED**2 * rest)

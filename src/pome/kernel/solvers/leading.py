@@ -34,6 +34,7 @@ from pome.kernel.solvers.deflated import (
     EPS,
     FLOOR,
     LOST,
+    STRONG,
     DeflatedGram,
     deflate,
     find_noise,
@@ -44,6 +45,8 @@ from pome.kernel.solvers.deflated import (
 DETERMINED = 1e-2  # (s_k - s_{k+1}) / s_k from which on the data say which directions are kept
 RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
 BLURRED = 1e-2  # rounding over s_k^2 from which on float32 squares say too little of the directions there
+# Multiple of the rms of the rest from which on a direction is deflated: FLOOR HIDING^2 leaves a factor of 9 to BLURRED.
+HIDING = 24.0
 # All eigenvectors cost little up to a short side of WHOLE. From a SHARE of them on they are found at once.
 WHOLE, SHARE = 320, 1 / 12
 BESIDE = 16  # directions beyond the cut that are found with those before it, and columns beyond those
@@ -70,10 +73,15 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     rule `fixed` can do without. Raises Undecided when float32 cannot settle k or what is kept.
     """
     tall = D if D.shape[0] >= D.shape[1] else D.mT
-    if rule.name == "fixed":
+    if is_few(rule, tall.shape[1]):
         with suppress(Undecided):
             return truncate(D, keep_whole(tall), rule, power)
-    return truncate(D, deflate(tall), rule, power)
+    return truncate(D, deflate(tall, HIDING if rule.name == "fixed" else STRONG), rule, power)
+
+
+def is_few(rule: RankRule, n: int) -> bool:
+    """Whether the iteration is worth a try for a rule on an n x n Gram matrix."""
+    return rule.name == "fixed" and n > WHOLE and (rule.number or n) < SHARE * n
 
 
 def truncate(D: Tensor, split: DeflatedGram, rule: RankRule, power: float) -> Truncation:
@@ -82,7 +90,7 @@ def truncate(D: Tensor, split: DeflatedGram, rule: RankRule, power: float) -> Tr
     tall = D if shape[0] >= shape[1] else D.mT
     n, p = tall.shape[1], split.theta.numel()
     k, sigma, W, rest = min(int(rule.number or n), n), None, None, 0.0
-    if rule.name == "fixed" and n > WHOLE and k < SHARE * n:
+    if is_few(rule, n):
         W, rest = iterate(split, k, power)
     if W is None:
         lam, W = find_eigenvectors(split.G)
