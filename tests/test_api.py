@@ -143,6 +143,7 @@ def test_equalize_is_the_method_by_definition(shape: tuple[int, int], dtype: tor
         ("pair by number (--allow-other-depth).", "pair by number (allow_other_depth)."),
         ("--dtype float32, or --out-format full", "dtype float32, or out_format full"),
         ("a/--exclude/b: no such file; x--y", "a/--exclude/b: no such file; x--y"),
+        ("run `hf upload a . --create-pr` or --fresh", "run `hf upload a . --create-pr` or fresh"),
     ],
 )
 def test_an_error_names_arguments_in_python_and_options_on_the_command_line(message: str, argument: str) -> None:

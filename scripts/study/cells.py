@@ -16,12 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from study.data import folder
 from study.edits import FIXED, Edit, Pair, list_wide, pome
+from study.experts import find_routes, share_moved, split_experts
 from study.reactions import load_reactions
 from study.scoring import COMPRESSIONS, Scores, compress, is_finite, score_rows, set_weights
-from study.tuning import TUNINGS, Base, State, fine_tune, load_base, load_data, load_other_text, make_hash
+from study.tuning import (
+    TUNINGS,
+    Base,
+    State,
+    find_start,
+    fine_tune,
+    list_facts,
+    load_base,
+    load_data,
+    load_other_text,
+    make_hash,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REACTION_COUNT = 1200
@@ -62,22 +75,21 @@ class Cell:
 
 def list_cells() -> list[Cell]:
     """All cells, the cheapest and most telling first."""
-    small = [Cell("llama-4m", task, tuning, 0) for tuning in MAIN for task in TASKS]
+
+    def cross(base: str, tasks: Iterable[str], tunings: Iterable[str], *seeds: int) -> list[Cell]:
+        return [Cell(base, task, how, seed) for seed in seeds for how in tunings for task in tasks]
+
+    small = functools.partial(cross, "llama-4m", TASKS)
+    llama = functools.partial(cross, "llama-12m", TASKS)
+    smol = functools.partial(cross, "smollm2-135m", SMOL_TASKS, ("bf16", "adamw"))
     reactions = [Cell("rxnfp", task, "published", 0) for task in VARIANTS]
-    smol = [
-        [Cell("smollm2-135m", task, tuning, seed) for task in SMOL_TASKS for tuning in ("bf16", "adamw")]
-        for seed in SEEDS
-    ]
-
-    def llama(tunings: Iterable[str], *seeds: int) -> list[Cell]:
-        return [Cell("llama-12m", task, how, seed) for seed in seeds for how in tunings for task in TASKS]
-
-    others = [Cell("llama-12m", "sums", how, seed) for seed in SEEDS for how in ("neftune", "ema")]
-    cells = llama(MAIN[:1], 0)[:1] + smol[0] + llama(MAIN[:2], 0) + reactions + smol[1] + llama(MAIN[2:6], 0)
-    cells += llama(MAIN[:2], 1, 2) + smol[2] + [wide(reactions[0]), *map(wide, llama(MAIN[:2], 0))]
-    cells += llama(MAIN[2:5], 1, 2) + others + [wide(cell) for cell in smol[0][:2]] + llama(MAIN[6:], 0)
-    cells += [wide(cell) for cell in llama(MAIN[2:], 0)] + llama(MAIN[5:], 1, 2)
-    cells += small + [wide(cell) for cell in small[:8]] + [wide(cell) for cell in smol[0][2:]] + [wide(reactions[1])]
+    extra = cross("llama-12m", ("sums",), ("reward", "neftune", "ema", "soap"), *SEEDS)
+    mixture = cross("moe-8m", ("sums", "sentiment"), ("adamw",), *SEEDS)
+    cells = small(MAIN, 0) + reactions + smol(0) + llama(MAIN[:2], 0) + smol(1) + small(MAIN[:5], 1, 2) + smol(2)
+    cells += llama(MAIN[2:5], 0) + [wide(cell) for cell in small(MAIN[:2], 0) + llama(MAIN[:2], 0)[::2]]
+    cells += mixture[:2] + extra + mixture[2:] + llama(MAIN[:2], 1, 2) + [wide(reactions[0])]
+    cells += [wide(cell) for cell in smol(0)[::3]] + llama(MAIN[5:], 0) + llama(MAIN[2:], 1, 2) + small(MAIN[5:], 1, 2)
+    cells += [wide(cell) for cell in small(MAIN[2:], 0) + llama(MAIN, 0) + smol(0) + reactions]
     return list(dict.fromkeys(cells))
 
 
@@ -87,11 +99,15 @@ def wide(cell: Cell) -> Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model whose weights may be set and that is then scored: on held-out or training examples, on other text."""
+    """A model whose weights may be set and that is then scored: on held-out or training examples, on other text.
+
+    route tells which experts the held-out examples' tokens go to, if there are any.
+    """
 
     model: Any
     pair: Pair
     score: Callable[[str], Scores]
+    route: Callable[[], Tensor | None] = lambda: None
 
 
 def open_cell(cell: Cell) -> Bench:
@@ -100,12 +116,17 @@ def open_cell(cell: Cell) -> Bench:
         found = load_reactions(VARIANTS[cell.task], REACTION_COUNT)
         return Bench(found.model, Pair(found.base, found.tuned), found.score)
     base = keep_base(cell.base)
-    state = {name: p.detach().clone() for name, p in base.model.named_parameters()}
-    tuned = fine_tune(cell.base, base, cell.task, cell.tuning, cell.seed)
+    which = cell.base, base, cell.task, cell.tuning, cell.seed
+    state, tuned = split_experts(find_start(*which)), split_experts(fine_tune(*which))
     train, test = load_data(cell.base, base, cell.task)
     rows = {"test": test, "train": train[:TRAIN_COUNT], "other": load_other_text(base)}
     stored = getattr(torch, TUNINGS[cell.tuning].dtype)
-    return Bench(base.model, Pair(state, tuned, stored), lambda split: score_rows(base.model, rows[split]))
+    return Bench(
+        base.model,
+        Pair(state, tuned, stored),
+        lambda split: score_rows(base.model, rows[split]),
+        lambda: find_routes(base.model, test),
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,7 +137,8 @@ def keep_base(name: str) -> Base:
 def find_part(cell: Cell) -> Path:
     """Where the lines of an unfinished cell are."""
     edits = [edit.name for edit in cell.list_edits({"gate", "up", "down"})]
-    return folder() / f"part-{make_hash(VERSION, cell.title, edits)}"
+    facts = () if cell.base == "rxnfp" else list_facts(cell.base, cell.task, cell.tuning, cell.seed)
+    return folder() / f"part-{make_hash(VERSION, cell.title, edits, *facts)}"
 
 
 def run_cell(cell: Cell, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -144,6 +166,8 @@ def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], 
     """Name and measurement of each line."""
     pair, fixed = bench.pair, cell.part != "wide"
     languages = cell.base != "rxnfp"
+    set_weights(bench.model, pair.tuned)
+    routes = bench.route()
 
     def measure(weights: State, splits: tuple[str, ...]) -> dict[str, Any]:
         set_weights(bench.model, pair.tuned, weights)
@@ -155,6 +179,10 @@ def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], 
             other = bench.score(split)
             found[f"{split}_loss"] = round(float(other.loss.mean()), 5)
             found[f"{split}_accuracy"] = round(float(other.right.mean()), 4)
+        if routes is not None:
+            now = bench.route()
+            assert now is not None  # the same model
+            found["routes_moved"] = round(share_moved(now, routes), 5)
         return found
 
     def edited(edit: Edit) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class CellResult:
 
 
 def read_results(folder: Path) -> list[CellResult]:
-    """All finished cells. Raises ValueError for a line that lacks what every line has."""
+    """All cells whose twelve edits are finished. Raises ValueError for a line that lacks what every line has."""
     cells: dict[tuple[Setting, int], dict[str, Line]] = defaultdict(dict)
     for file in sorted(folder.glob("*.jsonl")):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -86,7 +86,7 @@ def read_results(folder: Path) -> list[CellResult]:
                 raise ValueError(f"{file.name}: a line lacks {', '.join(sorted(missing))}")
             cells[Setting(line["base"], line["task"], line["tuning"]), line["seed"]][line["edit"]] = line
     found = [CellResult(setting, seed, lines) for (setting, seed), lines in cells.items()]
-    return [cell for cell in found if "fine-tuned" in cell.lines and cell.gain >= LEAST_GAIN]
+    return [cell for cell in found if "fine-tuned" in cell.lines]
 
 
 @dataclass(frozen=True)
@@ -189,32 +189,48 @@ def rank(values: Sequence[float]) -> list[float]:
     return [first[value] + (ordered.count(value) - 1) / 2.0 for value in values]
 
 
+PREDICTORS = ("departure", "delta_over_weight", "stable_rank", "entropy_rank", "energy_half", "above_noise")
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Do the edit where the median departure of the FFN's default edit is at most `limit`, else nothing."""
+    """Do the edit where the median of a spectral feature over the FFN's matrices is in an interval, else nothing."""
 
     edit: str
-    limit: float
+    feature: str = "departure"
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def words(self) -> str:
+        """What the rule says."""
+        if self.low > self.high:
+            return "leave every model alone"
+        told = f"`{self.edit}`"
+        if math.isinf(self.low) and math.isinf(self.high):
+            return f"{told}, always"
+        bound = f"at most {self.high:.3g}" if math.isinf(self.low) else f"at least {self.low:.3g}"
+        return f"{told}, where the median {self.feature.replace('_', ' ')} is {bound}"
 
     def effect(self, cell: CellResult) -> float:
         """Share of the gain that it changes; 0 where it leaves the model alone."""
-        if self.edit not in cell.lines or cell.feature("departure") > self.limit:
-            return 0.0
-        return cell.share(self.edit)
-
-
-LIMITS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, math.inf)
+        return cell.share(self.edit) if self.low <= cell.feature(self.feature) <= self.high else 0.0
 
 
 def choose_rule(cells: Sequence[CellResult], edits: Sequence[str]) -> Rule:
-    """The rule with the best mean on the choosing half, each cell counting the same."""
-    rules = [Rule(edit, limit) for edit in edits for limit in LIMITS]
+    """The rule with the best mean on the choosing half, each cell counting the same: an edit, and a feature at most or
+    at least at a quartile of that half."""
     half = [cell for cell in cells if cell.setting.chooses]
+    rules = [Rule(edits[0], low=math.inf), *(Rule(edit) for edit in edits)]  # never comes first: it wins where all harm
+    for feature in PREDICTORS:
+        values = torch.tensor([cell.feature(feature) for cell in half], dtype=torch.float64)
+        for limit in torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).unique().tolist():
+            rules += [Rule(edit, feature, high=limit) for edit in edits]
+            rules += [Rule(edit, feature, low=limit) for edit in edits]
     return min(rules, key=lambda rule: statistics.fmean(rule.effect(cell) for cell in half))
 
 
-PREDICTORS = ("departure", "delta_over_weight", "stable_rank", "entropy_rank", "energy_half", "above_noise")
-SINGLE = {"up": "up", "gate": "gate", "down": "down", "q": "q", "k": "k", "v": "v", "o": "o", "embed": "embed"}
+SINGLE = frozenset({"up", "gate", "down", "q", "k", "v", "o", "embed"})
 
 
 def list_role_effects(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
@@ -222,7 +238,7 @@ def list_role_effects(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
     rows = []
     for cell in cells:
         roles = {row["role"] for row in cell.tuned["matrices"]}
-        for role in roles & SINGLE.keys():
+        for role in sorted(roles & SINGLE):
             edit = f"{role}: pome K=0.5 beta=1"
             if edit in cell.lines:
                 features = {name: cell.feature(name, [role]) for name in PREDICTORS}

@@ -14,6 +14,7 @@ from study import plots
 from study.cells import COMPRESSED, RESULTS, list_cells
 from study.edits import FIXED, Edit, pome
 from study.evidence import (
+    LEAST_GAIN,
     PREDICTORS,
     CellResult,
     Pooled,
@@ -31,6 +32,12 @@ from study.scoring import COMPRESSIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FIXED_NAMES = [edit.name for edit in FIXED]
+GROUPED = [
+    *(pome(roles).name for roles in ("up", "ffn")),
+    Edit("truncate", "ffn", 0.25).name,
+    Edit("scale", "ffn", beta=1.1).name,
+    Edit("step", "ffn", bound=0.1).name,
+]
 CONTROLS = [
     pome("ffn").name,
     *(pome("ffn", power=power).name for power in (0.5, 1.0)),
@@ -121,29 +128,85 @@ def tabulate_fixed(cells: Sequence[CellResult]) -> str:
     return make_table(head, rows)
 
 
+def tabulate_groups(cells: Sequence[CellResult], key: str, edits: Sequence[str]) -> str:
+    """Share of the gain that each edit loses, over the settings that share a base or a way of fine-tuning."""
+    rows = []
+    for value in dict.fromkeys(getattr(cell.setting, key) for cell in cells):
+        mine = [cell for cell in cells if getattr(cell.setting, key) == value]
+        row = [value, f"{len(by_setting(mine))} / {len(mine)}"]
+        for edit in edits:
+            each = pool(mine, edit)
+            row.append(f"{100 * each.mean:+.1f} ({span(each.interval)})" if each else "")
+        rows.append(row)
+    return make_table([key, "settings / cells", *edits], rows)
+
+
 def tabulate_settings(cells: Sequence[CellResult], edits: Sequence[str]) -> str:
-    """Share of the gain that each edit loses, by setting, with the interval over examples and seeds."""
+    """Share of the gain that each edit loses, by setting, with the interval over examples and seeds; for the first edit
+    the loss before and after it too."""
     rows = []
     for setting, seeds in by_setting(cells).items():
-        row = [setting.base, setting.task, setting.tuning]
+        before = statistics.fmean(cell.tuned["score"] for cell in seeds)
+        after = statistics.fmean(cell.lines[edits[0]]["score"] for cell in seeds)
+        row = [setting.base, setting.task, setting.tuning, f"{before:.3f} to {after:.3f}"]
         for edit in edits:
             each = pool(seeds, edit)
             row.append(f"{100 * each.mean:+.1f} ({span(each.interval)})" if each else "")
         rows.append(row)
-    return make_table(["base", "task", "fine-tuning", *edits], rows)
+    return make_table(["base", "task", "fine-tuning", f"loss, by {edits[0]}", *edits], rows)
+
+
+def with_grid(cells: Sequence[CellResult]) -> list[CellResult]:
+    """Cells on which every edit was scored."""
+    return [cell for cell in cells if pome("up", 0.25).name in cell.lines]
+
+
+def list_edits(cells: Sequence[CellResult]) -> list[str]:
+    """Names of all edits that a cell has, without those that are compressed too."""
+    names = dict.fromkeys(name for cell in cells for name in cell.lines if "+" not in name)
+    return [name for name in names if name not in ("base", "fine-tuned")]
 
 
 def tabulate_wide(cells: Sequence[CellResult]) -> str:
     """Every edit of the grid on the cells that have it, the best mean first."""
-    wide = [cell for cell in cells if pome("up", 0.25).name in cell.lines]
-    edits = list(dict.fromkeys(name for cell in wide for name in cell.lines if "+" not in name))
-    pooled = pool_edits(wide, [name for name in edits if name not in ("base", "fine-tuned")])
+    wide = with_grid(cells)
+    pooled = pool_edits(wide, list_edits(wide))
     holm = correct_holm({edit: each.p for edit, each in pooled.items()})
     rows = [
         [edit, percent(each.mean), span(each.interval), f"{holm[edit]:.2f}", f"{each.fell} of {each.cells}"]
         for edit, each in sorted(pooled.items(), key=lambda item: item[1].mean)
     ]
     return make_table(["edit", "share of the gain lost", "95 % interval", "p (Holm)", "loss fell in"], rows)
+
+
+def tabulate_routes(cells: Sequence[CellResult]) -> str:
+    """How many choices of experts an edit changes on held-out examples, beside what fine-tuning changed."""
+    mixed = [cell for cell in cells if "routes_moved" in cell.tuned]
+    if not mixed:
+        return ""
+    tuned = statistics.fmean(cell.lines["base"]["routes_moved"] for cell in mixed)
+    rows = [["the base (what fine-tuning moved)", f"{100 * tuned:.1f} %", ""]]
+    for edit in FIXED_NAMES:
+        moved = statistics.fmean(cell.lines[edit]["routes_moved"] for cell in mixed)
+        rows.append([edit, f"{100 * moved:.1f} %", percent(mean_share(mixed, edit))])
+    return make_table(
+        ["edit", "choices of experts that differ from the fine-tuned model's", "share of the gain lost"], rows
+    )
+
+
+def tabulate_reward(cells: Sequence[CellResult]) -> str:
+    """Fine-tuning by reward, by answers that are right: its loss need not fall."""
+    rewarded = [cell for cell in cells if cell.setting.tuning == "reward"]
+    if not rewarded:
+        return ""
+    rows = []
+    for edit in ("base", "fine-tuned", *FIXED_NAMES):
+        right = statistics.fmean(cell.lines[edit]["accuracy"] for cell in rewarded)
+        loss = statistics.fmean(cell.change(edit) for cell in rewarded)
+        change = pool(rewarded, edit, "right", relative=False)
+        told = f"{100 * change.mean:+.1f} ({span(change.interval)})" if change and edit != "fine-tuned" else ""
+        rows.append([edit, f"{100 * right:.1f}", told, f"{loss:+.3f}"])
+    return make_table(["edit", "right, %", "points beside the fine-tuned model", "loss, nats"], rows)
 
 
 def tabulate_compression(cells: Sequence[CellResult]) -> str:
@@ -177,26 +240,21 @@ def tabulate_choice(cells: Sequence[CellResult]) -> str:
     return make_table(head, rows)
 
 
-def tabulate_rule(cells: Sequence[CellResult]) -> tuple[str, str, bool]:
+def tabulate_rule(cells: Sequence[CellResult], edits: Sequence[str]) -> tuple[str, str, bool]:
     """What the rule of the choosing half does on the other half; the rule in words; whether it may be called safe."""
-    rule = choose_rule(cells, FIXED_NAMES)
-    limit = "always" if math.isinf(rule.limit) else f"where the median departure is at most {rule.limit:g}"
-    words = f"`{rule.edit}`, {limit}" if rule.limit else "leave every model alone"
+    shared = [edit for edit in edits if all(edit in cell.lines for cell in cells)]
+    rule = choose_rule(cells, shared)
     rows, safe = [], True
     for half, wanted in (("choosing", True), ("judging", False)):
         mine = [cell for cell in cells if cell.setting.chooses is wanted]
-        if not mine:
-            rows.append([half, "0", *[""] * 5])
-            safe = False
-            continue
         effects = [rule.effect(cell) for cell in mine]
-        found = Counter(judge(c, FIXED_NAMES)[rule.edit].word for c in mine if rule.effect(c))
+        found = Counter(judge(cell, shared)[rule.edit].word for cell in mine if rule.effect(cell))
         better = sum(effect < 0 for effect in effects)
-        rows.append([half, str(len(mine)), percent(statistics.fmean(effects), 2), percent(max(effects), 2), str(better),
-                     str(found["better"]), str(found["worse"])])  # fmt: skip
+        rows.append([half, str(len(mine)), str(sum(map(bool, effects))), percent(statistics.fmean(effects), 2),
+                     percent(max(effects), 2), str(better), str(found["better"]), str(found["worse"])])  # fmt: skip
         safe = safe and not found["worse"] and 2 * better > len(mine)
-    head = ["half", "cells", "mean share lost", "worst", "loss fell in", "better beyond noise", "worse beyond noise"]
-    return make_table(head, rows), words, safe
+    head = ["half", "cells", "edited", "mean share lost", "worst", "loss fell in", "better beyond noise"]
+    return make_table([*head, "worse beyond noise"], rows), rule.words, safe
 
 
 def tabulate_predictors(cells: Sequence[CellResult]) -> str:
@@ -226,21 +284,31 @@ def tabulate_controls(cells: Sequence[CellResult]) -> str:
 
 
 def list_missing() -> str:
-    """Cells that were planned and are not finished, by base, part, task and fine-tuning."""
-    groups: dict[str, list[str]] = {}
+    """Cells that were planned and are not finished, by base, part, fine-tuning and task, with their seeds."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for cell in list_cells():
         if not cell.path.exists():
             part = "the twelve edits" if cell.part == "fixed" else "the rest of the grid"
-            groups.setdefault(f"{cell.base}, {part}", []).append(f"{cell.task} {cell.tuning} (seed {cell.seed})")
-    return "\n".join(f"- {group}: {', '.join(names)}." for group, names in groups.items()) or "- none."
+            names = groups.setdefault(f"`{cell.base}`, {part}", {})
+            names.setdefault(f"{cell.tuning} on {cell.task}", []).append(str(cell.seed))
+    told = [
+        f"- {group}: {', '.join(f'{name} (seed {chr(44).join(seeds)})' for name, seeds in names.items())}."
+        for group, names in groups.items()
+    ]
+    return "\n".join(told) or "- none."
 
 
-def make_page(cells: Sequence[CellResult]) -> str:
-    """The page."""
+def make_page(everything: Sequence[CellResult]) -> str:
+    """The page. A cell whose fine-tuning gained too little for shares of it is named there, and left out of them."""
+    cells = [cell for cell in everything if cell.gain >= LEAST_GAIN]
+    small = [f"{cell.setting} (seed {cell.seed}: {cell.gain:+.3f})" for cell in everything if cell.gain < LEAST_GAIN]
+    grid = with_grid(cells)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
         (Path(__file__).parent / "page.md.j2").read_text(encoding="utf-8")
     )
-    rule_table, rule, safe = tabulate_rule(cells)
+    rule_table, rule, safe = tabulate_rule(cells, FIXED_NAMES)
+    halves = {cell.setting.chooses for cell in grid}
+    grid_rule_table, grid_rule = tabulate_rule(grid, list_edits(grid))[:2] if len(halves) == 2 else ("", "")
     pooled = pool_edits(cells, FIXED_NAMES)
     choices = [found for found in map(compare_choice, cells) if found]
     planned = list_cells()
@@ -251,9 +319,17 @@ def make_page(cells: Sequence[CellResult]) -> str:
         settings=len(by_setting(cells)),
         lines=sum(len(cell.lines) for cell in cells),
         fixed=tabulate_fixed(cells),
+        by_base=tabulate_groups(cells, "base", GROUPED),
+        by_tuning=tabulate_groups(cells, "tuning", GROUPED),
         by_setting=tabulate_settings(cells, [edit.name for edit in shown]),
         wide=tabulate_wide(cells),
-        wide_count=sum(pome("up", 0.25).name in cell.lines for cell in cells),
+        wide_count=len(grid),
+        small=small,
+        least_gain=LEAST_GAIN,
+        routes=tabulate_routes(cells),
+        reward=tabulate_reward(everything),
+        grid_rule_table=grid_rule_table,
+        grid_rule=grid_rule,
         compression=tabulate_compression(cells),
         choice=tabulate_choice(cells),
         rule_table=rule_table,
@@ -278,9 +354,10 @@ def make_page(cells: Sequence[CellResult]) -> str:
 
 def write_page() -> None:
     """Page and plots, from the results in the repository."""
-    cells = read_results(RESULTS)
+    everything = read_results(RESULTS)
+    cells = [cell for cell in everything if cell.gain >= LEAST_GAIN]
     plots.draw_effects(cells, FIXED_NAMES, DOCS / "pictures" / "study-edits.png")
     plots.draw_departure(cells, DOCS / "pictures" / "study-departure.png")
-    if any(pome("up", 0.25).name in cell.lines for cell in cells):
+    if with_grid(cells):
         plots.draw_curves(cells, DOCS / "pictures" / "study-curves.png")
-    (DOCS / "study.md").write_text(make_page(cells), encoding="utf-8")
+    (DOCS / "study.md").write_text(make_page(everything), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from study.experts import join_experts
 from study.tuning import Row, State
 from train_poet import pad
 
@@ -106,7 +107,7 @@ def compress(state: State, names: Iterable[str], how: str) -> State:
 @torch.no_grad()
 def set_weights(model: nn.Module, *states: State) -> None:
     """Parameters by name; the last state that has a name gives it."""
-    merged = {name: tensor for state in states for name, tensor in state.items()}
+    merged = join_experts({name: tensor for state in states for name, tensor in state.items()})
     for name, parameter in model.named_parameters():
         parameter.copy_(merged[name])
 

@@ -1,7 +1,8 @@
 """Bases and their fine-tunes: one loop (completion loss, cosine, AdamW of the paper's recipe scaled down), cached.
 
-Two small Llamas (3.9M and 12.3M parameters) are pretrained here on a dictionary; SmolLM2-135M comes as it is published,
-in 4 bits. All bases are rounded to bfloat16 once, published checkpoints are. Products run in bfloat16 autocast.
+Two small Llamas (3.9M and 12.3M parameters) and a small mixture of experts are pretrained here on a dictionary;
+SmolLM2-135M comes as it is published, in 4 bits. All bases are rounded to bfloat16 once, published checkpoints are.
+Products run in bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from pome.poet import Merger, PoetConfig, parameter_groups, unwrap, wrap
 from real_weights import smollm2
-from study.data import Example, folder, load_tokenizer, read_text, split_task, tokenize
+from study.data import VOCABULARY, Example, folder, load_tokenizer, read_text, split_task, tokenize
+from study.experts import make_mixture
+from study.reward import train_by_reward
 from train_poet import make_optimizers, make_plan, run_step, scale_rates
 
 State = dict[str, Tensor]
@@ -34,22 +37,29 @@ LLAMA_SIZES = {"sums": (1200, 200), "records": (600, 150), "sentiment": (1000, 2
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "llama-4m": LLAMA_SIZES,
     "llama-12m": LLAMA_SIZES,
+    "moe-8m": LLAMA_SIZES,
     "smollm2-135m": {"sums": (400, 150), "sentiment": (320, 150), "definitions": (320, 150)},
     "quick": {"sums": (80, 32)},
 }
 
 
 @dataclass(frozen=True)
-class Llama:
-    """A Llama of the study's own, and how long it is pretrained."""
+class Own:
+    """A base of the study's own, a Llama or a mixture of experts, and how many steps it is pretrained."""
 
     width: int
     layers: int
     steps: int
     text: str = "dictionary"
+    mixture: bool = False
 
 
-LLAMAS = {"llama-4m": Llama(256, 4, 300), "llama-12m": Llama(384, 6, 1500), "quick": Llama(64, 2, 40, "docs")}
+OWN = {
+    "llama-4m": Own(256, 4, 300),
+    "llama-12m": Own(384, 6, 1500),
+    "moe-8m": Own(256, 4, 600, mixture=True),
+    "quick": Own(64, 2, 40, "docs"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,12 @@ TUNINGS = {
     "poet": Tuning("poet-bs", rate=4e-3),
     "neftune": Tuning(neftune=5.0),
     "ema": Tuning(ema=0.98),
+    "soap": Tuning("soap"),
+    "reward": Tuning("reward", rate=1e-4),
 }
+STARTS = {"reward": "adamw"}  # what goes on from another fine-tune: that one is the base of its pair
 # SmolLM2 has its own rates: a large pretrained model takes smaller steps.
-RATE_FACTOR = {"llama-4m": 1.0, "llama-12m": 0.5, "smollm2-135m": 0.1, "quick": 1.0}
+RATE_FACTOR = {"llama-4m": 1.0, "llama-12m": 1.0, "moe-8m": 1.0, "smollm2-135m": 0.1, "quick": 1.0}
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ def make_llama(seed: int, width: int, layers: int) -> Any:
     """A Llama with random weights; its vocabulary is that of the study's tokenizer, its head tied."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=2048,
+        vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
@@ -129,15 +142,24 @@ def make_llama(seed: int, width: int, layers: int) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(llama: Llama) -> Path:
-    """A small Llama's pretrained weights, on random windows of a text. Cached."""
-    steps = llama.steps
-    facts = (llama.width, llama.layers, steps, PRETRAIN_RATE, WINDOWS, LENGTH)
-    path = folder() / f"base-{make_hash(*facts)}.safetensors"
+def make_own(own: Own) -> Any:
+    """A base of the study's own with random weights."""
+    if own.mixture:
+        return make_mixture(0, own.width, own.layers, VOCABULARY)
+    return make_llama(0, own.width, own.layers)
+
+
+def pretrain(own: Own) -> Path:
+    """Pretrained weights of a base of the study's own, on random windows of a text. Cached."""
+    steps = own.steps
+    kind = ("mixture",) if own.mixture else ()
+    path = (
+        folder() / f"base-{make_hash(own.width, own.layers, steps, PRETRAIN_RATE, WINDOWS, LENGTH, *kind)}.safetensors"
+    )
     if path.exists():
         return path
-    tokens = tokenize(load_tokenizer(llama.text), read_text(llama.text)[0][: steps * WINDOWS * LENGTH * 3])
-    model = make_llama(0, llama.width, llama.layers).train()
+    tokens = tokenize(load_tokenizer(own.text), read_text(own.text)[0][: steps * WINDOWS * LENGTH * 3])
+    model = make_own(own).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -158,19 +180,19 @@ def pretrain(llama: Llama) -> Path:
 
 
 def load_base(name: str) -> Base:
-    """One of LLAMAS (`quick` is tiny and hardly trained) or `smollm2-135m`, in float32 rounded to bfloat16."""
+    """One of OWN (`quick` is tiny and hardly trained) or `smollm2-135m`, in float32 rounded to bfloat16."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if name == "smollm2-135m":
         model = transformers.AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
         slow = transformers.AutoTokenizer.from_pretrained(smollm2())
         return Base(model.eval(), lambda text: slow(text, add_special_tokens=False)["input_ids"], slow.eos_token_id)
-    llama = LLAMAS[name]
-    model = make_llama(0, llama.width, llama.layers)
-    weights = load_file(pretrain(llama))
+    own = OWN[name]
+    model = make_own(own)
+    weights = load_file(pretrain(own))
     put(model, {name: tensor.bfloat16().float() for name, tensor in weights.items()})
-    tokenizer = load_tokenizer(llama.text)
-    return Base(model.eval(), lambda given: tokenizer.encode(given).ids, 0, llama.text)
+    tokenizer = load_tokenizer(own.text)
+    return Base(model.eval(), lambda given: tokenizer.encode(given).ids, 0, own.text)
 
 
 def take(model: nn.Module) -> State:
@@ -191,16 +213,29 @@ def load_data(base_name: str, base: Base, task: str) -> tuple[list[Row], list[Ro
     return base.rows(train), base.rows(test)
 
 
+def list_facts(base_name: str, task: str, tuning_name: str, seed: int) -> tuple[object, ...]:
+    """All that a fine-tune is made from."""
+    steps = OWN[base_name].steps if base_name in OWN else None
+    tuning = asdict(TUNINGS[tuning_name])
+    return base_name, task, SIZES[base_name][task], tuning, RATE_FACTOR[base_name], seed, steps
+
+
+def find_start(base_name: str, base: Base, task: str, tuning_name: str, seed: int) -> State:
+    """Weights that a way of fine-tuning starts from: the base's, or another fine-tune's."""
+    if tuning_name in STARTS:
+        return fine_tune(base_name, base, task, STARTS[tuning_name], seed)
+    return take(base.model)
+
+
 def fine_tune(base_name: str, base: Base, task: str, tuning_name: str, seed: int) -> State:
     """Weights after fine-tuning, as they would be stored. Cached; `base.model` is left with the base's weights."""
     tuning = TUNINGS[tuning_name]
-    steps = LLAMAS[base_name].steps if base_name in LLAMAS else None
-    facts = (base_name, task, SIZES[base_name][task], asdict(tuning), RATE_FACTOR[base_name], seed, steps)
-    path = folder() / f"tuned-{make_hash(*facts)}.safetensors"
+    path = folder() / f"tuned-{make_hash(*list_facts(base_name, task, tuning_name, seed))}.safetensors"
     if not path.exists():
         before = take(base.model)
         rows = load_data(base_name, base, task)[0]
         try:
+            put(base.model, find_start(base_name, base, task, tuning_name, seed))
             tuned = train(base.model, rows[: round(tuning.share * len(rows))], tuning, base_name, seed)
         finally:
             put(base.model, before)
@@ -212,6 +247,10 @@ def train(model: Any, rows: list[Row], tuning: Tuning, base_name: str, seed: int
     """The loop; the model's weights are changed, and its form is what it was."""
     torch.manual_seed(seed)
     rate, poet = tuning.rate * RATE_FACTOR[base_name], tuning.method.startswith("poet")
+    if tuning.method == "reward":
+        train_by_reward(model, rows, rate, seed)
+        model.eval().zero_grad(set_to_none=True)
+        return take(model)
     if tuning.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
     plain, merger = model, None
@@ -228,6 +267,11 @@ def train(model: Any, rows: list[Row], tuning: Tuning, base_name: str, seed: int
         ]
     elif poet:
         optimizers = [torch.optim.AdamW(parameter_groups(model, lr=rate / 4, poet_lr=rate, weight_decay=0.0))]
+    elif tuning.method == "soap":
+        from pytorch_optimizer import SOAP
+
+        sides = {"precondition_frequency": 10, "max_precondition_dim": VOCABULARY - 1}  # not that of the vocabulary
+        optimizers = [SOAP(model.parameters(), lr=rate, betas=(0.95, 0.95), weight_decay=0.0, **sides)]
     else:
         optimizers = make_optimizers(model, tuning.method, lr=rate, matrix_lr=rate)
     plan = make_plan(len(rows), tuning.batch, tuning.passes, seed)

@@ -7,9 +7,9 @@ type checkers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,27 @@ SCALES = _by_name(
         Choice("rms", "sqrt(fan_out/fan_in)"),
         Choice("mean", "mean of the kept singular values"),
         Choice("spectral", "the largest of them"),
+    ]
+)
+
+PresetName = Literal["paper"]
+
+
+@dataclass(frozen=True)
+class PresetChoice(Choice):
+    """A preset, and the options that it stands for."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS = _by_name(
+    [
+        PresetChoice(
+            "paper",
+            "`up` alone, half of the directions, beta 1.5: above the fine-tuned model in both models where the "
+            "paper tried it (its Table 13)",
+            {"layers": ("up",), "rank_ratio": 0.5, "scale": "frobenius", "beta": 1.5, "power": 0.0},
+        ),
     ]
 )
 

@@ -14,7 +14,8 @@ __all__ = [
     "PomeError", "ScoreError", "SelectionError", "SpecError", "VerificationError",
 ]  # fmt: skip
 
-FLAG = re.compile(r"(?<![^\s(])--([a-z]+(?:-[a-z]+)*)(?![\w/-]|\.\w)")  # an option of the command line, and no path
+# A command, which is typed as it stands; or an option of the command line, and no path.
+FLAG = re.compile(r"`[^`]*`|(?<![^\s(])--([a-z]+(?:-[a-z]+)*)(?![\w/-]|\.\w)")
 
 
 class PomeError(Exception):
@@ -22,7 +23,8 @@ class PomeError(Exception):
 
     A message names options in one of two ways. `options` lists those that it calls by their names in Python and YAML
     (`rank_ratio`); the command line shows them as it knows them (`--rank-ratio`). Advice is written with the option of
-    the command line (`--exclude`); `str(error)` shows the argument (`exclude`), `args[0]` the option.
+    the command line (`--exclude`); `str(error)` shows the argument (`exclude`), `args[0]` the option. A command in
+    backquotes stays as it is typed.
     """
 
     exit_status = 1
@@ -32,7 +34,7 @@ class PomeError(Exception):
         self.options = tuple(options)
 
     def __str__(self) -> str:
-        return FLAG.sub(lambda found: found[1].replace("-", "_"), super().__str__())
+        return FLAG.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], super().__str__())
 
 
 class SpecError(PomeError):

@@ -45,6 +45,15 @@ class SideRecord:
         """Whether it was given as a Hub repository."""
         return self.revision is not None
 
+    @property
+    def repository(self) -> str | None:
+        """Its Hub id without a revision; None for what lies on this machine."""
+        return self.source.partition("@")[0] if self.on_hub else None
+
+    def name(self, otherwise: str) -> str:
+        """An argument of a command: the Hub id with the commit, or a word for what lies on this machine."""
+        return f"{self.repository}@{self.revision}" if self.on_hub else otherwise
+
 
 # Fields that the manifests of earlier releases lack.
 _LATER: dict[str, Any] = {"power_residual": None, "method": "equalize", "spectral_drift": None, "distance": None}

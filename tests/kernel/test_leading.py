@@ -116,6 +116,20 @@ def test_strong_directions_are_deflated_only_where_they_hide_the_cut(monkeypatch
     assert_proved(edit, delta, 8, power)
 
 
+@pytest.mark.parametrize("steepness, deflated", [(3.0, 0), (10.0, 0), (300.0, 8)])
+def test_before_all_eigenvectors_only_directions_that_may_hide_the_cut_are_deflated(monkeypatch, steepness, deflated):
+    counts = []
+    original = leading.truncate
+    note = lambda D, split, *given: counts.append(split.theta.numel()) or original(D, split, *given)  # noqa: E731
+    monkeypatch.setattr(leading, "truncate", note)
+    monkeypatch.setattr(leading, "SHARE", 0.0)
+    sigma = torch.cat((torch.linspace(1.0, 0.6, 8) * steepness, torch.linspace(1.0, 0.3, 392))).double()
+    delta = plant(sigma, 600, 400)
+    edit = find_leading(delta, rank=60)
+    assert counts == [deflated] and edit.solver == "leading"
+    assert_proved(edit, delta, 60, 1.0)
+
+
 def test_fewer_directions_than_the_rank_leave_nothing_behind():
     delta = make_delta("low-rank", 300, 200, 1)
     edit = find_leading(delta, rank=5)

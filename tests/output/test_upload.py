@@ -23,30 +23,12 @@ from pome.errors import HubError, SpecError
 from pome.manifest import SideRecord, TensorRecord
 from pome.output.card import make_card
 from pome.output.upload import push_output
+from support.cards import FT_CARD, read_card
 from support.checkpoints import assert_only_edited, hash_tree, llama_pair
 from support.hub_server import TOKEN, Fault, HubServer
 
 # The Hub's library passes file objects to its HTTP library in a way that the latter wants otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-FT_CARD = """---
-language: en
-license: llama2
-license_link: LICENSE
-tags: [math, pome]
-datasets: [org/data, /home/me/data]
-pipeline_tag: text-generation
-base_model: /home/me/llama
-extra_gated_prompt: Be kind
-model-index:
-- name: ft
-  results: []
----
-# Tuned
-
-This model is a fine-tuned version of [/home/me/llama](https://huggingface.co//home/me/llama) on ~/data/gsm8k/train,
-see https://example.org/a/b and `and/or` 1/2, </div>.
-"""
 
 
 @pytest.fixture
@@ -56,10 +38,6 @@ def pair(hub: HubServer, tmp_path: Path) -> tuple[Path, Path]:
     hub.add("org/base", base)
     hub.add("org/ft", ft)
     return base, ft
-
-
-def read_card(out: Path) -> Any:
-    return ModelCard((out / "README.md").read_text())
 
 
 def test_without_card_the_readme_is_fts(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -251,7 +229,7 @@ def test_a_push_makes_the_repository_and_what_is_there_is_the_output(
         ".gitattributes": hashlib.sha256(there[".gitattributes"]).hexdigest(),
     }
     assert b"base_model:\n- org/ft\n" in there["README.md"]
-    assert repo.messages == ["Upload the output of pome edit"]
+    assert repo.messages == ["Upload an output of pome"]
     # As someone else gets it: from the Hub, held to BASE and FT there.
     assert pome.verify("me/new", "org/base", "org/ft", full=True).ok
 

@@ -14,12 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from study import evidence, scoring
+from study import evidence, reward, scoring
 from study.cells import RESULTS, Cell, list_cells
 from study.edits import FIXED, Edit, Pair, list_wide, pome
 from study.evidence import CellResult, Setting, correct_holm, correlate_ranks, judge, pool, read_results
+from study.experts import COUNT, find_routes, join_experts, make_mixture, share_moved, split_experts
 from study.page import make_page
+from study.tuning import make_llama, take
 from support.checkpoints import ROOT
+from train_poet import run_step
 
 RUN = ROOT / "scripts/study/run"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -158,6 +161,68 @@ def test_calibration_and_compression() -> None:
     pruned = scoring.prune_half(weight)
     assert (pruned != 0).float().mean() == pytest.approx(0.5, abs=0.01)
     assert pruned[pruned != 0].abs().min() >= weight[pruned == 0].abs().max()
+
+
+ROWS = [([5, 6, 7, 8], [-100, -100, 7, 8]), ([9, 8, 7], [-100, 8, 7])]
+
+
+def test_experts_as_single_matrices_are_those_of_the_model() -> None:
+    model = make_mixture(0, 32, 2, 64).eval()
+    stacked = take(model)
+    single = split_experts(stacked)
+    assert set(Pair(single, {name: 1.1 * tensor for name, tensor in single.items()}).roles.values()) == {
+        "gate", "up", "down", "q", "k", "v", "o", "embed"
+    }  # fmt: skip
+    joined = join_experts(single)
+    assert joined.keys() == stacked.keys() and all(torch.equal(joined[name], stacked[name]) for name in stacked)
+    assert join_experts(stacked).keys() == stacked.keys()
+    # An expert's output is linear in its up matrix, and not in its gate.
+    x = torch.randn(1, 3, 32)
+    once = model.model.layers[0].mlp(x)
+    for role, linear in (("up", True), ("gate", False)):
+        twice = {name: 2.0 * t if name.endswith(f"{role}_proj.weight") else t for name, t in single.items()}
+        scoring.set_weights(model, twice)
+        assert torch.allclose(model.model.layers[0].mlp(x), 2.0 * once, rtol=1e-3, atol=0) is linear
+
+
+def test_routes_are_those_of_the_router() -> None:
+    model = make_mixture(0, 32, 2, 64).eval()
+    routes = find_routes(model, ROWS)
+    assert routes is not None and routes.shape == (2 * 7, COUNT) and (routes.sum(1) == 2).all()
+    scoring.set_weights(
+        model, take(model), {"model.layers.0.mlp.gate.weight": -take(model)["model.layers.0.mlp.gate.weight"]}
+    )
+    turned = find_routes(model, ROWS)
+    assert turned is not None and not (routes & turned)[:7].any()  # the first layer's choices are the opposite ones
+    assert share_moved(routes, routes) == 0.0 and share_moved(turned, routes) >= 0.5
+    assert find_routes(make_llama(0, 32, 1), ROWS) is None
+
+
+def test_reward_makes_the_rewarded_answer_likelier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward, "STEPS", 30)
+    monkeypatch.setattr(reward, "PROMPTS", 2)
+    model = make_llama(0, 32, 1)
+    rows = [([5, 6, 7], [-100, -100, 7]), ([9, 8, 7], [-100, -100, 7])]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    while scoring.score_rows(model, rows).loss.max() > 2.0:  # else no sample is ever right
+        optimizer.zero_grad()
+        run_step(model, rows, 2, 0, "cpu", True)
+        optimizer.step()
+    before = scoring.score_rows(model, rows).loss
+    reward.train_by_reward(model, rows, 2e-3, 0)
+    assert (scoring.score_rows(model.eval(), rows).loss < before - 0.5).all()
+
+
+def test_samples_follow_the_model() -> None:
+    assert reward.split_row(ROWS[0]) == ([5, 6], [7, 8])
+    model = make_llama(0, 32, 1).eval()
+    drawn = [answer[0] for answer in reward.sample(model, [[5, 6, 7]] * 4000, [1] * 4000)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.softmax(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].float(), 0)
+    likely = wanted.topk(20).indices
+    seen = torch.bincount(torch.tensor(drawn), minlength=2048)[likely].sum() / 4000
+    assert float(seen) == pytest.approx(float(wanted[likely].sum()), abs=0.05)
+    assert [len(answer) for answer in reward.sample(model, [[5], [6, 7]], [2, 3])] == [2, 3]
 
 
 def test_results_hold_the_mean_of_their_losses() -> None:

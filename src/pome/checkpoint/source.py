@@ -168,6 +168,19 @@ def _open(source: str | os.PathLike[str], whole: bool) -> Checkpoint:
     )
 
 
+def read_beside(checkpoint: Checkpoint, name: str) -> bytes | None:
+    """A small file beside the weights of a folder or a repository; None where it has none. Raises CheckpointError."""
+    listing: Listing
+    if checkpoint.folder is not None:
+        listing = LocalListing(checkpoint.folder)
+    elif checkpoint.on_hub:
+        text = f"{checkpoint.source.partition('@')[0]}@{checkpoint.revision}"
+        listing = next(list_files for matches, list_files in SOURCES if matches(text))(text, False)
+    else:
+        return None
+    return listing.read(name) if listing.holds(name) else None
+
+
 def _list_remote(text: str, whole: bool, list_files: Callable[[str, bool], Listing]) -> Listing:
     try:
         return list_files(text, whole)

@@ -44,6 +44,14 @@ def report_edit(manifest: Manifest, out: Path, console: Console) -> None:
         print_lines(console, [HYPOTHESIS])
 
 
+def check_upload(publication: Publication) -> None:
+    """Refuse an upload that was asked for and cannot be made, before the work. Raises HubError."""
+    if publication.push_to_hub is not None:
+        from pome.output.upload import check_login
+
+        check_login(publication.push_to_hub)
+
+
 def push(out: Path, publication: Publication, console: Console) -> None:
     """Upload OUT, if that was asked for."""
     if publication.push_to_hub is not None:

@@ -80,6 +80,11 @@ class ExtractSpec(EditSpec):
                 raise SpecError(f"{name}: an adapter has no such option; leave it out", options=[name])
 
 
+def find_spec_class(options: Mapping[str, Any]) -> type[EditSpec]:
+    """The class of the spec that a manifest holds: of an extraction, or of an edit."""
+    return ExtractSpec if "save_modules" in options else EditSpec
+
+
 def read_spec(options: Mapping[str, Any]) -> EditSpec:
-    """The spec that a manifest holds: of an extraction, or of an edit. Raises SpecError."""
-    return (ExtractSpec if "save_modules" in options else EditSpec).from_mapping(options)
+    """The spec that a manifest holds. Raises SpecError."""
+    return find_spec_class(options).from_mapping(options)

@@ -23,14 +23,18 @@ def _read_repository(key: str, value: object) -> str:
 @documented
 @dataclass(frozen=True)
 class Publication:
-    """Options for publishing OUT: a model card in place of FT's, and an upload, which writes a card as well.
+    """Options for publishing OUT: a model card, and an upload, which writes a card as well.
 
     Raises SpecError. None of it changes a weight.
     """
 
     card: Annotated[
-        bool, Option("Write a model card in place of FT's README.md.", group=OUTPUT, instead=SELDOM_IN_SWEEP)
-    ] = False
+        bool,
+        Option(
+            "Write a model card in place of FT's README.md.",
+            group=OUTPUT, instead={**SELDOM_IN_SWEEP, "extract": {"help": "Write a model card, README.md."}},
+        ),
+    ] = False  # fmt: skip
     push_to_hub: Annotated[
         str | None,
         Option(

@@ -46,6 +46,7 @@ from pome.config.options import (
     find_options,
     nearest,
 )
+from pome.config.preset import fill_in_preset
 from pome.config.reading import read_address, read_device, read_layers, read_patterns
 from pome.errors import SpecError, printable
 
@@ -294,7 +295,7 @@ class EditSpec:
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """A spec from options by name; a number alone means its rule, as `energy` means the rule `energy`."""
-        chosen = dict(options)
+        chosen = fill_in_preset(options)
         known = find_options(cls)
         for key in chosen:
             if key not in known:
@@ -343,5 +344,7 @@ EDIT_OPTIONS = find_options(EditSpec)
 
 def check_alone(key: str, value: Any) -> None:
     """Raise SpecError for a value of an option of edit that is wrong whatever stands beside it."""
-    if key in EDIT_OPTIONS:
+    if key == "preset":
+        fill_in_preset({key: value})
+    elif key in EDIT_OPTIONS:
         EditSpec(**{key: value, **({"rank": 1} if key == "rank_rule" and value == "fixed" else {})})

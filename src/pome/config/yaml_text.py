@@ -15,6 +15,7 @@ import yaml
 
 from pome.config.conflicts import RANK_OPTIONS, check_rank_options, find_idle, merge_options
 from pome.config.options import find_options, nearest
+from pome.config.preset import Preset
 from pome.config.spec import EDIT_OPTIONS, EditSpec, check_alone, list_overridable
 from pome.errors import SpecError, printable
 
@@ -118,7 +119,7 @@ def _explain_text(value: Any, node: yaml.Node) -> str:
 def read_config(path: Path, check: Check = check_alone, allowed: Iterable[str] = EDIT_OPTIONS) -> dict[str, Any]:
     """The options of edit, or others `allowed`, in a YAML file. Raises SpecError, naming the line of an unknown or
     repeated key, and of a value that is wrong by itself, as `check` says."""
-    return read_options(read_yaml(path), path, EDIT_OPTIONS, check)
+    return read_options(read_yaml(path), path, allowed, check)
 
 
 Spec = TypeVar("Spec", bound=EditSpec)
@@ -133,7 +134,8 @@ def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec]) -
     check_rank_options(given, find_options(kind), defaults_count=True)
     if config is None:
         return spec
-    options = merge_options(read_config(config, allowed=find_options(kind)), given)
+    allowed = (*find_options(kind), *(find_options(Preset) if kind is EditSpec else ()))
+    options = merge_options(read_config(config, allowed=allowed), given)
     try:
         return kind.from_given(options)
     except SpecError as error:  # those of the command line were good by themselves

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pome
 from pome.checkpoint.leftovers import ADAPTER_CONFIG
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.config.spec import EditSpec
-from pome.editing.base_check import check_base
-from pome.editing.hashes import Hashes
+from pome.editing.run import Run
 from pome.editing.run_rates import RunClock
-from pome.editing.session import Opened, Source, describe_command, open_pair
+from pome.editing.session import Source, describe_command, open_pair
 from pome.editing.ties import check_copies
-from pome.errors import NumericalError
-from pome.manifest import (
-    FORMAT_VERSION,
-    INPUTS,
-    FileRecord,
-    KeptRecord,
-    Manifest,
-    SideRecord,
-    TensorRecord,
-    read_manifest,
-)
-from pome.output.card import CARD_NAME, make_card
+from pome.manifest import Manifest, read_manifest
+from pome.output.card import make_card, read_ft_card
 from pome.output.commits import Commits
 from pome.output.copying import copy_files, count_space
 from pome.output.progress import Progress, advance_bytes
@@ -103,29 +90,22 @@ def edit_pair(
     begun = time.perf_counter()
     with open_pair(base, ft, spec, whole=True) as opened:
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite)
-        run = _Run(opened, spec, progress or Progress(), begun, card, find_cache, sweep)
+        run = _Edit(opened, spec, progress or Progress(), begun, card, find_cache, sweep)
         return run.make(target, overwrite, fresh)
 
 
 @dataclasses.dataclass
-class _Run:
-    """The state of one run between its stages."""
+class _Edit(Run):
+    """The state of one edit between its stages."""
 
-    opened: Opened
-    spec: EditSpec
-    progress: Progress
-    begun: float
-    card: bool
     find_cache: FindCache | None
     sweep: Mapping[str, Any] | None
-    kernel_seconds: float = 0.0
     remote: RemoteEdit | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.devices: list[str] = []
         self.clock = RunClock(self.spec, self.begun)
-        self.hashes = Hashes(self.opened)
-        self.fingerprint = self.opened.fingerprint()
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
         with self.clock.time("start"):
@@ -137,7 +117,7 @@ class _Run:
         command = {**describe_command(self.opened, self.spec), "card": self.card}
         if not overwrite and finish_published(target, command):
             return read_manifest(target / MANIFEST_NAME)
-        self._check_base()
+        self.check_base()
         whole = False  # whether this run does all of the work, so that rates follow from its times
         with Staging(target, command, fresh) as staging, contextlib.ExitStack() as stack:
             try:
@@ -151,7 +131,7 @@ class _Run:
                 staging.discard_if_empty()
                 raise
             self.progress.begin(self.opened.plan, self.opened.ft, self.devices, len(staging.finished))
-            try:
+            with self.resumable(staging, len(self.opened.plan.units)):
                 with self.hashes.of_inputs():
                     if self.spec.out_format == "adapter":
                         self._edit_adapter(staging, self.devices[0])
@@ -162,33 +142,14 @@ class _Run:
                         spread = self.remote is not None and self.remote.is_spread
                         with self.hashes.of_output(staging, spread) as watermark, self.clock.time("edit"):
                             self._edit(staging, watermark)
-                    base, fine_tuned = self.hashes.describe_inputs()
-                self.opened.check_unchanged()
-                manifest = self._describe(staging, base, fine_tuned)
-                if self.card:
-                    # Before the hashes, which are of what is there.
-                    staging.put_file(CARD_NAME, make_card(manifest, self._read_ft_card()).encode())
-                manifest = self._seal(manifest, self.hashes.describe_output(staging, self.progress))
-                staging.publish(manifest.to_json().encode(), overwrite)
+                    manifest = self.describe(self.opened.plan, staging)
+                manifest = dataclasses.replace(manifest, sweep=dict(self.sweep) if self.sweep is not None else None)
+                card = make_card(manifest, read_ft_card(self.opened.ft)) if self.card else None
+                started = {} if self.remote is None else {"engine_start_seconds": round(self.remote.start_seconds, 3)}
+                manifest = self.publish(staging, manifest, card, overwrite, **started)
                 if whole and staging.cores is not None and self.find_cache is None:
                     self.clock.leave(self.opened.count_files(), self.devices, staging.cores)
-            except NumericalError:
-                # The same command would fail again, and what the message advises is another command.
-                staging.discard()
-                raise
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"interrupted; {len(staging.finished)} of {len(self.opened.plan.units)} units are safe in "
-                    f"{staging.folder}; run the same command again to go on, or remove that folder"
-                ) from None
         return manifest
-
-    def _check_base(self) -> None:
-        """Refuse a BASE that FT was not trained from, or note a doubt about it."""
-        notes = check_base(self.opened.base, self.opened.ft, self.opened.plan, self.spec)
-        for note in notes:
-            self.progress.note(note)
-        self.opened = dataclasses.replace(self.opened, notices=(*self.opened.notices, *notes))
 
     def _edit_adapter(self, staging: Staging, device: str) -> None:
         """Write the edited adapter anew. It takes seconds, so an interrupted run begins again."""
@@ -269,43 +230,3 @@ class _Run:
             for note in remote.describe_losses() if remote is not None else ():
                 self.progress.note(note)
         self.progress.finish("edit")
-
-    def _describe(self, staging: Staging, base: SideRecord, fine_tuned: SideRecord) -> Manifest:
-        """The manifest but for the hashes of the output, matrices in the order of the plan."""
-        plan = self.opened.plan
-        entries = [staging.finished[unit.key] for unit in plan.units]
-        tensors = [item for entry in entries for item in entry["tensors"]]
-        kept = list(plan.kept)
-        kept += [KeptRecord(**item) for entry in entries for item in entry["kept"]]
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            pome_version=pome.__version__,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            base=base,
-            fine_tuned=fine_tuned,
-            spec=self.spec.to_mapping(),
-            tensors=tuple(map(TensorRecord.from_mapping, tensors)),
-            kept=tuple(kept),
-            merged=plan.merged,
-            not_copied=self.opened.not_copied,
-            files={},
-            sweep=dict(self.sweep) if self.sweep is not None else None,
-            notices=(*self.opened.notices, *staging.notices),
-        )
-
-    def _read_ft_card(self) -> str | None:
-        folder = self.opened.ft.folder
-        if folder is None or not (folder / CARD_NAME).is_file():
-            return None
-        return (folder / CARD_NAME).read_text("utf-8", "replace")
-
-    def _seal(self, manifest: Manifest, files: dict[str, FileRecord]) -> Manifest:
-        """The manifest with the hashes of what was written, how long all of it took, and its checksum."""
-        started = {} if self.remote is None else {"engine_start_seconds": round(self.remote.start_seconds, 3)}
-        timing: dict[str, float | str] = {
-            "total_seconds": round(time.perf_counter() - self.begun, 3),
-            "kernel_seconds": round(self.kernel_seconds, 3),
-            **started,
-            INPUTS: self.fingerprint,
-        }
-        return dataclasses.replace(manifest, files=files, timing=timing).sealed()

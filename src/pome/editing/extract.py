@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pome
 from pome.checkpoint.leftovers import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pome.checkpoint.sidefiles import MANIFEST_NAME
 from pome.checkpoint.source import Checkpoint
 from pome.config.extraction import ExtractSpec
-from pome.editing.base_check import check_base
-from pome.editing.hashes import Hashes
+from pome.editing.run import Run
 from pome.editing.session import Opened, Source, describe_command, open_pair
-from pome.errors import NumericalError, PairingError, printable
-from pome.manifest import FORMAT_VERSION, INPUTS, KeptRecord, LostRecord, Manifest, TensorRecord, read_manifest
+from pome.errors import PairingError, printable
+from pome.manifest import LostRecord, Manifest, TensorRecord, read_manifest
+from pome.output.card import CARD_NAME, read_ft_card
 from pome.output.commits import Commits
+from pome.output.extract_card import make_extract_card
 from pome.output.progress import Progress
 from pome.output.staging import SCRATCH, Staging
 from pome.output.target import check_target, finish_published
@@ -44,6 +43,7 @@ def extract(
     *,
     overwrite: bool = False,
     fresh: bool = False,
+    card: bool = False,
 ) -> Manifest:
     """The update of a full fine-tune as a PEFT LoRA, written to a folder; returns its manifest.
 
@@ -59,6 +59,7 @@ def extract(
         progress: is told what happens; a subclass of `Progress`.
         overwrite: replace `out` if it exists, in the moment in which the new one is whole.
         fresh: drop what an interrupted call left in `OUT.pome-staging`; otherwise the same call goes on from there.
+        card: write a model card, README.md.
 
     Raises:
         SpecError, CheckpointError, PairingError, SelectionError, NumericalError, OutputError, KeyboardInterrupt: as
@@ -68,7 +69,8 @@ def extract(
     with open_pair(base, ft, spec) as opened:
         extraction = plan_opened(opened, spec)
         target = check_target(Path(os.fspath(out)), opened.list_inputs(), overwrite)
-        return _Run(opened, extraction, spec, progress or Progress(), begun).make(target, overwrite, fresh)
+        run = _Extraction(opened, spec, progress or Progress(), begun, card, extraction)
+        return run.make(target, overwrite, fresh)
 
 
 def plan_opened(opened: Opened, spec: ExtractSpec) -> ExtractPlan:
@@ -78,37 +80,24 @@ def plan_opened(opened: Opened, spec: ExtractSpec) -> ExtractPlan:
     return plan_extraction(opened.plan, opened.base, spec)
 
 
-class _Run:
-    """The state of one run between its stages."""
+@dataclasses.dataclass
+class _Extraction(Run):
+    """The state of one extraction between its stages."""
 
-    def __init__(
-        self, opened: Opened, extraction: ExtractPlan, spec: ExtractSpec, progress: Progress, begun: float
-    ) -> None:
-        self.opened = opened
-        self.extraction = extraction
-        self.spec = spec
-        self.progress = progress
-        self.begun = begun
-        self.kernel_seconds = 0.0
-        self.hashes = Hashes(opened)
-        self.fingerprint = opened.fingerprint()
-        self.notices = opened.notices
+    spec: ExtractSpec
+    extraction: ExtractPlan
 
     def make(self, target: Path, overwrite: bool, fresh: bool) -> Manifest:
-        command = {**describe_command(self.opened, self.spec), "command": "extract"}
-        if not overwrite and finish_published(target, command):
-            return read_manifest(target / MANIFEST_NAME)
-        with self.hashes.of_inputs():  # from now on, so that one core hashes while another imports torch
-            return self._make(target, command, overwrite, fresh)
-
-    def _make(self, target: Path, command: dict[str, Any], overwrite: bool, fresh: bool) -> Manifest:
+        from pome.editing.extract_file import find_model_class
         from pome.editing.unit import list_devices
 
-        opened, devices = self.opened, list_devices(self.spec.device)
-        notes = check_base(opened.base, opened.ft, opened.plan, self.spec)
-        for note in notes:
-            self.progress.note(note)
-        self.notices = (*self.notices, *notes)
+        devices = list_devices(self.spec.device)
+        command = {**describe_command(self.opened, self.spec), "command": "extract", "card": self.card}
+        if not overwrite and finish_published(target, command):
+            return read_manifest(target / MANIFEST_NAME)
+        opened, plan = self.opened, self.extraction.plan
+        theirs = read_ft_card(opened.ft) if self.card else None  # which may have to be fetched
+        self.check_base()
         with Staging(target, command, fresh) as staging:
             try:
                 known = 2 * sum(cell.unit.out_nbytes for cell in self.extraction.cells) if self.spec.rank else 0
@@ -116,47 +105,24 @@ class _Run:
             except BaseException:
                 staging.discard_if_empty()
                 raise
-            plan = self.extraction.plan
             self.progress.begin(plan, opened.ft, devices, len(staging.finished))
-            try:
-                self._extract(staging, devices)
-                contents, lost = self._assemble(staging)
-                base, fine_tuned = self.hashes.describe_inputs()
-                opened.check_unchanged()
-                entries = [staging.finished[cell.unit.key] for cell in self.extraction.cells]
-                kept = [KeptRecord(**item) for entry in entries for item in entry["kept"]]
-                files = self.hashes.describe_output(staging, self.progress)
-                manifest = Manifest(
-                    format_version=FORMAT_VERSION,
-                    pome_version=pome.__version__,
-                    created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                    base=base,
-                    fine_tuned=fine_tuned,
-                    spec=self.spec.to_mapping(),
-                    tensors=tuple(TensorRecord.from_mapping(item) for entry in entries for item in entry["tensors"]),
-                    kept=(*self.extraction.kept, *kept),
-                    merged=(),
-                    not_copied={file.name: NOT_PART for file in opened.template.side_files} | opened.not_copied,
-                    files=files,
-                    timing={
-                        "total_seconds": round(time.perf_counter() - self.begun, 3),
-                        "kernel_seconds": round(self.kernel_seconds, 3),
-                        INPUTS: self.fingerprint,
-                    },
-                    notices=(*self.notices, *staging.notices),
+            with self.resumable(staging, len(plan.units)):
+                with self.hashes.of_inputs():
+                    self._extract(staging, devices)
+                    contents, lost, notices = self._assemble(staging)
+                    manifest = self.describe(plan, staging)
+                left = {file.name: NOT_PART for file in opened.template.side_files} | opened.not_copied
+                if self.card:
+                    left.pop(CARD_NAME, None)  # the card holds it
+                manifest = dataclasses.replace(
+                    manifest,
+                    not_copied=left,
+                    notices=(*manifest.notices, *notices),
                     saved=tuple(sorted(set(contents.saved.values()))),
                     lost=lost,
-                ).sealed()
-                staging.publish(manifest.to_json().encode(), overwrite)
-            except NumericalError:
-                staging.discard()  # the same command would fail again
-                raise
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"interrupted; {len(staging.finished)} of {len(plan.units)} units are safe in {staging.folder}; "
-                    "run the same command again to go on, or remove that folder"
-                ) from None
-        return manifest
+                )
+                card = make_extract_card(manifest, theirs, find_model_class(opened.base)) if self.card else None
+                return self.publish(staging, manifest, card, overwrite)
 
     def _extract(self, staging: Staging, devices: list[str]) -> None:
         """Every cell that no earlier run finished: its factors to the scratch file, journalled in groups."""
@@ -203,17 +169,16 @@ class _Run:
             commits.flush()
         self.progress.finish("edit")
 
-    def _assemble(self, staging: Staging) -> tuple[Contents, tuple[LostRecord, ...]]:
-        """The adapter's two files, from the factors of all cells and what else changed."""
+    def _assemble(self, staging: Staging) -> tuple[Contents, tuple[LostRecord, ...], list[str]]:
+        """The adapter's two files, from the factors of all cells and what else changed; contents, losses, notices."""
         from pome.editing.extract_file import make_adapter_config, write_weights
 
         base, ft = self.opened.base, self.opened.ft
         ranks = {key: entry["tensors"][0]["k"] if entry["tensors"] else 0 for key, entry in staging.finished.items()}
         contents, lost, notices = gather_contents(self.extraction, ranks, self.spec, base, ft, self.progress)
-        self.notices = (*self.notices, *notices)
         write_weights(contents, staging.folder / SCRATCH, ft, staging.output / ADAPTER_WEIGHTS)
         staging.put_file(ADAPTER_CONFIG, make_adapter_config(contents, self.extraction, base))
-        return contents, lost
+        return contents, lost, notices
 
 
 def gather_contents(

@@ -20,6 +20,7 @@ from pome.config.extraction import ExtractSpec
 from pome.editing.lora_rewrite import name_alone
 from pome.editing.unit import TORCH_DTYPES, to_bytes
 from pome.output.durable import as_output_error, sync_file
+from pome.output.extract_card import CAUSAL
 from pome.planning.extract_plan import KEY, ExtractPlan, Lora, name_factors
 from pome.planning.remainder import HEAD, Rest
 
@@ -93,13 +94,11 @@ def make_adapter_config(contents: Contents, extraction: ExtractPlan, base: Check
     parameters = extraction.names.list_parameters()
     modules = [name.rpartition(".")[0] for name in parameters]
     paths = {".".join(words[:at]) for words in (name.split(".") for name in modules) for at in range(1, len(words) + 1)}
-    kinds = (base.config or {}).get("architectures")
-    causal = isinstance(kinds, list) and any(str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     source, _, _ = base.source.partition("@") if base.on_hub else (base.source, "", "")
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": "CAUSAL_LM" if find_model_class(base) == CAUSAL else None,
         "base_model_name_or_path": source,
         "revision": base.revision,
         "inference_mode": True,
@@ -119,6 +118,15 @@ def make_adapter_config(contents: Contents, extraction: ExtractPlan, base: Check
         "use_dora": False,
     }
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def find_model_class(base: Checkpoint) -> str | None:
+    """The class of transformers that loads a base, by its config; None where that names none."""
+    kinds = (base.config or {}).get("architectures")
+    names = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return CAUSAL
+    return next((name for name in names if name.isascii() and name.isidentifier()), None)
 
 
 def shorten(targets: Sequence[str], names: Iterable[str], least: int) -> list[str]:

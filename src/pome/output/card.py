@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from pome.checkpoint.leftovers import ADAPTER_WEIGHTS
+from pome.checkpoint.source import Checkpoint, read_beside
 from pome.config.conflicts import NUMBER_OF
-from pome.config.spec import EditSpec
+from pome.config.extraction import ExtractSpec, find_spec_class
+from pome.config.options import as_flag, find_options
 from pome.config.yaml_text import compose
 from pome.manifest import Manifest, SideRecord, TensorRecord, show_median
 
@@ -22,6 +24,7 @@ CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.06627"
 POET = "https://arxiv.org/abs/2506.08001"
 TAGS = ("pome", "model-editing")
+LORA_TAGS = ("lora", "transformers")  # as PEFT tags an adapter that it saves
 # Fields that stay true of the edited model. Results (`model-index`) do not: they were measured on FT.
 _CARRIED = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "datasets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,21 +36,27 @@ _NOT_OPTIONS = ("device", "engine", "overrides")  # options of where it is compu
 
 
 def make_card(manifest: Manifest, ft_card: str | None) -> str:
-    """The card's text, from the records of the edit and the text of FT's own card, if it has one."""
+    """The card of an edit, from its records and the text of FT's own card, if it has one."""
+    return assemble_card(manifest, ft_card, [_introduce(manifest), _describe_edits(manifest)])
+
+
+def read_ft_card(ft: Checkpoint) -> str | None:
+    """The text of FT's own card, if it has one. Raises CheckpointError."""
+    raw = read_beside(ft, CARD_NAME)
+    return raw.decode("utf-8", "replace") if raw is not None else None
+
+
+def assemble_card(manifest: Manifest, ft_card: str | None, sections: list[str], **metadata: Any) -> str:
+    """A card's text: metadata, some sections, the command, and FT's card; `metadata` fills in what FT's card lacks."""
     from huggingface_hub import ModelCard
 
-    metadata, body = _read_card(ft_card or "")
-    on_hub = manifest.fine_tuned.on_hub
-    sections = [
-        _introduce(manifest),
-        _describe_edits(manifest),
-        _tell_command(manifest),
-    ]
+    theirs, body = _read_card(ft_card or "")
+    sections = [*sections, _tell_command(manifest)]
     if body.strip():
-        text = body.strip() if on_hub else _hide_paths(body.strip())
+        text = body.strip() if manifest.fine_tuned.on_hub else _hide_paths(body.strip())
         sections.append(f"## Card of the fine-tuned model\n\n{text}")
     text = "\n\n".join(sections)
-    return str(ModelCard(f"---\n{_make_metadata(manifest, metadata)}\n---\n\n{text}\n"))
+    return str(ModelCard(f"---\n{_make_metadata(manifest, {**metadata, **theirs})}\n---\n\n{text}\n"))
 
 
 def _read_card(text: str) -> tuple[dict[str, Any], str]:
@@ -62,7 +71,7 @@ def _read_card(text: str) -> tuple[dict[str, Any], str]:
         card = ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}, text.lstrip().removeprefix("---").partition("\n---")[2].lstrip("-")
-    return vars(card.data), card.text
+    return {key: value for key, value in vars(card.data).items() if value is not None}, card.text
 
 
 def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
@@ -71,10 +80,11 @@ def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
     kept = {key: _drop_local(theirs[key]) for key in theirs if key in _CARRIED or key.startswith("extra_gated_")}
     tags = theirs.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    adapter = manifest.spec["out_format"] == "adapter"
+    extracted = find_spec_class(manifest.spec) is ExtractSpec
+    adapter = extracted or manifest.spec["out_format"] == "adapter"
     # An adapter's base is the model that it goes on, not the adapter that it was.
     sides = (manifest.base,) if adapter else (manifest.fine_tuned, manifest.base)
-    parents = [name for side in sides if (name := _hub_id(side))][:1]
+    parents = [side.repository for side in sides if side.repository][:1]
     parents = parents or _read_parents(theirs.get("base_model"))
     fields = {key: value for key, value in kept.items() if value not in (None, [], "")}
     if adapter:
@@ -84,7 +94,7 @@ def _make_metadata(manifest: Manifest, theirs: dict[str, Any]) -> str:
     data = ModelCardData(
         base_model=parents or None,
         base_model_relation=("adapter" if adapter else "finetune") if parents else None,
-        tags=list(dict.fromkeys([*tags, *TAGS])),
+        tags=list(dict.fromkeys([*tags, *(LORA_TAGS if extracted else ()), *TAGS])),
         ignore_metadata_errors=True,
         **fields,
     )
@@ -103,17 +113,13 @@ def _drop_local(value: Any) -> Any:
     return None if isinstance(value, str) and _LOCAL_VALUE.match(value) else value
 
 
-def _hub_id(side: SideRecord) -> str | None:
-    return side.source.partition("@")[0] if side.on_hub else None
-
-
 def _is_adapter(manifest: Manifest) -> bool:
     """Whether FT was one."""
     return ADAPTER_WEIGHTS in manifest.fine_tuned.files
 
 
 def _introduce(manifest: Manifest) -> str:
-    ft = _hub_id(manifest.fine_tuned)
+    ft = manifest.fine_tuned.repository
     title = f"{ft.rpartition('/')[2]}, edited by POME" if ft else "A model edited by POME"
     count = len(manifest.tensors)
     what = "the update of 1 matrix" if count == 1 else f"the updates of {count} matrices"
@@ -127,8 +133,8 @@ def _introduce(manifest: Manifest) -> str:
         tried = sum(item["params"] is not None for item in manifest.sweep["candidates"])
         used = f"No training was used; the options are the best of {tried} by their scores (see the manifest)."
     return (
-        f"# {title}\n\n{_link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
-        f"{_link(manifest.base, 'the pretrained model')} {_describe_weights(manifest)}. {used} {rest}"
+        f"# {title}\n\n{link(manifest.fine_tuned, 'The fine-tuned model')} with {what} since "
+        f"{link(manifest.base, 'the pretrained model')} {_describe_weights(manifest)}. {used} {rest}"
     )
 
 
@@ -143,11 +149,11 @@ def _describe_weights(manifest: Manifest) -> str:
     if methods == {"equivalence"}:
         return matched
     if "equivalence" in methods:
-        return f"edited, some {matched.removeprefix('edited ')}; the others {_describe_directions(spec)}"
-    return _describe_directions(spec)
+        return f"edited, some {matched.removeprefix('edited ')}; the others {describe_directions(spec)}"
+    return describe_directions(spec)
 
 
-def _describe_directions(spec: dict[str, Any]) -> str:
+def describe_directions(spec: dict[str, Any]) -> str:
     """Sentences on the effect of POME on the singular directions of each update."""
     powers = {options["power"] for options in (spec, *spec["overrides"]) if "power" in options} or {0.0}
     by = f"by POME ([arXiv 2510.06627]({PAPER})): the leading singular directions of each update are kept and"
@@ -156,11 +162,11 @@ def _describe_directions(spec: dict[str, Any]) -> str:
     return f"edited {by} weighted by their singular values to the power {' or '.join(f'{p:g}' for p in sorted(powers))}"
 
 
-def _link(side: SideRecord, otherwise: str) -> str:
-    name = _hub_id(side)
-    if name is None:
+def link(side: SideRecord, otherwise: str) -> str:
+    """A link to an input on the Hub, or a word for one on this machine."""
+    if side.repository is None:
         return otherwise
-    return f"[{name}](https://huggingface.co/{name}/tree/{side.revision})"
+    return f"[{side.repository}](https://huggingface.co/{side.repository}/tree/{side.revision})"
 
 
 def _describe_edits(manifest: Manifest) -> str:
@@ -183,36 +189,35 @@ def _describe_edits(manifest: Manifest) -> str:
 
 
 def _tell_command(manifest: Manifest) -> str:
-    sides = []
-    for side, otherwise in ((manifest.base, "BASE"), (manifest.fine_tuned, "FT")):
-        name = _hub_id(side)
-        sides.append(f"{name}@{side.revision}" if name else otherwise)
+    sides = [manifest.base.name("BASE"), manifest.fine_tuned.name("FT")]
     overrides = manifest.spec["overrides"]
-    config = ["--config", "edit.yaml"] if overrides else []
-    command = shlex.join(["pome", "edit", *sides, "OUT", *_list_options(manifest.spec), *config])
+    verb = "extract" if find_spec_class(manifest.spec) is ExtractSpec else "edit"
+    config = ["--config", f"{verb}.yaml"] if overrides else []
+    command = shlex.join(["pome", verb, *sides, "OUT", *_list_options(manifest.spec), *config])
     check = shlex.join(["pome", "verify", "OUT", "--base", sides[0], "--ft", sides[1]])
     version = manifest.pome_version
     text = f"## Do it again\n\n```\npip install pome-edit=={version}\n{command}\n{check}\n```"
     if overrides:  # which no option of the command line can say
-        text += f"\n\nwith `edit.yaml`:\n\n```yaml\n{yaml.safe_dump({'overrides': overrides}, sort_keys=False)}```"
+        text += f"\n\nwith `{verb}.yaml`:\n\n```yaml\n{yaml.safe_dump({'overrides': overrides}, sort_keys=False)}```"
     return text
 
 
 def _list_options(spec: dict[str, Any]) -> list[str]:
     """The options of the command line that differ from their defaults, in the order of the spec."""
-    defaults = EditSpec().to_mapping()
+    known = find_options(find_spec_class(spec))
     options: list[str] = []
     for key, value in spec.items():
+        default = known[key].default
         implied = key == "rank_rule" and value == "fixed"
         idle = key in NUMBER_OF.values() and key != NUMBER_OF.get(spec["rank_rule"])  # the command line refuses it
-        if value == defaults.get(key) or value is None or implied or idle or key in _NOT_OPTIONS:
+        same = (tuple(value) if isinstance(value, list) else value) == default
+        if same or value is None or implied or idle or key in _NOT_OPTIONS:
             continue
-        flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
-            options += [flag]
+            options += [as_flag(key)]
         else:
             for item in value if isinstance(value, list) else [value]:
-                options += [flag, str(item)]
+                options += [as_flag(key), str(item)]
     return options
 
 

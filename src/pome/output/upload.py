@@ -36,7 +36,7 @@ def push_output(folder: Path, repo: str, *, private: bool = False) -> str:
     try:
         # None and not False: an organization may have set that new repositories are private.
         address = ask_hub(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
-        message = "Upload the output of pome edit"
+        message = "Upload an output of pome"
         ask_hub(repo, lambda: api.create_commit(repo, files, commit_message=message))
     except (HubError, KeyboardInterrupt) as error:
         again = shlex.join(["hf", "upload", repo, str(folder), ".", "--create-pr", *(["--private"] * private)])

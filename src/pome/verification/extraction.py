@@ -13,11 +13,12 @@ from pome.checkpoint.source import Checkpoint
 from pome.config.extraction import ExtractSpec
 from pome.editing.extract import gather_contents
 from pome.manifest import Manifest
+from pome.output.card import CARD_NAME
 from pome.output.progress import Progress
 from pome.planning.extract_plan import Cell, ExtractPlan, name_factors, plan_extraction
 from pome.planning.split import count_cores
 from pome.planning.units import Plan
-from pome.verification.comparison import Advance, Difference, same_bytes
+from pome.verification.comparison import Advance, Difference, compare_side_files, same_bytes
 from pome.verification.recomputation import EDITS_AGREE, NUMBERS_AGREE, SAMPLE, compare_record
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def check_extraction(
         found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} is not one that these inputs select"))
     for name, part in sorted(planned.keys() - records.keys() - kept, key=str):
         found.append(Difference(MANIFEST_NAME, name, f"{part or 'the matrix'} was selected, but has no record"))
+    found += compare_side_files(manifest.files, {}, {}, {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_NAME}, advance)
     if found:
         return 0, 0
     ranks = {cell.unit.key: records[key].k or 0 if key in records else 0 for key, cell in planned.items()}

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import AsJson, Base, Config, FineTuned, Given, Out, Quiet
-from pome.cli.outputs import accept_finished, push, report_edit
+from pome.cli.outputs import accept_finished, check_upload, push, report_edit
 from pome.config.options import RUN, Option, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
+from pome.config.preset import Preset, pick_edit_options
 from pome.config.spec import EditSpec
 from pome.config.yaml_text import make_spec
 from pome.errors import printable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from pome.manifest import Manifest
 
-TAKES = (EditSpec, Publication, Replacing)
+TAKES = (EditSpec, Preset, Publication, Replacing)
 EXAMPLES = (
     "pome edit mistralai/Mistral-7B-v0.1 meta-math/MetaMath-Mistral-7B out",
     "pome edit ./base ./fine-tuned ./out --layers ffn --beta 1.5",
@@ -46,7 +47,7 @@ def run(
 
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
-    spec = make_spec(config, pick_options(given, EditSpec), EditSpec)
+    spec = make_spec(config, pick_edit_options(given, EditSpec), EditSpec)
     publication, replacing = (
         Publication(**pick_options(given, Publication)),
         Replacing(**pick_options(given, Replacing)),
@@ -89,10 +90,7 @@ def make_edit(
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
-    if publication.push_to_hub is not None:
-        from pome.output.upload import check_login
-
-        check_login(publication.push_to_hub)
+    check_upload(publication)
     with open_pair(base, ft, spec) as opened:
         check_target(out, opened.list_inputs(), replacing.overwrite)
         print_lines(console, [describe_plan(opened)])
@@ -119,7 +117,7 @@ class EditJob(Job):
         base, fine_tuned, out = read_sides(values)
         publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
-        spec = EditSpec.from_given(pick_options(values, EditSpec))
+        spec = EditSpec.from_given(pick_edit_options(values, EditSpec))
         return cls(read_name(values, out), "edit", base, fine_tuned, out, spec, publication, replacing)
 
     @property

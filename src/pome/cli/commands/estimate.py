@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pome.cli.console import make_console, print_lines, write_document
 from pome.cli.options import AsJson, Base, Config, FineTuned, Given, Quiet
-from pome.config.options import RUN, Option, pick_options
+from pome.config.options import RUN, Option
+from pome.config.preset import Preset, pick_edit_options
 from pome.config.spec import EditSpec
 from pome.config.yaml_text import make_spec
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pome.planning.rates import Rates
     from pome.planning.units import Plan
 
-TAKES = (EditSpec,)
+TAKES = (EditSpec, Preset)
 EXAMPLES = (
     "pome estimate ./base ./fine-tuned",
     "pome estimate ./base ./fine-tuned --layers ffn --on this",
@@ -55,7 +56,7 @@ def run(
     from pome.planning.devices import find_device, parse_device
     from pome.planning.rates import find_rates, match_device
 
-    spec = make_spec(config, pick_options(given, EditSpec), EditSpec)
+    spec = make_spec(config, pick_edit_options(given, EditSpec), EditSpec)
     device = find_device(spec.device) if on in (None, THIS) else parse_device(match_device(str(on)))
     console = make_console(quiet)
     begun = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import AsJson, Base, Config, FineTuned, Given, Out, Quiet
-from pome.cli.outputs import accept_finished
+from pome.cli.outputs import accept_finished, check_upload, push
 from pome.config.extraction import ExtractSpec
 from pome.config.options import RUN, Option, find_options, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pome.manifest import Manifest
 
-TAKES = (ExtractSpec, Replacing)
+TAKES = (ExtractSpec, Publication, Replacing)
 EXAMPLES = (
     "pome extract ./base ./fine-tuned ./adapter --rank 32",
     "pome extract ./base ./fine-tuned ./adapter --energy 0.9 --uniform-rank",
@@ -46,14 +46,16 @@ def run(
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
     spec = make_spec(config, pick_options(given, ExtractSpec), ExtractSpec)
+    publication = Publication(**pick_options(given, Publication))
     replacing = Replacing(**pick_options(given, Replacing))
     console = make_console(quiet)
     if dry_run:
         show_plan(base, ft, Path(out), spec, console, as_json, replacing.overwrite)
         return
-    manifest = make_extraction(base, ft, Path(out), spec, console, replacing)
+    manifest = make_extraction(base, ft, Path(out), spec, console, publication, replacing)
     if as_json:
         write_document([manifest.to_json()], f"{printable(out)} is complete, but ")
+    push(Path(out), publication, console)
 
 
 def show_plan(
@@ -75,7 +77,7 @@ def show_plan(
 
 
 def make_extraction(
-    base: str, ft: str, out: Path, spec: ExtractSpec, console: Console, replacing: Replacing
+    base: str, ft: str, out: Path, spec: ExtractSpec, console: Console, publication: Publication, replacing: Replacing
 ) -> Manifest:
     """Extract and tell people; what can be refused without torch is refused before torch takes its seconds to load."""
     from pome.cli.tables.extract import describe_extraction, report_extraction
@@ -83,12 +85,16 @@ def make_extraction(
     from pome.editing.session import open_pair
     from pome.output.target import check_target
 
+    check_upload(publication)
     with open_pair(base, ft, spec) as opened:
         extraction = plan_opened(opened, spec)
         check_target(out, opened.list_inputs(), replacing.overwrite)
         print_lines(console, [describe_extraction(opened, extraction)])
     with show_progress(console) as progress:
-        manifest = extract(base, ft, out, spec, progress, overwrite=replacing.overwrite, fresh=replacing.fresh)
+        manifest = extract(
+            base, ft, out, spec, progress,
+            overwrite=replacing.overwrite, fresh=replacing.fresh, card=publication.has_card,
+        )  # fmt: skip
     report_extraction(manifest, out, console)
     return manifest
 
@@ -98,6 +104,7 @@ class ExtractJob(Job):
     """An extraction of a batch."""
 
     spec: ExtractSpec
+    publication: Publication
     replacing: Replacing
     writes: ClassVar[bool] = True
 
@@ -110,9 +117,10 @@ class ExtractJob(Job):
     @classmethod
     def read(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> ExtractJob:
         base, fine_tuned, out = read_sides(values)
+        publication = Publication(**pick_options(values, Publication))
         replacing = Replacing(**pick_options(values, Replacing))
         spec = ExtractSpec.from_given(pick_options(values, ExtractSpec))
-        return cls(read_name(values, out), "extract", base, fine_tuned, out, spec, replacing)
+        return cls(read_name(values, out), "extract", base, fine_tuned, out, spec, publication, replacing)
 
     def run(self, console: Console) -> dict[str, Any]:
         base, ft = str(self.base), str(self.fine_tuned)
@@ -120,11 +128,12 @@ class ExtractJob(Job):
             from pome.verification.finished import find_finished
 
             def find() -> Manifest | None:
-                return find_finished(self.folder, base, ft, self.spec, card=False)
+                return find_finished(self.folder, base, ft, self.spec, self.publication.has_card)
 
-            if finished := accept_finished(find, self.folder, Publication(), Reports(), console):
+            if finished := accept_finished(find, self.folder, self.publication, Reports(), console):
                 return finished
-        manifest = make_extraction(base, ft, self.folder, self.spec, console, self.replacing)
+        manifest = make_extraction(base, ft, self.folder, self.spec, console, self.publication, self.replacing)
+        push(self.folder, self.publication, console)
         return {"status": "done", "matrices": len(manifest.tensors)}
 
 

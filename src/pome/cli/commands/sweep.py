@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pome.cli.batch import Job, read_name, read_sides
 from pome.cli.console import make_console, print_lines, show_progress, write_document
 from pome.cli.options import Argument, AsJson, Base, Config, FineTuned, Given, Quiet
-from pome.cli.outputs import accept_finished, push, report_edit
+from pome.cli.outputs import accept_finished, check_upload, push, report_edit
 from pome.config.conflicts import merge_options
 from pome.config.options import OUTPUT, RUN, Option, find_options, pick_options
 from pome.config.outputs import Publication, Replacing, Reports
@@ -142,10 +142,7 @@ def make_sweep(job: SweepJob, out: Path, console: Console) -> Outcome:
 
     base, ft = str(job.base), str(job.fine_tuned)
     check_targets(job.reports, (base, ft, out))
-    if job.publication.push_to_hub is not None:
-        from pome.output.upload import check_login
-
-        check_login(job.publication.push_to_hub)
+    check_upload(job.publication)
     shown = SweepBar(console) if console.is_terminal and not console.quiet else SweepLines(console)
     with show_progress(console) as progress, shown as listener:
         outcome = sweep(

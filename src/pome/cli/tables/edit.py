@@ -16,7 +16,7 @@ from pome.config.spec import EditSpec
 from pome.editing.session import Opened
 from pome.errors import printable
 from pome.inspection.suggest import Notice
-from pome.manifest import KeptRecord, Manifest, SideRecord, TensorRecord, show_median
+from pome.manifest import KeptRecord, Manifest, TensorRecord, show_median
 from pome.planning.estimate import Estimate
 from pome.planning.units import fan_out_in
 from pome.reports.edit_warnings import group_warnings
@@ -114,7 +114,7 @@ def close(manifest: Manifest, out: Path, said: str) -> list[str]:
     """What is `said` of OUT, with how long it took, and the command that verifies it."""
     seconds = manifest.timing.get("total_seconds")
     took = f", in {show_seconds(seconds)}" if isinstance(seconds, float | int) else ""
-    sides = [name_input(manifest.base), name_input(manifest.fine_tuned)]
+    sides = [side.name(otherwise=side.source) for side in (manifest.base, manifest.fine_tuned)]
     command = shlex.join(["pome", "verify", str(out), "--base", sides[0], "--ft", sides[1]])
     return [
         f"{printable(str(out), 1000)}: {said}{took}",
@@ -122,11 +122,6 @@ def close(manifest: Manifest, out: Path, said: str) -> list[str]:
         "to verify it:",
         f"  {printable(command, 2000)}",
     ]
-
-
-def name_input(side: SideRecord) -> str:
-    """An input as a command takes it: with its commit where it is on the Hub."""
-    return f"{side.source.partition('@')[0]}@{side.revision}" if side.on_hub else side.source
 
 
 def describe_warnings(manifest: Manifest) -> list[str]:

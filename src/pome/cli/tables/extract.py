@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,8 @@ from pome.cli.tables.text import count_noun, name_side, show_bytes
 from pome.config.extraction import ExtractSpec
 from pome.editing.session import Opened
 from pome.errors import printable
-from pome.manifest import LostRecord, Manifest, TensorRecord, show_median
+from pome.manifest import Manifest, show_median
+from pome.output.extract_card import find_energy, group_lost, sum_energy_by_role
 from pome.planning.extract_plan import ExtractPlan
 
 if TYPE_CHECKING:
@@ -84,53 +84,35 @@ def report_extraction(manifest: Manifest, out: Path, console: Console) -> None:
     print_lines(console, [*lines, *describe_closing(manifest, out)])
 
 
-def find_energy(record: TensorRecord) -> float:
-    """Share of the squared norm that a LoRA keeps, which every record of an extraction has."""
-    return record.energy_kept or 0.0
-
-
 def make_closing_table(manifest: Manifest) -> FittedTable:
     """A row for each role: how many matrices, their ranks, the energy kept over all of them, and the largest loss."""
     heads = ("role", "matrices", "k", "energy kept", "least", "of", "lost to rounding")
     table = FittedTable(*heads, texts=(5,), where="the manifest has them")
-    by_role: dict[str, list[TensorRecord]] = {}
-    for record in manifest.tensors:
-        by_role.setdefault(record.role, []).append(record)
-    for role, records in by_role.items():
-        total = sum(record.delta_norm**2 for record in records)
-        kept = sum(find_energy(record) * record.delta_norm**2 for record in records) / total if total else 1.0
-        worst = min(records, key=find_energy)
+    for role, energy in sum_energy_by_role(manifest).items():
         table.add_row(
             role,
-            str(len(records)),
-            show_median(records, "k", ".0f"),
-            f"{kept:.3f}",
-            f"{find_energy(worst):.3f}",
-            printable(worst.title),
-            f"{statistics.median(record.rounding for record in records):.2g}",
+            str(len(energy.records)),
+            show_median(energy.records, "k", ".0f"),
+            f"{energy.kept:.3f}",
+            f"{find_energy(energy.least):.3f}",
+            printable(energy.least.title),
+            show_median(energy.records, "rounding", ".2g"),
         )
     return table
 
 
 def describe_lost(manifest: Manifest) -> list[str]:
     """Changes that are not in the adapter: by reason, how much of each, and the largest."""
-    groups: dict[str, list[LostRecord]] = {}
-    for record in manifest.lost:
-        groups.setdefault(record.reason, []).append(record)
     lines = []
-    for reason, records in sorted(groups.items(), key=lambda item: -_norm(item[1])):
-        largest = sorted(records, key=lambda record: -record.norm)[:SHOWN]
-        named = ", ".join(f"{printable(r.name)} {r.norm:.3g} ({r.share:.2g} of BASE's)" for r in largest)
-        more = f" and {len(records) - SHOWN} more (the manifest names all)" if len(records) > SHOWN else ""
+    for lost in group_lost(manifest):
+        count = len(lost.records)
+        named = ", ".join(f"{printable(r.name)} {r.norm:.3g} ({r.share:.2g} of BASE's)" for r in lost.records[:SHOWN])
+        more = f" and {count - SHOWN} more (the manifest names all)" if count > SHOWN else ""
         lines.append(
-            f"warning: lost: {count_noun(len(records), 'tensor')} changed by a norm of {_norm(records):.3g} and "
-            f"{'is' if len(records) == 1 else 'are'} not in the adapter: {printable(reason, 400)} ({named}{more})"
+            f"warning: lost: {count_noun(count, 'tensor')} changed by a norm of {lost.norm:.3g} and "
+            f"{'is' if count == 1 else 'are'} not in the adapter: {printable(lost.reason, 400)} ({named}{more})"
         )
     return lines
-
-
-def _norm(records: list[LostRecord]) -> float:
-    return float(sum(record.norm**2 for record in records) ** 0.5)
 
 
 def describe_closing(manifest: Manifest, out: Path) -> list[str]:
