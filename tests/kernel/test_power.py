@@ -200,7 +200,8 @@ def test_directions_that_leaked_into_each_other_are_corrected(monkeypatch, p, tr
         original = getattr(power, name)
         monkeypatch.setattr(power, name, lambda *g, name=name, f=original: taken.append(name) or f(*g))
     B = polar.scaled_image(D, V.float(), s[:40])
-    M, (left, right) = multiply_power(B, V.float(), s[:40], transposed, 4, p)
+    M, (left, right), factors = multiply_power(B, V.float(), s[:40], transposed, 4, p)
+    assert float((factors[0] @ factors[1] - M).norm()) < 1e-6 * float(M.norm())
     assert taken == {"plain": [], "blocks": ["apply_correction"], "rotated": ["rotate_to_singular_vectors"]}[route]
     expected = (U * (h / h[0]) ** p) @ W @ V.mT
     M, P = (M.mT, (left @ right).mT) if transposed else (M, left @ right)

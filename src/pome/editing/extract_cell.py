@@ -72,9 +72,8 @@ def extract_cell(cell: Cell, lora: Lora, data: dict[str, Data], spec: EditSpec, 
     result = equalize_part(unit, part, (D,), floor, spec, device, leading_only=True)
     if isinstance(result, KeptRecord):
         return Extracted(cell, None, result, time.perf_counter() - begun)
-    value = result.value.to("cpu")
-    dtype = TORCH_DTYPES[unit.out_dtype]
-    F, G = (factor.to(dtype) for factor in factorise(value, result.k))
+    value, dtype = result.value.to("cpu"), TORCH_DTYPES[unit.out_dtype]
+    F, G = (factor.to("cpu", dtype) for factor in result.factors or factorise(value, result.k))
     if not bool(torch.isfinite(F).all() and torch.isfinite(G).all()):
         raise NumericalError(
             f"{describe_part(unit, part)}: its factors overflow {unit.out_dtype}; choose a smaller --beta, or leave it "

@@ -65,10 +65,13 @@ def certify(found: Truncation, D: Operand) -> Certificate:
     The norms of P P^T P - P and of M^T D - D^T M are estimated by Gaussian probes, or computed where one side has no
     more than PROBES. A few passes over M and D.
     """
-    total, product, square = measure_isometry(found.M, D)
+    product, square = 0.0, 0.0
+    for rows in split_rows(found.M):
+        product += find_inner_product(D, rows, found.M[rows])
+        square += dot(found.M[rows], found.M[rows])
     norm = math.sqrt(square)
     if found.isometry is None:
-        orthogonality = total / norm if norm else math.nan
+        orthogonality = measure_isometry(found.M) / norm if norm else math.nan
     else:
         orthogonality = measure_defect(*found.isometry) / math.sqrt(found.k)
     residual = measure_asymmetry(found.M, D)
@@ -90,19 +93,13 @@ def finish_certificate(
     )
 
 
-def measure_isometry(P: Tensor, D: Operand) -> tuple[float, float, float]:
-    """norm_F(P P^T P - P), <D, P> and norm_F(P)^2: four passes over P (m x n)."""
-    m, n = P.shape
-    if m <= PROBES < n:
-        total, _, square = measure_isometry(P.mT, ())
-        return total, find_inner_product(D, slice(None), P), square
-    image = multiply_thin(P, draw_probes(n, P))
+def measure_isometry(P: Tensor) -> float:
+    """norm_F(P P^T P - P) of P (m x n)."""
+    if P.shape[0] <= PROBES < P.shape[1]:
+        P = P.mT
+    image = multiply_thin(P, draw_probes(P.shape[1], P))
     defect = multiply_thin(P, multiply_thin(P.mT, image)) - image
-    product, square = 0.0, 0.0
-    for rows in split_rows(P):
-        product += find_inner_product(D, rows, P[rows]) if D else 0.0
-        square += dot(P[rows], P[rows])
-    return math.sqrt(dot(defect, defect)), product, square
+    return math.sqrt(dot(defect, defect))
 
 
 def measure_defect(left: Tensor, right: Tensor) -> float:

@@ -91,7 +91,7 @@ class Truncation:
     zero from `rank` on; only the k + 1 largest where the rank is not known (None). resolution: the least gap (s_k -
     s_{k+1}) / s_k at which the solver can tell the two directions apart. power: P. isometry: factors of U_k V_k^T in
     M's dtype; None where P = 0 and M is that product. is_product: whether M was multiplied from those factors, with
-    their weights in between, and from nothing else.
+    their weights in between, and from nothing else. factors: L and R with M = L R, where M was multiplied from such.
     missed: bound on the share by which the true s_1^(1+P) + ... + s_k^(1+P) exceeds that of sigma.
     """
 
@@ -104,6 +104,7 @@ class Truncation:
     isometry: Factors | None = None
     is_product: bool = False
     missed: float = 0.0
+    factors: Factors | None = None
 
     @property
     def sigma_next(self) -> float:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pome.choices import MOST_POWER, RankRuleName, ScaleName
 from pome.kernel.certificate import Certificate, certify, certify_factored
-from pome.kernel.decomposition import DecompositionCache, Truncation
+from pome.kernel.decomposition import DecompositionCache, Factors, Truncation
 from pome.kernel.decomposition import ZeroDelta as ZeroDelta
+from pome.kernel.factorisation import balance
 from pome.kernel.ladder import Certified, climb, list_attempts, list_product_attempts
 from pome.kernel.ladder import Unsolved as Unsolved
 from pome.kernel.norms import squared_norm
@@ -56,6 +57,7 @@ class Equalized:
     solver: the rung of the ladder that found it, such as `deflated-float32`.
     warnings: rungs that failed, a cut within a cluster of singular values, directions that storage rounding explains.
     sigma: singular values of D, descending, float64, on the CPU; the k + 1 largest where the rank is None.
+    factors: B (m x k) and A (k x n), balanced, with B A = value, where the value was multiplied from such.
     """
 
     method: ClassVar[str] = "equalize"
@@ -77,6 +79,7 @@ class Equalized:
     solver: str
     warnings: tuple[str, ...]
     sigma: Tensor
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ def scale_edit(found: Certified, recipe: Recipe, shape: tuple[int, int], square:
         solver=found.solver,
         warnings=(*found.warnings, *warn_of_noise(sigma, k, recipe.rule, shape)),
         sigma=sigma,
+        factors=truncation.factors and balance(*truncation.factors, gain),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from pome.kernel.precision import full_precision, to_float64
 # Columns of the sketch beyond k. M has rank k exactly, so that its range is found at once; a few more keep the
 # Gaussian sketch well conditioned.
 EXTRA = 8
+
+
+def balance(L: Tensor, R: Tensor, gain: float) -> Factors:
+    """B and A as of `factorise` for gain * L R, from L (m x k) and R (k x n) of which one is orthonormal but for the
+    lengths of its columns or rows, and the other orthonormal."""
+    share = (torch.linalg.vector_norm(to_float64(R), dim=1) / torch.linalg.vector_norm(to_float64(L), dim=0)).sqrt()
+    root = math.sqrt(gain)
+    return L * (root * share).to(L), R * (root / share).to(R)[:, None]
 
 
 def factorise(M: Tensor, k: int) -> Factors:

@@ -20,7 +20,7 @@ from pome.kernel.rank import RankRule
 from pome.kernel.solvers.deflated import solve_deflated
 from pome.kernel.solvers.factors import solve_factors
 from pome.kernel.solvers.gram import solve_gram
-from pome.kernel.solvers.leading import WHOLE, solve_leading
+from pome.kernel.solvers.leading import solve_leading
 from pome.kernel.solvers.svd import solve_svd
 from pome.kernel.solvers.thin import solve_thin
 
@@ -32,6 +32,7 @@ RUNGS: tuple[tuple[str, Solver], ...] = (
 SMALL = 96  # short side below which a float64 SVD is as fast as anything
 # The thin route is tried for up to a SHARE of the short side, where that is not below THIN.
 THIN, SHARE = 512, 1 / 32
+LEADING = 768  # short side up to which the rung for leading directions takes less time than the thin route
 
 
 class Unsolved(ArithmeticError):
@@ -93,8 +94,8 @@ def climb(
 
 def move(found: Truncation, device: torch.device) -> Truncation:
     """The same truncation on a device."""
-    isometry = found.isometry and (found.isometry[0].to(device), found.isometry[1].to(device))
-    return replace(found, M=found.M.to(device), isometry=isometry)
+    pairs = (pair and (pair[0].to(device), pair[1].to(device)) for pair in (found.isometry, found.factors))
+    return replace(found, M=found.M.to(device), isometry=next(pairs), factors=next(pairs))
 
 
 def find_first_rung(D: Tensor) -> int:
@@ -128,7 +129,7 @@ def list_attempts(
     first = find_first_rung(D)
     given: dict[str, Any] = {"cache": cache, "power": power}
     leading_only = leading_only and first == 0
-    if rule is not None and is_thin(D, rule) and not (leading_only and min(D.shape) <= WHOLE):
+    if rule is not None and is_thin(D, rule) and not (leading_only and min(D.shape) <= LEADING):
         yield Attempt("thin", D.device, partial(solve_thin, D, **given), is_bet=True)
     if leading_only:
         yield Attempt("leading", D.device, partial(solve_leading, D, power=power), is_bet=True)

@@ -22,18 +22,18 @@ from pome.kernel.precision import to_float64
 
 def multiply_power(
     B: Tensor, V: Tensor, sigma: Tensor, transposed: bool, strong: int, power: float
-) -> tuple[Tensor, Factors | None]:
-    """U_k (S_k / s_1)^P V_k^T, and the two factors of U_k V_k^T (None for P = 0, where that is the product itself).
+) -> tuple[Tensor, Factors | None, Factors | None]:
+    """U_k (S_k / s_1)^P V_k^T, the two factors of U_k V_k^T, and those it is the product of (None for P = 0).
 
     V (n x k) are nearly the leading right singular vectors of D (m x n) and B = D V / sigma (m x k). The product is
     m x n, or n x m where `transposed`. Raises Undecided where the columns of B are too far from orthonormal.
     """
     if power == 0.0:
-        return multiply_polar(B, V, sigma, transposed, strong), None
+        return multiply_polar(B, V, sigma, transposed, strong), None, None
     B, right, isometric = weigh_directions(B, V.mT, sigma, strong, power)
     if transposed:
-        return right.mT @ B.mT, (isometric.mT, B.mT)
-    return B @ right, (B, isometric)
+        return right.mT @ B.mT, (isometric.mT, B.mT), (right.mT, B.mT)
+    return B @ right, (B, isometric), (B, right)
 
 
 def weigh_directions(B: Tensor, W: Tensor, sigma: Tensor, strong: int, power: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,7 +120,7 @@ def solve_deflated(
     refine_cut(tall, V, sigma, k, found)
     B = scaled_image(tall, V[:, :k], sigma[:k])
     sigma[rank:] = 0.0
-    M, isometry = multiply_power(B, V[:, :k], sigma[:k], tall is not D, found.strong, power)
+    M, isometry, _ = multiply_power(B, V[:, :k], sigma[:k], tall is not D, found.strong, power)
     return Truncation(M, sigma, rank, k, find_resolution(sigma, k, found.strong), power, isometry)
 
 
@@ -140,8 +140,9 @@ def find_noise(sigma: Tensor, p: int) -> float:
     return FLOOR * float(sigma[p]) ** 2 + (DEFLATION * float(sigma[0])) ** 2
 
 
-def deflate(D: Tensor) -> DeflatedGram:
-    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none."""
+def deflate(D: Tensor, strong: float = STRONG) -> DeflatedGram:
+    """Strong directions of D (m x n, m >= n) and the Gram matrix of the rest; a flat spectrum has none. `strong` is the
+    multiple of the rms of the rest from which on one is deflated."""
     n = D.shape[1]
     total = squared_norm(D)
     sketches = [b for b in SKETCHES if b <= n // 4]
@@ -150,11 +151,16 @@ def deflate(D: Tensor) -> DeflatedGram:
         U, F = extend_sketch(D, U, F, draw_gaussian(n, b, D)[:, U.shape[1] :])
         values = torch.linalg.eigvalsh(to_float64(F) @ to_float64(F).mT).cpu()
         rest = max(total - float(values.sum()), EPS * total) / (n - b)
-        if not bool((values > STRONG**2 * rest).any()):
+        if not bool((values > strong**2 * rest).any()):
             break
         if float(values[0]) <= CAUGHT_ALL**2 * rest or b == sketches[-1]:
             return split_strong(D, U, F, DEFLATED**2 * rest)
-    none = D.new_zeros(n, 0)
+    return keep_whole(D)
+
+
+def keep_whole(D: Tensor) -> DeflatedGram:
+    """D^T D (n x n) with no direction deflated."""
+    none = D.new_zeros(D.shape[1], 0)
     nothing = torch.zeros(0, dtype=torch.float64)
     return DeflatedGram(none, nothing, none, multiply_gram(D), find_reflector(none), 0.0)
 

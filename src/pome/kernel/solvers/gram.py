@@ -56,7 +56,7 @@ def solve_gram(D: Tensor, rule: RankRule, cache: DecompositionCache | None = Non
         measure_cut(tall, V, sigma, k)
     sigma[rank:] = 0.0
     B = scaled_image(tall, V[:, :k], sigma[:k])
-    M, isometry = multiply_power(B, V[:, :k], sigma[:k], shape[0] < shape[1], 0, power)
+    M, isometry, _ = multiply_power(B, V[:, :k], sigma[:k], shape[0] < shape[1], 0, power)
     if isometry is not None:
         isometry = isometry[0].to(D), isometry[1].to(D)
     resolution = slack if k < start else EPS * float(sigma[0] / sigma[k - 1])

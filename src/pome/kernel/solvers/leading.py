@@ -1,11 +1,13 @@
 """Leading directions of a float32 Gram matrix, for a truncation whose cut may lie in a dense bulk.
 
-The strong directions are deflated first (`pome.kernel.solvers.deflated`), and a block Lanczos iteration on the Gram
-matrix of the rest finds the others: Golub and Underwood, "The block Lanczos method for computing eigenvalues",
-Mathematical Software III, 1977. A product with that n x n matrix costs less than one with D, so that many small steps
-can be afforded. That no other direction is larger, a Cholesky factor proves: level * I - G without the directions found
-has one only where the level is above all that is left. Of small matrices, and for many directions, all eigenvectors are
-found; they cost no more.
+A number of directions mostly lies well above the rounding of D^T D, which is squared as it is. Where it does not, the
+strong directions are deflated first (`pome.kernel.solvers.deflated`). Chebyshev polynomials of the Gram matrix damp all
+that lies below the least Ritz value, and so take a few vectors to the leading directions: Rutishauser, "Computational
+aspects of F. L. Bauer's simultaneous iteration method", Numer. Math. 13, 1969; Zhou, Saad, Tiago and Chelikowsky,
+"Self-consistent-field calculations using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219(1), 2006. A
+product with that n x n matrix costs less than one with D, so that many can be afforded. That no other direction is
+larger, a Cholesky factor proves: level * I - G without the directions found has one only where the level is above all
+that is left. Of small matrices, and for many directions, all eigenvectors are found; they cost no more.
 
 What is promised is the objective and the symmetry of M^T D, as the certificate has them, and where the gap after s_k is
 above DETERMINED the kept directions themselves, to SUBSPACE. Within a bulk the objective decides.
@@ -14,6 +16,7 @@ above DETERMINED the kept directions themselves, to SUBSPACE. Within a bulk the 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +25,34 @@ from torch import Tensor
 from pome.kernel.decomposition import SUBSPACE, Truncation, Undecided
 from pome.kernel.gram_products import fill_lower, find_eigenvectors
 from pome.kernel.householder import orthonormalise
-from pome.kernel.missed import bound_leading, project_out
+from pome.kernel.missed import bound_leading
 from pome.kernel.norms import draw_gaussian
 from pome.kernel.power import multiply_power
 from pome.kernel.precision import to_float64
 from pome.kernel.rank import RankRule, rank_tolerance
-from pome.kernel.solvers.deflated import EPS, LOST, DeflatedGram, deflate, find_noise, find_resolution
+from pome.kernel.solvers.deflated import (
+    EPS,
+    FLOOR,
+    LOST,
+    STRONG,
+    DeflatedGram,
+    deflate,
+    find_noise,
+    find_resolution,
+    keep_whole,
+)
 
 DETERMINED = 1e-2  # (s_k - s_{k+1}) / s_k from which on the data say which directions are kept
 RESIDUAL = 5e-6  # of what the certificate allows the power residual, half
 BLURRED = 1e-2  # rounding over s_k^2 from which on float32 squares say too little of the directions there
+# Multiple of the rms of the rest from which on a direction is deflated: FLOOR HIDING^2 leaves a factor of 9 to BLURRED.
+HIDING = 24.0
 # All eigenvectors cost little up to a short side of WHOLE. From a SHARE of them on they are found at once.
-WHOLE, SHARE = 768, 1 / 8
-BLOCK, BESIDE = 32, 16  # columns of a step, and directions beyond the cut that are found with those before it
-# Ritz vectors are looked at when the space has FIRST times as many columns as are wanted, then AGAIN times as many as
-# before. At MOST of the short side all eigenvectors would have cost no more.
-FIRST, AGAIN, MOST = 3, 1.2, 0.4
+WHOLE, SHARE = 320, 1 / 12
+BESIDE = 16  # directions beyond the cut that are found with those before it, and columns beyond those
+# A filter has at most LONGEST products, and makes no direction over CONTRAST times as long as those it damps: float32
+# keeps the others apart. With products of MOST n columns all eigenvectors would have cost no more.
+LONGEST, CONTRAST, MOST = 8, 1e10, 2.0
 STEPS = 4  # of subspace iteration with D itself, at most
 
 
@@ -57,19 +72,33 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     Its rank is None, and sigma ends after s_{k+1}, where float32 or the few directions found leave it open; only the
     rule `fixed` can do without. Raises Undecided when float32 cannot settle k or what is kept.
     """
+    tall = D if D.shape[0] >= D.shape[1] else D.mT
+    if is_few(rule, tall.shape[1]):
+        with suppress(Undecided):
+            return truncate(D, keep_whole(tall), rule, power)
+    return truncate(D, deflate(tall, HIDING if rule.name == "fixed" else STRONG), rule, power)
+
+
+def is_few(rule: RankRule, n: int) -> bool:
+    """Whether the iteration is worth a try for a rule on an n x n Gram matrix."""
+    return rule.name == "fixed" and n > WHOLE and (rule.number or n) < SHARE * n
+
+
+def truncate(D: Tensor, split: DeflatedGram, rule: RankRule, power: float) -> Truncation:
+    """The same from a Gram matrix of D, or of D^T where that is the tall one."""
     shape = (D.shape[0], D.shape[1])
     tall = D if shape[0] >= shape[1] else D.mT
-    n, split = tall.shape[1], deflate(tall)
-    k, p, sigma = min(int(rule.number or n), n), split.theta.numel(), None
-    W, rest = None, 0.0
-    if rule.name == "fixed" and n > WHOLE and k < SHARE * n:
+    n, p = tall.shape[1], split.theta.numel()
+    k, sigma, W, rest = min(int(rule.number or n), n), None, None, 0.0
+    if is_few(rule, n):
         W, rest = iterate(split, k, power)
     if W is None:
         lam, W = find_eigenvectors(split.G)
         sigma = split.join_spectrum(lam)
         k = choose_count(rule, sigma, p, shape)
         h = max(k - p, 0) + BESIDE
-        W, rest = W.flip(1)[:, :h], float(lam[-h - 1]) if h < len(lam) else 0.0
+        W, rest = W[:, -h:].flip(1), float(lam[-h - 1]) if h < len(lam) else 0.0
+    rest += FLOOR * float(split.G.diagonal().max())
     found = find_ritz_vectors(tall, split.reflector.complete_basis(split.Q, W))
     check_noise(found.squares, k, p)
     excess, missed = judge(found.squares, found.coupling, k, rest, power)
@@ -86,12 +115,12 @@ def solve_leading(D: Tensor, rule: RankRule, power: float = 0.0) -> Truncation:
     kept = found.squares.sqrt()
     resolution = max(find_resolution(kept, k, p), float(found.coupling[k - 1] / found.squares[k - 1]))
     B = found.image[:, :k].mul_(kept[:k].reciprocal().to(found.image))
-    M, isometry = multiply_power(B, found.V[:, :k], kept[:k], tall is not D, 0, power)
+    M, isometry, factors = multiply_power(B, found.V[:, :k], kept[:k], tall is not D, 0, power)
     if sigma is None or not is_full(sigma, p, shape):
-        return Truncation(M, kept[: k + 1], None, k, resolution, power, isometry, missed=missed)
+        return Truncation(M, kept[: k + 1], None, k, resolution, power, isometry, missed=missed, factors=factors)
     sigma[: len(kept)] = kept
     sigma[len(kept) :].clamp_(max=float(kept[-1]))
-    return Truncation(M, sigma, n, k, resolution, power, isometry, missed=missed)
+    return Truncation(M, sigma, n, k, resolution, power, isometry, missed=missed, factors=factors)
 
 
 def is_full(sigma: Tensor, p: int, shape: tuple[int, int]) -> bool:
@@ -152,32 +181,50 @@ def judge(squares: Tensor, coupling: Tensor, k: int, rest: float, power: float) 
 
 def iterate(split: DeflatedGram, k: int, power: float) -> tuple[Tensor | None, float]:
     """Ritz vectors (n x h, descending) of the deflated Gram matrix up to the k-th direction and BESIDE more, and a
-    bound on the squares of the rest. None where so many steps are needed that all eigenvectors are found as soon.
+    bound on the squares of the rest. None where so many products are needed that all eigenvectors are found as soon.
     """
     G, known = fill_lower(split.G), split.theta.square()
-    count = max(k - len(known), 0) + BESIDE
-    new = orthonormalise(draw_gaussian(G.shape[0], BLOCK, G))
-    Q, images, H = G.new_empty(G.shape[0], 0), G.new_empty(G.shape[0], 0), torch.zeros(0, 0, dtype=torch.float64)
-    look = float(FIRST * count)
-    while Q.shape[1] + BLOCK <= MOST * G.shape[0]:
-        image = G @ new
-        Q, images = torch.cat((Q, new), 1), torch.cat((images, image), 1)
-        beside = to_float64(Q).mT @ to_float64(image)
-        H = torch.cat((torch.cat((H, beside[: len(H)].cpu()), 1), beside.mT.cpu()))
-        if Q.shape[1] >= look:
-            look = AGAIN * Q.shape[1]
-            squares, X = torch.linalg.eigh(H)
-            squares, X = squares.flip(0)[:count].clamp_min(0.0), X.flip(1)[:, :count].to(Q)
-            W = Q @ X
-            E = images @ X - W * squares.to(W)
-            coupling = torch.linalg.vector_norm(E, dim=0).cpu().double()
-            everything = torch.cat((known, squares)), torch.cat((torch.zeros_like(known), coupling))
-            # Halfway from the cut to the last value found: room for what the last ones have not converged.
-            rest = float(everything[0][k - 1] + everything[0][-1]) / 2.0
-            if judge(*everything, k, rest, power)[0] <= 1.0 and is_above_rest(rest, G, W, squares, E):
-                return W, rest * (1.0 + G.shape[0] * EPS)
-        new = orthonormalise(project_out(Q, orthonormalise(image - Q @ beside.to(Q))))
-    return None, 0.0
+    n, count = G.shape[0], max(k - len(known), 0) + BESIDE
+    X = orthonormalise(draw_gaussian(n, count + max(BESIDE, count // 4), G))
+    X, products = orthonormalise(G @ X), 2
+    while True:
+        image = G @ X
+        squares, R = torch.linalg.eigh(to_float64(X.mT @ image))
+        squares, R = squares.flip(0).clamp_min(0.0), R.flip(1).to(X)
+        X, image = X @ R, image @ R
+        E = image - X * squares.to(X)
+        squares, coupling = squares.cpu(), torch.linalg.vector_norm(E, dim=0).cpu().double()
+        t = torch.cat((known, squares[:count]))
+        c = torch.cat((torch.zeros_like(known), coupling[:count]))
+        # Halfway from the cut to the last value found: room for what the last ones have not converged.
+        rest = float(t[k - 1] + t[-1]) / 2.0
+        excess = math.sqrt(2.0) * float(c[:k].norm() / t[:k].norm()) / RESIDUAL
+        if excess <= 1.0:
+            check_noise(t, k, len(known))
+            excess, _ = judge(t, c, k, rest, power)
+            if excess <= 1.0 and is_above_rest(rest, G, X[:, :count], squares[:count], E[:, :count]):
+                return X[:, :count], rest * (1.0 + n * EPS)
+        edge = max(float(squares[-1]), FLOOR * float(squares[0]))
+        wanted = math.log(min(max(excess, math.e), 1.0 / EPS)) / find_growth(float(t[k - 1]), edge)
+        if not (products + wanted) * X.shape[1] <= MOST * n:
+            return None, 0.0
+        degree = max(1, min(LONGEST, int(math.log(CONTRAST) / find_growth(float(squares[0]), edge))))
+        X = orthonormalise(filter_chebyshev(G, X, image, edge, degree))
+        products += degree
+
+
+def find_growth(value: float, edge: float) -> float:
+    """Logarithm by which one more degree of a Chebyshev polynomial grows at `value` beyond [0, edge]; never zero."""
+    return math.acosh(max(2.0 * value / edge - 1.0, 1.0 + EPS))
+
+
+def filter_chebyshev(G: Tensor, X: Tensor, image: Tensor, edge: float, degree: int) -> Tensor:
+    """T(2 G / edge - 1) X from X (n x h) and its image G X, for the Chebyshev polynomial T of that degree: at most 1 on
+    [0, edge], and of all polynomials with that the one that grows fastest beyond."""
+    before, now = X, image * (2.0 / edge) - X
+    for _ in range(degree - 1):
+        before, now = now, torch.addmm(before, G, now, beta=-1.0, alpha=4.0 / edge).sub_(now, alpha=2.0)
+    return now
 
 
 def is_above_rest(level: float, G: Tensor, W: Tensor, squares: Tensor, E: Tensor) -> bool:

@@ -80,8 +80,8 @@ def solve_thin(D: Tensor, rule: RankRule, cache: DecompositionCache | None = Non
     found = find_decomposition(cache, f"thin-{k}-{power}", D, lambda: decompose_thin(tall, k, power))
     sigma = found.sigma
     B = scaled_image(tall, found.V, sigma[:k])
-    M, isometry = multiply_power(B, found.V, sigma[:k], tall is not D, 0, power)
-    return Truncation(M, sigma, None, k, found.noise, power, isometry, missed=found.missed)
+    M, isometry, factors = multiply_power(B, found.V, sigma[:k], tall is not D, 0, power)
+    return Truncation(M, sigma, None, k, found.noise, power, isometry, missed=found.missed, factors=factors)
 
 
 def decompose_thin(D: Tensor, k: int, power: float) -> Decomposition:
