@@ -271,6 +271,27 @@ def tabulate_predictors(cells: Sequence[CellResult]) -> str:
     return make_table(["predictor", "choosing half (pairs of cell and role)", "judging half"], rows)
 
 
+def correlate_overfit(cells: Sequence[CellResult], edit: str) -> float:
+    """Rank correlation of the gap of held-out and training loss, as a share of the gain, with the effect of an edit."""
+    mine = [cell for cell in cells if edit in cell.lines]
+    gaps = [(cell.tuned["score"] - cell.tuned["train_loss"]) / cell.gain for cell in mine]
+    return correlate_ranks(gaps, [cell.share(edit) for cell in mine])
+
+
+def tabulate_overfit(cells: Sequence[CellResult]) -> str:
+    """How the effect of each edit goes with overfitting, and in how many of the most overfitted cells the loss fell."""
+    ordered = sorted(cells, key=lambda cell: -(cell.tuned["score"] - cell.tuned["train_loss"]) / cell.gain)
+    third = len(ordered) // 3
+    rows = []
+    for edit in FIXED_NAMES:
+        parts = [
+            [cell.share(edit) for cell in part if edit in cell.lines] for part in (ordered[:third], ordered[third:])
+        ]
+        fell = [f"{sum(share < 0 for share in part)} of {len(part)}" for part in parts]
+        rows.append([edit, f"{correlate_overfit(cells, edit):+.2f}", *fell])
+    return make_table(["edit", "rank correlation", "loss fell in the most overfitted third", "in the others"], rows)
+
+
 def tabulate_controls(cells: Sequence[CellResult]) -> str:
     """How far edits of the feed-forward block move it, and what that does."""
     rows = []
@@ -338,6 +359,9 @@ def make_page(everything: Sequence[CellResult]) -> str:
         predictors=tabulate_predictors(cells),
         role_pairs=len(list_role_effects(cells)),
         controls=tabulate_controls(cells),
+        overfit=tabulate_overfit(cells),
+        overfit_up=correlate_overfit(cells, pome("up").name),
+        overfit_scaled=correlate_overfit(cells, Edit("scale", "model", beta=1.1).name),
         choice_hits=(
             sum(found["by_train"] == found["best"] for found in choices),
             len(choices),

@@ -54,6 +54,8 @@ def draw_effects(cells: Sequence[CellResult], edits: Sequence[str], path: Path) 
                 axes.plot(100 * cell.share(edit), -place - lift, marker, color=color, markersize=4, alpha=0.75)
     for tuning in tunings:
         axes.plot([], [], "o", color=COLORS.get(tuning, OTHER), label=tuning)
+    for marker, base in (("o", "small Llama, MoE"), ("^", "SmolLM2"), ("s", "reactions")):
+        axes.plot([], [], marker, color="#444444", markerfacecolor="none", label=base)
     axes.set_yticks([-place for place in range(len(edits))], edits)
     set_share_axis(axes)
     axes.set_xlabel("share of fine-tuning's gain that the edit loses, % of the loss (left of 0 is better)")
