@@ -180,7 +180,7 @@ def test_what_is_lost_saved_and_resized_is_said(tmp_path: Path) -> None:
     made = pome.extract(pair.base, pair.ft, tmp_path / "out", SPEC, card=True)
     norm = sum(record.norm**2 for record in made.lost) ** 0.5
     lost = read_card(tmp_path / "out").text.partition("## What it does not hold")[2].partition("##")[0]
-    assert f"- {len(made.lost)} tensors changed by a norm of {norm:.3g}: --save-modules takes it along" in lost
+    assert f"- {len(made.lost)} tensors changed by a norm of {norm:.3g}: --save-modules takes them along" in lost
     assert f"`{max(made.lost, key=lambda record: record.norm).name}`" in lost
     with quietly():
         model = pair.load(pair.ft)

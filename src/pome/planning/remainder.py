@@ -14,7 +14,7 @@ from pome.roles.layout import Layout, Part
 from pome.roles.model_config import config_of, size_of
 from pome.roles.pairing import pair_names
 
-SAVE = "--save-modules takes it along"
+SAVE = "--save-modules takes them along"
 HEAD = "lm_head.weight"  # of the models of transformers that continue a text
 _HEADLESS = re.compile(r"(?<!LMHead)Model$|Classification$|QuestionAnswering$")
 

@@ -23,7 +23,7 @@ KINDS = (
     ),
     (
         re.compile(r"only \d+ of the \d+ kept singular values lie above the noise"),
-        "Most of the kept singular values lie below the noise of storage: the edit equalizes rounding.",
+        "Most of the kept singular values lie below the noise of storage: what is kept there is rounding.",
         "--rank-rule noise-floor",
     ),
     (
