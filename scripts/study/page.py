@@ -129,16 +129,18 @@ def tabulate_fixed(cells: Sequence[CellResult]) -> str:
 
 
 def tabulate_groups(cells: Sequence[CellResult], key: str, edits: Sequence[str]) -> str:
-    """Share of the gain that each edit loses, over the settings that share a base or a way of fine-tuning."""
+    """Share of the gain that each edit loses, over the settings that share a base or a way of fine-tuning, and in how
+    many cells the first edit lowers the loss."""
     rows = []
     for value in dict.fromkeys(getattr(cell.setting, key) for cell in cells):
         mine = [cell for cell in cells if getattr(cell.setting, key) == value]
-        row = [value, f"{len(by_setting(mine))} / {len(mine)}"]
+        fell = sum(cell.share(edits[0]) < 0 for cell in mine)
+        row = [value, f"{len(by_setting(mine))} / {len(mine)}", f"{fell} of {len(mine)}"]
         for edit in edits:
             each = pool(mine, edit)
             row.append(f"{100 * each.mean:+.1f} ({span(each.interval)})" if each else "")
         rows.append(row)
-    return make_table([key, "settings / cells", *edits], rows)
+    return make_table([key, "settings / cells", f"loss fell by {edits[0]}", *edits], rows)
 
 
 def tabulate_settings(cells: Sequence[CellResult], edits: Sequence[str]) -> str:
@@ -342,6 +344,9 @@ def make_page(everything: Sequence[CellResult]) -> str:
         fixed=tabulate_fixed(cells),
         by_base=tabulate_groups(cells, "base", GROUPED),
         by_tuning=tabulate_groups(cells, "tuning", GROUPED),
+        by_tuning_of_smollm2=tabulate_groups(
+            [cell for cell in cells if cell.setting.base == "smollm2-135m"], "tuning", GROUPED
+        ),
         by_setting=tabulate_settings(cells, [edit.name for edit in shown]),
         wide=tabulate_wide(cells),
         wide_count=len(grid),
