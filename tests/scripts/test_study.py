@@ -150,6 +150,26 @@ def test_settings_that_disagree_widen_the_interval() -> None:
     assert apart.fell == 3 and apart.p > 0.3
 
 
+def with_features(cell: CellResult, **features: float) -> CellResult:
+    matrix = {"role": "up"} | dict.fromkeys(evidence.PREDICTORS, 1.0) | features
+    return CellResult(cell.setting, cell.seed, {**cell.lines, "fine-tuned": {**cell.tuned, "matrices": [matrix]}})
+
+
+def test_a_rule_without_data_finds_the_feature_that_tells_good_from_harm() -> None:
+    cells = [
+        with_features(make_cell("sums", i, -0.2 if i < 3 else 0.2, 0.01), stable_rank=float(i), departure=i % 2)
+        for i in range(8)
+    ]
+    rule = evidence.choose_rule(cells, ["edit"])
+    assert rule.feature == "stable_rank" and rule.low == -math.inf and 1.0 <= rule.high < 3.0
+    assert [bool(rule.effect(cell)) for cell in cells] == [i <= rule.high for i in range(8)]
+    assert "stable rank is at most" in rule.words
+    # The half that judges has no say, and where all edits harm nothing is edited.
+    judging = [CellResult(Setting("m", "sentiment", "adamw"), cell.seed, cell.lines) for cell in cells[3:]]
+    assert evidence.choose_rule([*cells, *judging], ["edit"]) == rule
+    assert evidence.choose_rule(cells[3:], ["edit"]).words == "leave every model alone"
+
+
 def test_calibration_and_compression() -> None:
     sure = torch.tensor([0.95, 0.95, 0.55, 0.55])
     assert scoring.measure_calibration(sure, torch.tensor([1.0, 1.0, 1.0, 0.0])) == pytest.approx((0.1 + 0.1) / 4)
