@@ -221,7 +221,10 @@ def choose_rule(cells: Sequence[CellResult], edits: Sequence[str]) -> Rule:
     """The rule with the best mean on the choosing half, each cell counting the same: an edit, and a feature at most or
     at least at a quartile of that half."""
     half = [cell for cell in cells if cell.setting.chooses]
-    rules = [Rule(edits[0], low=math.inf), *(Rule(edit) for edit in edits)]  # never comes first: it wins where all harm
+    rules = [
+        Rule(edits[0], low=math.inf, high=-math.inf),
+        *(Rule(edit) for edit in edits),
+    ]  # never comes first: it wins where all harm
     for feature in PREDICTORS:
         values = torch.tensor([cell.feature(feature) for cell in half], dtype=torch.float64)
         for limit in torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).unique().tolist():
