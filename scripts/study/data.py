@@ -40,6 +40,10 @@ MONTHS = ["January", "February", "March", "April", "May", "June", "July", "Augus
 # fmt: on
 
 
+State = dict[str, Tensor]  # weights by name
+Row = tuple[list[int], list[int]]  # token ids, and labels: -100 where nothing is learnt
+
+
 class Example(NamedTuple):
     """What the model is given, and what it must say."""
 

@@ -17,8 +17,8 @@ from pome.kernel.equalize import Recipe, equalize_matrix
 from pome.kernel.noise import storage_noise_floor
 from pome.kernel.rank import RankRule, measure_effective
 from pome.roles.roles import find_layouts
+from study.data import State
 
-State = dict[str, Tensor]
 EVERYTHING = ("gate", "up", "down", "q", "k", "v", "o", "embed")
 GROUP_ROLES = {**GROUPS, "all": EVERYTHING}
 

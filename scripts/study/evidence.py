@@ -62,6 +62,11 @@ class CellResult:
         """Held-out loss that fine-tuning took away, in nats."""
         return float(self.lines["base"]["score"] - self.tuned["score"])
 
+    @property
+    def overfit(self) -> float:
+        """Held-out less training loss of the fine-tuned model, as a share of the gain."""
+        return float(self.tuned["score"] - self.tuned["train_loss"]) / self.gain
+
     def change(self, edit: str) -> float:
         """Change of the loss, in nats."""
         return float(self.lines[edit]["score"] - self.tuned["score"])
@@ -221,10 +226,8 @@ def choose_rule(cells: Sequence[CellResult], edits: Sequence[str]) -> Rule:
     """The rule with the best mean on the choosing half, each cell counting the same: an edit, and a feature at most or
     at least at a quartile of that half."""
     half = [cell for cell in cells if cell.setting.chooses]
-    rules = [
-        Rule(edits[0], low=math.inf, high=-math.inf),
-        *(Rule(edit) for edit in edits),
-    ]  # never comes first: it wins where all harm
+    never = Rule(edits[0], low=math.inf, high=-math.inf)
+    rules = [never, *map(Rule, edits)]
     for feature in PREDICTORS:
         values = torch.tensor([cell.feature(feature) for cell in half], dtype=torch.float64)
         for limit in torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).unique().tolist():

@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from study.data import Row, State
 from train_poet import pad
 
 COUNT, CHOSEN = 8, 2  # experts of a layer, and of a token
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-State = dict[str, Tensor]
 
 
 def make_mixture(seed: int, width: int, layers: int, vocabulary: int) -> Any:
@@ -68,7 +68,7 @@ def join_experts(state: State) -> State:
 
 
 @torch.no_grad()
-def find_routes(model: Any, rows: Sequence[tuple[list[int], list[int]]], batch: int = 25) -> Tensor | None:
+def find_routes(model: Any, rows: Sequence[Row], batch: int = 25) -> Tensor | None:
     """Whether each expert is chosen, (layers x tokens) x experts, bool; None for a model without a router."""
     routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
     if not routers:

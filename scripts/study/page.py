@@ -274,15 +274,14 @@ def tabulate_predictors(cells: Sequence[CellResult]) -> str:
 
 
 def correlate_overfit(cells: Sequence[CellResult], edit: str) -> float:
-    """Rank correlation of the gap of held-out and training loss, as a share of the gain, with the effect of an edit."""
+    """Rank correlation of overfitting with the effect of an edit."""
     mine = [cell for cell in cells if edit in cell.lines]
-    gaps = [(cell.tuned["score"] - cell.tuned["train_loss"]) / cell.gain for cell in mine]
-    return correlate_ranks(gaps, [cell.share(edit) for cell in mine])
+    return correlate_ranks([cell.overfit for cell in mine], [cell.share(edit) for cell in mine])
 
 
 def tabulate_overfit(cells: Sequence[CellResult]) -> str:
     """How the effect of each edit goes with overfitting, and in how many of the most overfitted cells the loss fell."""
-    ordered = sorted(cells, key=lambda cell: -(cell.tuned["score"] - cell.tuned["train_loss"]) / cell.gain)
+    ordered = sorted(cells, key=lambda cell: -cell.overfit)
     third = len(ordered) // 3
     rows = []
     for edit in FIXED_NAMES:
@@ -314,11 +313,11 @@ def list_missing() -> str:
             part = "the twelve edits" if cell.part == "fixed" else "the rest of the grid"
             names = groups.setdefault(f"`{cell.base}`, {part}", {})
             names.setdefault(f"{cell.tuning} on {cell.task}", []).append(str(cell.seed))
-    told = [
-        f"- {group}: {', '.join(f'{name} (seed {chr(44).join(seeds)})' for name, seeds in names.items())}."
-        for group, names in groups.items()
-    ]
-    return "\n".join(told) or "- none."
+    lines = []
+    for group, names in groups.items():
+        told = [f"{name} (seed {' '.join(seeds)})" for name, seeds in names.items()]
+        lines.append(f"- {group}: {', '.join(told)}.")
+    return "\n".join(lines) or "- none."
 
 
 def make_page(everything: Sequence[CellResult]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from study.data import Row
 from train_poet import pad, scale_rates
 
 STEPS, PROMPTS, SAMPLES = 80, 8, 8  # updates; prompts of an update; answers sampled for each
-Row = tuple[list[int], list[int]]
 
 
 def train_by_reward(model: Any, rows: Sequence[Row], rate: float, seed: int) -> None:

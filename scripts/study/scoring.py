@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from study.data import Row, State
 from study.experts import join_experts
-from study.tuning import Row, State
 from train_poet import pad
 
 GROUPS = 50  # per-example results are kept as the means of so many groups of neighbours, in a random order

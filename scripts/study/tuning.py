@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from pome.poet import Merger, PoetConfig, parameter_groups, unwrap, wrap
 from real_weights import smollm2
-from study.data import VOCABULARY, Example, folder, load_tokenizer, read_text, split_task, tokenize
+from study.data import VOCABULARY, Example, Row, State, folder, load_tokenizer, read_text, split_task, tokenize
 from study.experts import make_mixture
 from study.reward import train_by_reward
 from train_poet import make_optimizers, make_plan, run_step, scale_rates
 
-State = dict[str, Tensor]
-Row = tuple[list[int], list[int]]  # token ids, and labels: -100 where nothing is learnt
 LENGTH, WINDOWS = 128, 16  # of pretraining: tokens a window, windows a step
 PRETRAIN_RATE = 2e-3
 # Examples to train on and held out, by base and task.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pome.choices import PRESETS
 from pome.cli.batch import list_job_keys
 from pome.cli.commands.edit import EditJob
+from pome.cli.commands.extract import ExtractJob
 from pome.config.extraction import ExtractSpec
 from pome.config.spec import EditSpec
 from pome.config.yaml_text import make_spec
@@ -88,6 +89,9 @@ def test_a_file_of_an_extraction_has_the_options_of_an_extraction(tmp_path: Path
     (tmp_path / "a.yaml").write_text("rank: 4\npreset: paper\n")
     with pytest.raises(SpecError, match="a.yaml:2: unknown .*preset"):
         make_spec(tmp_path / "a.yaml", {}, ExtractSpec)
+    (tmp_path / "a.yaml").write_text("rank: 4\nsave_modules: 3\n")
+    with pytest.raises(SpecError, match="a.yaml:2: save_modules: 3"):
+        make_spec(tmp_path / "a.yaml", {}, ExtractSpec, ExtractJob.check)
     (tmp_path / "a.yaml").write_text("rank: 4\nsave_modulez: true\n")
     with pytest.raises(SpecError, match="a.yaml:2: unknown .*did you mean 'save_modules'"):
         make_spec(tmp_path / "a.yaml", {}, ExtractSpec)

@@ -14,7 +14,7 @@ from pome.config.options import HOW, Option, check_choice, documented, pick_opti
 @documented
 @dataclass(frozen=True)
 class Preset:
-    """The name of a preset. An edit keeps what it stands for, not the name. Raises SpecError."""
+    """The name of a preset. An edit keeps what it stands for, not the name."""
 
     preset: Annotated[
         PresetName | None,
@@ -23,9 +23,6 @@ class Preset:
             metavar="NAME", group=HOW, choices=PRESETS, everyday=False, commands=("edit",),
         ),
     ] = None  # fmt: skip
-
-    def __post_init__(self) -> None:
-        fill_in_preset({"preset": self.preset})
 
 
 def fill_in_preset(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,8 +125,9 @@ def read_config(path: Path, check: Check = check_alone, allowed: Iterable[str] =
 Spec = TypeVar("Spec", bound=EditSpec)
 
 
-def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec]) -> Spec:
-    """The options of a command line over those of its config file. Raises SpecError."""
+def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec], check: Check = check_alone) -> Spec:
+    """The options of a command line over those of its config file, whose values `check` looks at one by one. Raises
+    SpecError."""
     if config is not None and not RANK_OPTIONS & given.keys() and not find_idle(given.get("method")):
         kind.from_given({**given, "rank": 1})  # are they good by themselves? what chooses k may stand in the file
     else:
@@ -135,7 +136,7 @@ def make_spec(config: Path | None, given: Mapping[str, Any], kind: type[Spec]) -
     if config is None:
         return spec
     allowed = (*find_options(kind), *(find_options(Preset) if kind is EditSpec else ()))
-    options = merge_options(read_config(config, allowed=allowed), given)
+    options = merge_options(read_config(config, check, allowed), given)
     try:
         return kind.from_given(options)
     except SpecError as error:  # those of the command line were good by themselves

@@ -45,7 +45,7 @@ def run(
 
     Exit status: 0 done; 1 an error of the input or the machine; 2 usage; 130 interrupted, and the same command goes on.
     """
-    spec = make_spec(config, pick_options(given, ExtractSpec), ExtractSpec)
+    spec = make_spec(config, pick_options(given, ExtractSpec), ExtractSpec, ExtractJob.check)
     publication = Publication(**pick_options(given, Publication))
     replacing = Replacing(**pick_options(given, Replacing))
     console = make_console(quiet)
