@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -15,7 +13,6 @@ def main() -> None:
     _open_missing_streams()
     # torch asks Linux for huge pages then: a large result costs a third of its page faults. Read when torch starts.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _keep_freed_memory()
     # The imports of torch make 100,000s of objects that stay. Collections among them cost a fifth of the import's time.
     gc.set_threshold(20_000)
     try:
@@ -34,15 +31,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     gc.freeze()  # nothing is collected at exit, which took 0.2 s with torch
     sys.exit(status)
-
-
-def _keep_freed_memory() -> None:
-    """Leave freed memory of some MiB with the process, where glibc can be told: the pages of a matrix are not fetched
-    anew for the next one. Its own thresholds move to about these, but later."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no libc to load, or another than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, nbytes in ((-3, 32 << 20), (-1, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(parameter, nbytes)
 
 
 def _interrupt(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What the command sets up before anything large is imported."""
+"""An extraction keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 FAULTS = """
 import resource, sys
-from pome.__main__ import _keep_freed_memory
+from pome.cli.commands.extract import keep_freed_memory
 if sys.argv[1] == "kept":
-    _keep_freed_memory()
+    keep_freed_memory()
 def count():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for turn in range(42):
