@@ -64,3 +64,17 @@ def test_ctrl_c_yields_what_the_worker_is_at_and_then_is_raised():
             found.append(result)
             taken.set()
     assert found == [0, 1] and len(find_workers()) == before
+
+
+def test_ctrl_c_while_the_workers_are_started_begins_no_unit(monkeypatch):
+    def start(thread):
+        really_start(thread)
+        if thread.name.startswith("Thread-"):  # a worker, not a timer of another test
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # in which a unit could begin
+
+    really_start, begun, before = threading.Thread.start, [], set(threading.enumerate())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        list(map_units(range(100), ["cpu"] * 3, begun.append, lambda n, _, __: n))
+    assert not begun and not set(threading.enumerate()) - before

@@ -41,7 +41,7 @@ def map_units(
     todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
     done: deque[_Done[Result] | BaseException | None] = deque()
     more = threading.Condition()
-    stop = threading.Event()
+    begin, stop = threading.Event(), threading.Event()
     for unit in units:
         todo.put(unit)
 
@@ -60,6 +60,7 @@ def map_units(
         return unit, reader.submit(read, unit)
 
     def run_worker(device: str) -> None:
+        begin.wait()
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="pome-read") as reader:
                 ahead = fetch(reader)
@@ -80,15 +81,16 @@ def map_units(
             tell(None)
 
     workers = [threading.Thread(target=run_worker, args=(device,), daemon=True) for device in devices[: len(units)]]
-    for worker in workers:
-        worker.start()
     failure: BaseException | None = None
     patient = True
     try:
+        for worker in workers:
+            worker.start()  # none begins before all are there, so that an interrupt here loses no result
         running = len(workers)
         while running:
             try:
                 with more:  # an interrupt during this wait loses no result
+                    begin.set()
                     more.wait_for(lambda: done)
             except KeyboardInterrupt as interrupt:
                 if isinstance(failure, KeyboardInterrupt):
@@ -109,5 +111,7 @@ def map_units(
             raise failure
     finally:
         stop.set()
+        begin.set()
         for worker in workers if patient else ():
-            worker.join()
+            if worker.is_alive():  # one that was not started cannot be joined
+                worker.join()
