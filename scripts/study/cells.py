@@ -87,10 +87,9 @@ def list_cells() -> list[Cell]:
     mixture = cross("moe-8m", ("sums", "sentiment"), ("adamw",), *SEEDS)
     cells = small(MAIN, 0) + reactions + smol(0) + llama(MAIN[:2], 0) + smol(1) + small(MAIN[:5], 1, 2) + smol(2)
     cells += mixture[:1] + [wide(cell) for cell in small(MAIN[:2], 0)] + extra[:4] + mixture[:2]
-    cells += [wide(cell) for cell in llama(MAIN[:2], 0)[::2]]
-    cells += llama(MAIN[2:5], 0) + extra + mixture + llama(MAIN[:2], 1, 2) + [wide(reactions[0])]
-    cells += [wide(cell) for cell in smol(0)[::3]] + llama(MAIN[5:], 0) + llama(MAIN[2:], 1, 2) + small(MAIN[5:], 1, 2)
-    cells += [wide(cell) for cell in small(MAIN[2:], 0) + llama(MAIN, 0) + smol(0) + reactions]
+    cells += [wide(cell) for cell in llama(MAIN[:2], 0)[::2] + small(MAIN[2:5], 0)] + small(MAIN[5:], 1, 2)
+    cells += [wide(cell) for cell in smol(0) + reactions] + extra + mixture + llama(MAIN[2:5], 0)
+    cells += [wide(cell) for cell in small(MAIN[5:], 0)] + llama(MAIN[:2], 1, 2)
     return list(dict.fromkeys(cells))
 
 
