@@ -7,6 +7,7 @@ cache, so that nothing is done twice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -37,21 +38,23 @@ from study.tuning import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REACTION_COUNT = 1200
+REACTION_COUNT, LARGE_COUNT = 1200, 10000
 TRAIN_COUNT = 80  # training examples that edits are scored on
 COMPRESSED = [pome("up"), pome("ffn"), Edit("step", "ffn", bound=0.1)]
+LARGE = [pome("up"), pome("attention"), pome("ffn"), pome("all"), Edit("truncate", "ffn", 0.25)]
 COMPRESSED_TUNINGS = ("adamw", "bf16", "published")
 VARIANTS = {"reactions": "bert_ft_10k_25s", "reactions-probe": "bert_ft"}
 TASKS = ("sums", "records", "sentiment", "definitions")
 SMOL_TASKS = ("sums", "sentiment", "definitions")
 MAIN = ("adamw", "bf16", "adamw-short", "lora", "muon", "poet", "adamw-long", "adamw-full")
+RATES = ("adamw-low", "adamw-high", "bf16-low", "bf16-high")
 SEEDS = (0, 1, 2)
 VERSION = 2  # of what a cell measures
 
 
 @dataclass(frozen=True)
 class Cell:
-    """part: `fixed`, `wide` or `quick`."""
+    """part: `fixed`, `wide`, `large` (few edits on many reactions) or `quick`."""
 
     base: str
     task: str
@@ -70,6 +73,8 @@ class Cell:
     def list_edits(self, roles: set[str]) -> list[Edit]:
         if self.part == "quick":
             return [FIXED[0], FIXED[-1]]
+        if self.part == "large":
+            return LARGE
         return FIXED if self.part == "fixed" else [edit for edit in list_wide(roles) if edit not in FIXED]
 
 
@@ -88,13 +93,15 @@ def list_cells() -> list[Cell]:
     cells = small(MAIN, 0) + reactions + smol(0) + llama(MAIN[:2], 0) + smol(1) + small(MAIN[:5], 1, 2) + smol(2)
     cells += mixture[:1] + [wide(cell) for cell in small(MAIN[:2], 0)] + extra[:4] + mixture[:2]
     cells += [wide(cell) for cell in llama(MAIN[:2], 0)[::2] + small(MAIN[2:5], 0)] + small(MAIN[5:], 1, 2)
-    cells += [wide(cell) for cell in smol(0) + reactions] + extra + mixture + llama(MAIN[2:5], 0)
+    cells += small(RATES, *SEEDS) + [wide(cell) for cell in small(RATES, 0)]
+    cells += [wide(cell) for cell in smol(0) + reactions]
+    cells += [dataclasses.replace(cell, part="large") for cell in reactions] + extra + mixture + llama(MAIN[2:5], 0)
     cells += [wide(cell) for cell in small(MAIN[5:], 0)] + llama(MAIN[:2], 1, 2)
     return list(dict.fromkeys(cells))
 
 
 def wide(cell: Cell) -> Cell:
-    return Cell(cell.base, cell.task, cell.tuning, cell.seed, "wide")
+    return dataclasses.replace(cell, part="wide")
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Bench:
 def open_cell(cell: Cell) -> Bench:
     """The pair of a cell, fine-tuned if it is not cached."""
     if cell.base == "rxnfp":
-        found = load_reactions(VARIANTS[cell.task], REACTION_COUNT)
+        found = load_reactions(VARIANTS[cell.task], LARGE_COUNT if cell.part == "large" else REACTION_COUNT)
         return Bench(found.model, Pair(found.base, found.tuned), found.score)
     base = keep_base(cell.base)
     which = cell.base, base, cell.task, cell.tuning, cell.seed
@@ -192,7 +199,7 @@ def list_measures(cell: Cell, bench: Bench) -> Iterator[tuple[str, Callable[[], 
         return measure(weights, splits) | {"departure": None if math.isnan(departure) else round(departure, 5)}
 
     if fixed:
-        splits = ("train", "other") if languages else ("train",)
+        splits = ("train", "other") if languages else ("train",) if cell.part == "fixed" else ()
         yield "base", lambda: measure(pair.base, splits)
         yield "fine-tuned", lambda: measure({}, splits) | {"matrices": pair.describe()}
     for edit in cell.list_edits(set(pair.roles.values())):

@@ -81,10 +81,11 @@ class CellResult:
         return statistics.median(row[name] for row in self.tuned["matrices"] if row["role"] in wanted)
 
 
-def read_results(folder: Path) -> list[CellResult]:
-    """All cells whose twelve edits are finished. Raises ValueError for a line that lacks what every line has."""
+def read_results(folder: Path, large: bool = False) -> list[CellResult]:
+    """All cells whose twelve edits are finished, or those with few edits on many examples. Raises ValueError for a line
+    that lacks what every line has."""
     cells: dict[tuple[Setting, int], dict[str, Line]] = defaultdict(dict)
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in sorted(file for file in folder.glob("*.jsonl") if file.name.endswith(".large.jsonl") is large):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             missing = {"base", "task", "tuning", "seed", "edit", "score"} - line.keys()
             if missing:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from study import plots
-from study.cells import COMPRESSED, RESULTS, list_cells
+from study.cells import COMPRESSED, LARGE_COUNT, RESULTS, list_cells
 from study.edits import FIXED, Edit, pome
 from study.evidence import (
     LEAST_GAIN,
@@ -211,6 +211,21 @@ def tabulate_reward(cells: Sequence[CellResult]) -> str:
     return make_table(["edit", "right, %", "points beside the fine-tuned model", "loss, nats"], rows)
 
 
+def tabulate_large(cells: Sequence[CellResult]) -> str:
+    """Edits of the reaction BERT's two fine-tunes on many held-out reactions, in nats and in points."""
+    rows = []
+    for cell in cells:
+        names = [name for name in cell.lines if name not in ("base", "fine-tuned")]
+        loss, right = (judge(cell, names, key) for key in ("loss", "right"))
+        for name in names:
+            nats = [f"{value:+.4f}" for value in (loss[name].change, *loss[name].interval)]
+            points = [f"{100 * value:+.2f}" for value in (right[name].change, *right[name].interval)]
+            told = [f"{each[0]} ({each[1]} to {each[2]})" for each in (nats, points)]
+            rows.append([cell.setting.task, name, *told, percent(cell.share(name), 2), loss[name].word])
+    head = ["task", "edit", "change of the loss, nats", "right answers, points", "share of the gain lost"]
+    return make_table([*head, "beyond noise"], rows) if rows else ""
+
+
 def tabulate_compression(cells: Sequence[CellResult]) -> str:
     """What compression costs, and what an edit changes before it and after it, in shares of the gain."""
     seen = [cell for cell in cells if any(name.endswith("8 bits") for name in cell.lines)]
@@ -310,7 +325,7 @@ def list_missing() -> str:
     groups: dict[str, dict[str, list[str]]] = {}
     for cell in list_cells():
         if not cell.path.exists():
-            part = "the twelve edits" if cell.part == "fixed" else "the rest of the grid"
+            part = {"fixed": "the twelve edits", "wide": "the rest of the grid", "large": "many examples"}[cell.part]
             names = groups.setdefault(f"`{cell.base}`, {part}", {})
             names.setdefault(f"{cell.tuning} on {cell.task}", []).append(str(cell.seed))
     lines = []
@@ -353,6 +368,8 @@ def make_page(everything: Sequence[CellResult]) -> str:
         least_gain=LEAST_GAIN,
         routes=tabulate_routes(cells),
         reward=tabulate_reward(everything),
+        large=tabulate_large(read_results(RESULTS, large=True)),
+        large_count=f"{LARGE_COUNT:,}",
         grid_rule_table=grid_rule_table,
         grid_rule=grid_rule,
         compression=tabulate_compression(cells),

@@ -245,8 +245,9 @@ def test_samples_follow_the_model() -> None:
     assert [len(answer) for answer in reward.sample(model, [[5], [6, 7]], [2, 3])] == [2, 3]
 
 
-def test_results_hold_the_mean_of_their_losses() -> None:
-    cells = read_results(RESULTS)
+@pytest.mark.parametrize("large", [False, True])
+def test_results_hold_the_mean_of_their_losses(large: bool) -> None:
+    cells = read_results(RESULTS, large)
     assert cells
     for cell in cells:
         assert {"base", "fine-tuned"} < cell.lines.keys()
