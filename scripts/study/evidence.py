@@ -24,7 +24,7 @@ from pome.sweeping.scorers.base import Scored
 
 Line = dict[str, Any]
 DRAWS, SEED = 4000, 20261128
-LEAST_GAIN = 0.02  # nats: a cell whose fine-tuning gained less says nothing about shares of it
+LEAST_GAIN = 0.02  # of the base's loss: a cell whose fine-tuning gained less says nothing about shares of it
 # The half of the cells by which a rule is chosen, by task; the other half judges it.
 CHOOSING = frozenset({"sums", "records", "reactions"})
 
@@ -61,6 +61,11 @@ class CellResult:
     def gain(self) -> float:
         """Held-out loss that fine-tuning took away, in nats."""
         return float(self.lines["base"]["score"] - self.tuned["score"])
+
+    @property
+    def has_gained(self) -> bool:
+        """Whether fine-tuning gained enough for shares of it."""
+        return self.gain >= LEAST_GAIN * float(self.lines["base"]["score"])
 
     @property
     def overfit(self) -> float:

@@ -47,6 +47,7 @@ CONTROLS = [
     *(Edit("step", "ffn", bound=bound).name for bound in (0.05, 0.1, 0.2)),
     *(Edit(kind, "ffn").name for kind in ("equivalence", "rotate", "noise")),
 ]
+EARLIER_LIMIT = 0.02  # nats of gain, which the page compares with
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,6 +91,16 @@ def tabulate_cells(cells: Sequence[CellResult]) -> str:
     head = ["base", "task", "fine-tuning", "seeds", "loss of base", "loss", "right", "right in training"]
     head += ["delta / weight", "entropy rank", "departure"]
     return make_table(head, [row(*each) for each in by_setting(cells).items()])
+
+
+def tabulate_small(cells: Sequence[CellResult]) -> str:
+    """Cells whose fine-tuning gained too little for shares, in nats."""
+    edits = [pome("up").name, pome("ffn").name, Edit("scale", "model", beta=1.1).name]
+    rows = [
+        [str(cell.setting), str(cell.seed), f"{cell.gain:+.3f}", *(f"{cell.change(edit):+.3f}" for edit in edits)]
+        for cell in cells
+    ]
+    return make_table(["cell", "seed", "gain, nats", *edits], rows)
 
 
 def count_words(cells: Sequence[CellResult], edit: str) -> Counter[str]:
@@ -337,8 +348,8 @@ def list_missing() -> str:
 
 def make_page(everything: Sequence[CellResult]) -> str:
     """The page. A cell whose fine-tuning gained too little for shares of it is named there, and left out of them."""
-    cells = [cell for cell in everything if cell.gain >= LEAST_GAIN]
-    small = [f"{cell.setting} (seed {cell.seed}: {cell.gain:+.3f})" for cell in everything if cell.gain < LEAST_GAIN]
+    cells = [cell for cell in everything if cell.has_gained]
+    small = [cell for cell in everything if not cell.has_gained]
     grid = with_grid(cells)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
         (Path(__file__).parent / "page.md.j2").read_text(encoding="utf-8")
@@ -364,8 +375,10 @@ def make_page(everything: Sequence[CellResult]) -> str:
         by_setting=tabulate_settings(cells, [edit.name for edit in shown]),
         wide=tabulate_wide(cells),
         wide_count=len(grid),
-        small=small,
-        least_gain=LEAST_GAIN,
+        small=tabulate_small(small),
+        small_count=len(small),
+        least_gain=percent(LEAST_GAIN, 0).lstrip("+"),
+        by_earlier_limit=pool([cell for cell in everything if cell.gain >= EARLIER_LIMIT], pome("up").name),
         routes=tabulate_routes(cells),
         reward=tabulate_reward(everything),
         large=tabulate_large(read_results(RESULTS, large=True)),
@@ -400,7 +413,7 @@ def make_page(everything: Sequence[CellResult]) -> str:
 def write_page() -> None:
     """Page and plots, from the results in the repository."""
     everything = read_results(RESULTS)
-    cells = [cell for cell in everything if cell.gain >= LEAST_GAIN]
+    cells = [cell for cell in everything if cell.has_gained]
     plots.draw_effects(cells, FIXED_NAMES, DOCS / "pictures" / "study-edits.png")
     plots.draw_departure(cells, DOCS / "pictures" / "study-departure.png")
     if with_grid(cells):

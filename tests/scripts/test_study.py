@@ -142,6 +142,12 @@ def test_the_interval_of_one_cell_is_that_of_a_paired_mean() -> None:
     assert pooled.interval[1] - pooled.interval[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
+@pytest.mark.parametrize(("base", "gained"), [(0.51, False), (0.507, False), (0.53, True), (0.4, False)])
+def test_a_gain_counts_from_a_fiftieth_of_the_base_on(base: float, gained: bool) -> None:
+    lines = {"base": {"score": base}, "fine-tuned": {"score": 0.5}}
+    assert CellResult(Setting("m", "t", "adamw"), 0, lines).has_gained is gained
+
+
 def test_settings_that_disagree_widen_the_interval() -> None:
     agree = pool([make_cell(str(i), i, 0.0, 0.05) for i in range(6)], "edit")
     apart = pool([make_cell(str(i), i, 0.3 * (-1) ** i, 0.05) for i in range(6)], "edit")
