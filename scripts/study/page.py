@@ -58,11 +58,11 @@ def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def percent(value: float, digits: int = 1) -> str:
     """With its sign."""
-    return f"{100 * value:+.{digits}f} %"
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f} %"  # no -0.0
 
 
 def span(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    return " to ".join(percent(end).removesuffix(" %") for end in interval)
 
 
 def by_setting(cells: Sequence[CellResult]) -> dict[Setting, list[CellResult]]:

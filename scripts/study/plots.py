@@ -43,16 +43,18 @@ def set_share_axis(axis: Any) -> None:
 
 def draw_effects(cells: Sequence[CellResult], edits: Sequence[str], path: Path) -> None:
     """A dot for each cell and edit: the share of the gain that the edit loses."""
-    figure, axes = start(9, 5.2)
-    tunings = list(dict.fromkeys(cell.setting.tuning for cell in cells))
+    figure, axes = start(9, 7.5)
+    seen = {cell.setting.tuning for cell in cells}
+    lanes = [tuning for tuning in COLORS if tuning in seen] + ["others"]
     for place, edit in enumerate(edits):
         for cell in cells:
             if edit in cell.lines:
-                lift = (tunings.index(cell.setting.tuning) - len(tunings) / 2) * 0.09
-                color = COLORS.get(cell.setting.tuning, OTHER)
+                tuning = cell.setting.tuning if cell.setting.tuning in COLORS else "others"
+                lift = ((lanes.index(tuning) + 0.5) / len(lanes) - 0.5) * 0.8  # within the row of the edit
+                color = COLORS.get(tuning, OTHER)
                 marker = "s" if cell.setting.base == "rxnfp" else "^" if cell.setting.base.startswith("smol") else "o"
                 axes.plot(100 * cell.share(edit), -place - lift, marker, color=color, markersize=4, alpha=0.75)
-    for tuning in tunings:
+    for tuning in lanes:
         axes.plot([], [], "o", color=COLORS.get(tuning, OTHER), label=tuning)
     for marker, base in (("o", "small Llama, MoE"), ("^", "SmolLM2"), ("s", "reactions")):
         axes.plot([], [], marker, color="#444444", markerfacecolor="none", label=base)
