@@ -56,13 +56,17 @@ def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def hundredfold(value: float, digits: int = 1) -> str:
+    """100 times a value, with its sign; zero as +0.0."""
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
+
+
 def percent(value: float, digits: int = 1) -> str:
-    """With its sign."""
-    return f"{round(100 * value, digits) + 0.0:+.{digits}f} %"  # no -0.0
+    return f"{hundredfold(value, digits)} %"
 
 
 def span(interval: tuple[float, float]) -> str:
-    return " to ".join(percent(end).removesuffix(" %") for end in interval)
+    return " to ".join(map(hundredfold, interval))
 
 
 def by_setting(cells: Sequence[CellResult]) -> dict[Setting, list[CellResult]]:
